@@ -1,0 +1,78 @@
+"""The native engine as its ranks see it: a tower that encodes items, and an engine that steps sequences.
+
+Neither owns a thread or a socket. An object of this module is used from one thread at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from epdctl.wire.encode import MediaItem
+from epdctl.wire.serve import FinishReason, PromptItem, Sampling
+
+__all__ = ["Advance", "NewSequence", "Prepared", "Tower"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One item after preprocessing, on the CPU."""
+
+    grid: tuple[int, int, int]
+    rows: int  # embeddings to come
+    patches: int  # what the forward costs
+    pixels: torch.Tensor  # [patches, values of a patch]
+
+
+class Tower(Protocol):
+    """The encoder half of a family. ``width``: values of one embedding row (DeepStack rows included)."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def prepare(self, media: bytes | memoryview, item: MediaItem) -> Prepared:
+        """Decode and preprocess one picture; safe on many threads at once. Raises RequestError (400) on bad media."""
+        ...
+
+    def encode(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
+        """One packed forward: a [rows, width] tensor per item, in order, on the tower's device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSequence:
+    """A sequence with all the memory it will ever need: pages for ``tokens`` and every token it may still add.
+
+    ``computed`` tokens are in the pages already: 0 for a prompt to prefill; ``len(tokens) - 1`` on a decode rank, where
+    ``tokens`` ends with the first token that prefill sampled, and ``rope_delta`` came with it.
+    ``max_new_tokens``: tokens the engine samples before it finishes with LENGTH (a prefill rank asks for 1).
+    ``embeddings[index]``: [rows, width] of the item ``index``; views of slots, read until the prompt is computed.
+    """
+
+    id: str
+    tokens: Sequence[int]
+    items: Sequence[PromptItem] = ()
+    embeddings: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    sampling: Sampling
+    pages: Sequence[int]
+    max_new_tokens: int
+    computed: int = 0
+    rope_delta: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What one step did for one sequence."""
+
+    id: str
+    computed: int  # tokens whose KV is in the pages now
+    prompt_done: bool
+    token: int | None = None  # sampled in this step
+    finished: FinishReason | None = None
+    rope_delta: int = 0  # of this sequence; valid from the first step on

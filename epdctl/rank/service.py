@@ -1,0 +1,59 @@
+"""What the process of a rank asks of the service inside it. One service per stage implements this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from epdctl.wire.lifecycle import Endpoints, Peer
+
+__all__ = ["Progress", "Pulse", "Service"]
+
+Progress = Callable[[str, int, int], None]  # phase, done, total; callable from any thread
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """What a heartbeat carries; read from the event loop, so it must be cheap."""
+
+    inflight: int = 0
+    completed: int = 0
+    free_pages: int = 0
+    total_pages: int = 0
+    unhealthy: str | None = None
+
+
+class Service(Protocol):
+    """Built as ``Service(spec)`` inside a running event loop; every method is called on that loop."""
+
+    async def start(self, progress: Progress) -> Endpoints:
+        """Load, bind, and return where peers reach this rank. Long work goes to a thread: heartbeats go on meanwhile.
+
+        Raises LoadError for what a restart cannot mend.
+        """
+        ...
+
+    def peers_changed(self, peers: Sequence[Peer]) -> None:
+        """The whole table of routable ranks. Links to ranks or incarnations no longer in it are closed at once."""
+        ...
+
+    def pulse(self) -> Pulse: ...
+
+    async def drain(self) -> None:
+        """Take nothing new; return when nothing is in flight. Cancelled at the deadline."""
+        ...
+
+    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
+        """Begin a torch profile that is written to ``path`` after ``steps`` or at ``stop_capture``.
+
+        ``written(error)`` is called once, from any thread, when the file is complete or cannot be made. A service
+        without a model calls it with the reason.
+        """
+        ...
+
+    def stop_capture(self) -> None: ...
+
+    async def close(self) -> None:
+        """Free pools, sockets and threads. Called once, also after a failed start."""
+        ...

@@ -1,0 +1,68 @@
+"""How bytes get from one rank's memory into a slot that another rank leased: the interface, and its vocabulary.
+
+The receiver owns the memory: it registers a pool, leases parts of it and hands out RemoteLease values. A sender writes
+into a lease and nowhere else. When ``write`` returns, the bytes are in the slot, whichever transport moved them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from epdctl.wire.transfer import Extent, PoolAddress, RemoteLease
+
+__all__ = ["LandingPool", "Piece", "Transport"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Contiguous bytes of the sender, and where they go: ``offset`` bytes into ``lease.extents[extent]``.
+
+    ``data``: 1-D uint8 tensor on the sender's device; it must not change until ``write`` has returned.
+    """
+
+    data: torch.Tensor
+    extent: int
+    offset: int = 0
+
+
+class LandingPool(Protocol):
+    """Memory that peers write to. Implemented by transfer.pool."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All of it: 1-D uint8."""
+        ...
+
+    def landing(self, lease: int, generation: int) -> Sequence[Extent]:
+        """The extents a writer of this lease may fill. Raises StaleGeneration or LeaseExpired."""
+        ...
+
+
+class Transport(Protocol):
+    """Both ends of one way to move bytes. Used from one event loop."""
+
+    @property
+    def endpoint(self) -> str:
+        """Where this end listens."""
+        ...
+
+    def register(self, pool: LandingPool) -> PoolAddress:
+        """Make ``pool`` writable by peers; once per pool, before Ready. Raises RegistrationFailed."""
+        ...
+
+    async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
+        """Raises PeerGone, DeadlineExceeded, StaleGeneration or LeaseExpired; then nothing may be assumed landed."""
+        ...
+
+    def withdraw(self, endpoint: str) -> None:
+        """The peer at ``endpoint`` is gone: fail its pending writes with PeerGone and drop what is queued for it."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,107 @@
+"""What one rank is told at start. The plan is made of these, so that nothing is typed out twice."""
+
+from __future__ import annotations
+
+from epdctl.ids import Incarnation, LocalGpu, RankName, RunId, Stage
+from epdctl.wire.message import Message, Part
+
+__all__ = [
+    "EncoderConfig",
+    "EngineConfig",
+    "GatewayConfig",
+    "Limits",
+    "ModelConfig",
+    "RankConfig",
+    "RankSpec",
+    "TransferConfig",
+]
+
+
+class ModelConfig(Part, frozen=True):
+    """Which checkpoint, and the choices that change numbers."""
+
+    path: str  # local directory
+    name: str  # what the API calls it
+    family: str  # "qwen2_5_vl": the module names in families/ and engine/families/
+    dtype: str = "float32"  # float32 | bfloat16 | float16
+    attention: str = "auto"
+    image_processor: str = "pil"  # pil | torchvision: they differ in pixels, so the plan pins one
+    revision: str | None = None
+
+
+class Limits(Part, frozen=True):
+    """Bounds on what one request and one rank may take."""
+
+    inflight: int = 64  # items or sequences a rank works on at once
+    queue: int = 256  # waiting beyond that; full is 429
+    max_pixels: int = 16_777_216  # of one picture, from its header
+    max_images: int = 16  # of one request
+    max_body_bytes: int = 64 << 20
+    max_context: int = 32_768  # prompt + answer, tokens
+    media_bytes: int = 512 << 20  # pictures the gateway keeps until their requests end
+    request_seconds: float = 300.0  # a request's deadline
+
+
+class EngineConfig(Part, frozen=True):
+    """The native engine's shapes."""
+
+    page_size: int = 16  # tokens in a KV page
+    kv_tokens: int = 65_536  # what the KV pool holds, in tokens
+    chunk_tokens: int = 512  # prompt tokens of one step
+    max_batch: int = 64  # sequences of one step
+
+
+class EncoderConfig(Part, frozen=True):
+    batch_patches: int = 16_384  # patches of one forward
+    preprocess_threads: int = 2
+
+
+class TransferConfig(Part, frozen=True):
+    backend: str = "zmq"  # what the plan settled on; never "auto" here
+    embedding_bytes: int = 256 << 20  # the embedding pool of a prefill, language or mono rank
+
+
+class GatewayConfig(Part, frozen=True):
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+
+class RankConfig(Part, frozen=True):
+    """The plan's word on one rank: the same for every incarnation."""
+
+    rank: RankName
+    stage: Stage
+    service: str  # "package.module:attribute" of the Service to run; chosen by the adapter
+    model: ModelConfig
+    threads: int = 1
+    devices: list[LocalGpu] = []  # empty: CPU
+    share: float = 1.0  # of each device
+    gang: str | None = None
+    gang_rank: int = 0
+    gang_size: int = 1
+    limits: Limits = Limits()
+    engine: EngineConfig = EngineConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    transfer: TransferConfig = TransferConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    heartbeat_seconds: float = 1.0
+
+
+class RankSpec(Message, frozen=True):
+    """What one incarnation reads from its pipe: the config, and where it is."""
+
+    run: RunId
+    cluster: str
+    incarnation: Incarnation
+    token: str  # the cluster's secret; presented in every Hello
+    supervisor: str  # path of the daemon's unix socket for ranks
+    sockets: str  # directory for this rank's own endpoints; short, 0700
+    config: RankConfig
+
+    @property
+    def rank(self) -> RankName:
+        return self.config.rank
+
+    def endpoint(self, purpose: str) -> str:
+        """A ZMQ address that no other incarnation ever has: ``ipc://…/encoder-0.2.inbox``."""
+        return f"ipc://{self.sockets}/{self.rank.file_stem}.{self.incarnation}.{purpose}"

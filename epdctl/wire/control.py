@@ -1,0 +1,189 @@
+"""What the CLI asks of the daemon, and what it answers, over the 0600 unix socket ``control.sock``.
+
+One command a connection. Most commands have one reply; FollowLogs, Watch, GetEvents and Down stream until ``Done``.
+Any command may be answered by ``Refused``. ``--json`` prints the reply structs as they are.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from epdctl.ids import Incarnation, PhysicalGpu, RankName, RunId, Stage
+from epdctl.wire.lifecycle import Endpoints
+from epdctl.wire.message import Codec, Message, Part
+
+__all__ = [
+    "COMMAND",
+    "REPLY",
+    "Accepted",
+    "CaptureReply",
+    "CaptureResult",
+    "Command",
+    "Done",
+    "Down",
+    "Event",
+    "FollowLogs",
+    "GetEvents",
+    "GetHealth",
+    "GetStatus",
+    "HealthReply",
+    "LogLine",
+    "Problem",
+    "RankState",
+    "RankStatus",
+    "Refused",
+    "Reply",
+    "Restart",
+    "StartCaptures",
+    "StatusReply",
+    "StopCaptures",
+    "Watch",
+]
+
+
+class RankState(enum.StrEnum):
+    STOPPED = "stopped"
+    WAITING = "waiting"
+    STARTING = "starting"
+    READY = "ready"
+    UNHEALTHY = "unhealthy"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    BACKOFF = "backoff"
+    FAILED = "failed"
+
+
+class RankStatus(Part, frozen=True):
+    rank: RankName
+    stage: Stage
+    state: RankState
+    reason: str
+    since: float  # seconds in this state
+    pid: int | None
+    incarnation: Incarnation
+    restarts: int
+    gpus: list[PhysicalGpu]
+    rss_bytes: int | None
+    inflight: int | None
+    completed: int | None
+    endpoints: Endpoints
+    log_tail: list[str] = []  # only when failed
+
+
+class GetStatus(Message, frozen=True):
+    pass
+
+
+class GetHealth(Message, frozen=True):
+    deep: bool = False  # also a real request through every stage
+    budget_s: float = 30.0
+
+
+class Restart(Message, frozen=True):
+    ranks: list[str]  # selectors: a rank name, a stage, or "all"
+
+
+class Down(Message, frozen=True):
+    """Drain, stop and leave. ``force`` skips the drain. Streams Event until Done."""
+
+    drain_s: float | None = None
+    force: bool = False
+
+
+class FollowLogs(Message, frozen=True):
+    ranks: list[str] = []  # empty: all
+    tail: int | None = 100
+    follow: bool = False
+    previous: bool = False  # the incarnation before the present one
+
+
+class Watch(Message, frozen=True):
+    """The status now and again on every change, until the client closes."""
+
+
+class GetEvents(Message, frozen=True):
+    follow: bool = False
+    tail: int | None = None
+
+
+class StartCaptures(Message, frozen=True):
+    ranks: list[str] = []
+    steps: int | None = None
+    output: str | None = None  # directory
+
+
+class StopCaptures(Message, frozen=True):
+    pass
+
+
+class StatusReply(Message, frozen=True):
+    schema: int
+    cluster: str
+    run: RunId
+    gateway: str | None
+    ranks: list[RankStatus]
+
+
+class Problem(Part, frozen=True):
+    rank: RankName | None
+    text: str
+
+
+class HealthReply(Message, frozen=True):
+    """``healthy``: every rank serves; ``degraded``: some do not, yet it answers; ``unhealthy``: it does not answer."""
+
+    verdict: str
+    problems: list[Problem]
+    deep_seconds: float | None = None  # duration of the real request, when one was made
+
+
+class Accepted(Message, frozen=True):
+    ranks: list[RankName]
+
+
+class LogLine(Message, frozen=True):
+    rank: RankName
+    incarnation: Incarnation
+    text: str
+
+
+class Event(Message, frozen=True):
+    """One line of the event log."""
+
+    at: float  # monotonic seconds since the daemon started
+    wall: float  # unix time, for people
+    kind: str  # state, exit, capture, command, …
+    rank: RankName | None = None
+    incarnation: Incarnation | None = None
+    state: RankState | None = None
+    text: str = ""
+
+
+class CaptureResult(Part, frozen=True):
+    rank: RankName
+    path: str | None = None
+    error: str | None = None
+
+
+class CaptureReply(Message, frozen=True):
+    capture: str
+    results: list[CaptureResult]
+
+
+class Refused(Message, frozen=True):
+    """An error, told: the CLI raises it again with this exit status."""
+
+    text: str
+    exit_status: int
+    hint: str | None = None
+
+
+class Done(Message, frozen=True):
+    """The stream is complete."""
+
+
+Command = GetStatus | GetHealth | Restart | Down | FollowLogs | Watch | GetEvents | StartCaptures | StopCaptures
+Reply = StatusReply | HealthReply | Accepted | LogLine | Event | CaptureReply | Refused | Done
+
+COMMAND: Codec[Command] = Codec(Command)
+REPLY: Codec[Reply] = Codec(Reply)

@@ -1,0 +1,145 @@
+"""The encoder's side of the wire: gateway ⇄ router ⇄ encoder ranks, and the encoder's word to the rank that waits."""
+
+from __future__ import annotations
+
+import enum
+
+from epdctl.ids import Incarnation, RankName, RequestId
+from epdctl.wire.message import Codec, Message, Part
+from epdctl.wire.transfer import RemoteLease, TensorSpec
+
+__all__ = [
+    "CLIENT_TO_ROUTER",
+    "ENCODER_TO_LANGUAGE",
+    "ROUTER_TO_CLIENT",
+    "ROUTER_TO_WORKER",
+    "WORKER_TO_ROUTER",
+    "CancelEncode",
+    "CancelItem",
+    "ClientToRouter",
+    "EmbeddingLanded",
+    "Encode",
+    "EncodeFailed",
+    "EncodeItem",
+    "Encoded",
+    "FailureKind",
+    "ItemEncoded",
+    "ItemFailed",
+    "ItemSized",
+    "MediaItem",
+    "RouterToClient",
+    "RouterToWorker",
+    "WorkerToRouter",
+]
+
+
+class FailureKind(enum.StrEnum):
+    """What went wrong with a piece of work; each maps to one HTTP status at the gateway."""
+
+    BAD_MEDIA = "bad-media"  # 400: the picture is not what it says
+    TOO_LARGE = "too-large"  # 400
+    FULL = "full"  # 429
+    NO_RANK = "no-rank"  # 503
+    RANK_LOST = "rank-lost"  # 503: retried first
+    DEADLINE = "deadline"  # 504
+    INTERNAL = "internal"  # 502
+
+
+class MediaItem(Part, frozen=True):
+    """One picture of a request. Its bytes travel in the frame behind the message, as the client sent them."""
+
+    index: int  # among the request's items, in prompt order
+    modality: str  # "image"
+    content_hash: str  # blake2b-128 of the bytes, hex
+    of: int  # how many items the request has (some processors tile a lone picture)
+    grid: list[int]  # (t, h, w) in patches, from the header by families.picture_tokens; the encoder checks it
+    rows: int  # embeddings that will come
+
+
+class Encode(Message, frozen=True):
+    """+ 1 frame: the encoded picture. Sent once the slot is granted, so that no waiting request holds an encoder."""
+
+    request: RequestId
+    attempt: int
+    item: MediaItem
+    slot: RemoteLease
+    notify: str  # inbox of the rank that owns the slot
+    budget_s: float
+
+
+class CancelEncode(Message, frozen=True):
+    """Every item of this attempt."""
+
+    request: RequestId
+    attempt: int
+
+
+class Encoded(Message, frozen=True):
+    request: RequestId
+    attempt: int
+    index: int
+    by: RankName
+    incarnation: Incarnation
+
+
+class EncodeFailed(Message, frozen=True):
+    request: RequestId
+    attempt: int
+    index: int
+    kind: FailureKind
+    text: str
+
+
+class EncodeItem(Message, frozen=True):
+    """+ 1 frame. ``dispatch`` is drawn by the router for this try of this item; every reply carries it."""
+
+    dispatch: int
+    job: Encode
+
+
+class CancelItem(Message, frozen=True):
+    dispatch: int
+
+
+class ItemSized(Message, frozen=True):
+    """Said after preprocessing, before the forward."""
+
+    dispatch: int
+    spec: TensorSpec
+
+
+class ItemEncoded(Message, frozen=True):
+    """The bytes are in the slot."""
+
+    dispatch: int
+    spec: TensorSpec
+
+
+class ItemFailed(Message, frozen=True):
+    dispatch: int
+    kind: FailureKind
+    text: str
+
+
+class EmbeddingLanded(Message, frozen=True):
+    """To the slot's owner: this item may be read."""
+
+    request: RequestId
+    attempt: int
+    index: int
+    lease: int
+    generation: int
+    spec: TensorSpec
+
+
+ClientToRouter = Encode | CancelEncode
+RouterToClient = Encoded | EncodeFailed
+RouterToWorker = EncodeItem | CancelItem
+WorkerToRouter = ItemSized | ItemEncoded | ItemFailed
+EncoderToLanguage = EmbeddingLanded
+
+CLIENT_TO_ROUTER: Codec[ClientToRouter] = Codec(ClientToRouter)
+ROUTER_TO_CLIENT: Codec[RouterToClient] = Codec(RouterToClient)
+ROUTER_TO_WORKER: Codec[RouterToWorker] = Codec(RouterToWorker)
+WORKER_TO_ROUTER: Codec[WorkerToRouter] = Codec(WorkerToRouter)
+ENCODER_TO_LANGUAGE: Codec[EncoderToLanguage] = Codec(EncoderToLanguage)

@@ -1,0 +1,144 @@
+"""What a rank and its supervisor tell each other, over one unix stream per incarnation.
+
+The rank connects, says Hello, reports loading, says Ready once, then beats. End of stream is the end of the process.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from epdctl.ids import Incarnation, RankName, RunId, Stage
+from epdctl.wire.config import RankSpec
+from epdctl.wire.message import Codec, Message, Part
+
+__all__ = [
+    "RANK_TO_SUPERVISOR",
+    "SPEC",
+    "SUPERVISOR_TO_RANK",
+    "CaptureWritten",
+    "Drain",
+    "Drained",
+    "Endpoints",
+    "Exit",
+    "Fatal",
+    "FatalKind",
+    "Heartbeat",
+    "Hello",
+    "Loading",
+    "Peer",
+    "PeersChanged",
+    "RankToSupervisor",
+    "Ready",
+    "StartCapture",
+    "StopCapture",
+    "SupervisorToRank",
+]
+
+
+class Endpoints(Part, frozen=True):
+    """Where a ready rank can be reached. Each incarnation has its own."""
+
+    inbox: str | None = None  # ZMQ ROUTER: control messages of the data plane
+    transfer: str | None = None  # where its transport listens
+    http: str | None = None  # http://host:port
+
+
+class Peer(Part, frozen=True):
+    """One routable rank."""
+
+    rank: RankName
+    stage: Stage
+    incarnation: Incarnation
+    endpoints: Endpoints
+
+
+class FatalKind(enum.StrEnum):
+    """Why a rank cannot go on: decides whether a restart is worth it, and what a person reads."""
+
+    CHECKPOINT = "checkpoint"  # missing, unreadable, missing or mismatched keys
+    CONFIG = "config"
+    PORT = "port"
+    MEMORY = "memory"
+    INCOMPATIBLE = "incompatible"
+    CRASH = "crash"  # anything else; restartable
+
+
+class Hello(Message, frozen=True):
+    run: RunId
+    rank: RankName
+    incarnation: Incarnation
+    protocol: int
+    token: str
+    pid: int
+
+
+class Loading(Message, frozen=True):
+    phase: str  # "imports", "weights", "pools", …
+    done: int = 0
+    total: int = 0
+
+
+class Ready(Message, frozen=True):
+    endpoints: Endpoints
+
+
+class Heartbeat(Message, frozen=True):
+    """``completed`` advances with work done: liveness is progress, not an answer to a ping."""
+
+    inflight: int = 0
+    completed: int = 0
+    free_pages: int = 0
+    total_pages: int = 0
+    unhealthy: str | None = None  # the rank's own reason, if it knows one
+
+
+class Drained(Message, frozen=True):
+    """Nothing is in flight any more."""
+
+
+class CaptureWritten(Message, frozen=True):
+    capture: str
+    path: str | None = None
+    error: str | None = None
+    clock_offset_us: float = 0.0
+
+
+class Fatal(Message, frozen=True):
+    """Last words: the process ends after this."""
+
+    kind: FatalKind
+    text: str
+    restartable: bool
+
+
+class Drain(Message, frozen=True):
+    budget_s: float
+
+
+class PeersChanged(Message, frozen=True):
+    """Every routable rank of the cluster, whole; a higher version replaces a lower one."""
+
+    version: int
+    peers: list[Peer]
+
+
+class StartCapture(Message, frozen=True):
+    capture: str
+    path: str  # the trace file this rank is to write
+    steps: int | None = None  # engine steps or encoder batches; None: until StopCapture
+
+
+class StopCapture(Message, frozen=True):
+    capture: str
+
+
+class Exit(Message, frozen=True):
+    """End now, in order: close pools and transports, then leave."""
+
+
+RankToSupervisor = Hello | Loading | Ready | Heartbeat | Drained | CaptureWritten | Fatal
+SupervisorToRank = Drain | PeersChanged | StartCapture | StopCapture | Exit
+
+RANK_TO_SUPERVISOR: Codec[RankToSupervisor] = Codec(RankToSupervisor)
+SUPERVISOR_TO_RANK: Codec[SupervisorToRank] = Codec(SupervisorToRank)
+SPEC: Codec[RankSpec] = Codec(RankSpec)

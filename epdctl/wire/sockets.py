@@ -1,0 +1,206 @@
+"""The two ZMQ sockets of the data plane: an Inbox that a rank binds, and a Link that a peer connects to it.
+
+Both belong to one event loop and deliver by calling a handler, so that a decision is made where the message arrives.
+Sends never wait: a Link keeps a bounded outbox until the connection stands, and what does not fit is PeerGone.
+Every incarnation has its own endpoint; closing a Link drops whatever it still held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import zmq
+
+from epdctl.errors import BadMessage, PeerGone
+from epdctl.wire.message import Codec
+
+__all__ = ["Buffer", "Inbox", "Link", "Sender"]
+
+log = logging.getLogger(__name__)
+
+Buffer = bytes | bytearray | memoryview
+Sender = bytes  # the identity of one connected Link, as its Inbox sees it
+
+MAX_FRAME_BYTES = 256 << 20
+HIGH_WATER = 4096  # messages, each way
+BURST = 64  # messages handled before the loop's other work gets a turn
+ZERO_COPY_BYTES = 65_536  # below this a copy is cheaper than tracking the buffer
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class _Socket:
+    """A zmq socket driven by an asyncio loop.
+
+    ZMQ's file descriptor is edge-triggered: it must be followed by reading EVENTS until they are empty, and every
+    send may swallow an edge; hence ``_events`` after both.
+    """
+
+    def __init__(self, kind: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.SNDHWM, HIGH_WATER),
+            (zmq.RCVHWM, HIGH_WATER),
+            (zmq.MAXMSGSIZE, MAX_FRAME_BYTES),
+        ):
+            self._socket.setsockopt(option, value)
+        self._fd = int(self._socket.getsockopt(zmq.FD))
+        self._turn: asyncio.Handle | None = None
+        self.closed = False
+        self.bad_frames = 0
+
+    def _start(self) -> None:
+        self._loop.add_reader(self._fd, self._events)
+        self._later()
+
+    def _later(self) -> None:
+        if self._turn is None and not self.closed:
+            self._turn = self._loop.call_soon(self._events)
+
+    def _events(self) -> None:
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+        for _ in range(BURST):
+            if self.closed:
+                return
+            if not self._advance(int(self._socket.getsockopt(zmq.EVENTS))):
+                return
+        self._later()
+
+    def _advance(self, events: int) -> bool:
+        """Do one thing that ``events`` allows; False when there is nothing to do."""
+        if not events & zmq.POLLIN:
+            return False
+        with contextlib.suppress(zmq.Again):
+            self._handle(self._socket.recv_multipart(zmq.NOBLOCK, copy=False))
+        return True
+
+    def _handle(self, frames: list[zmq.Frame]) -> None:
+        raise NotImplementedError
+
+    def _drop(self, error: BadMessage) -> None:
+        self.bad_frames += 1
+        log.warning("dropped a message: %s", error)
+
+    def _transmit(self, frames: Sequence[Buffer]) -> None:
+        last = len(frames) - 1
+        for position, frame in enumerate(frames):
+            more = zmq.SNDMORE if position < last else 0
+            self._socket.send(frame, zmq.NOBLOCK | more, copy=len(frame) < ZERO_COPY_BYTES)
+        self._later()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if self._turn is not None:
+            self._turn.cancel()
+        self._loop.remove_reader(self._fd)
+        self._socket.close(linger=0)
+
+
+def _payload(frames: Sequence[zmq.Frame]) -> list[memoryview]:
+    return [frame.buffer for frame in frames]
+
+
+class Inbox(_Socket, Generic[In]):
+    """Bound at ``endpoint``; ``handler(sender, message, frames)`` runs for each message that the codec accepts.
+
+    ``frames`` are views of ZMQ's own memory, valid as long as they are referenced.
+    """
+
+    def __init__(
+        self, endpoint: str, incoming: Codec[In], handler: Callable[[Sender, In, list[memoryview]], None]
+    ) -> None:
+        super().__init__(zmq.ROUTER)
+        self.endpoint = endpoint
+        self._incoming = incoming
+        self._handler = handler
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.bind(endpoint)
+        self._start()
+
+    def _handle(self, frames: list[zmq.Frame]) -> None:
+        try:
+            if len(frames) < 2:
+                raise BadMessage(f"{len(frames)} frames")
+            message = self._incoming.decode(frames[1].buffer)
+        except BadMessage as error:
+            self._drop(error)
+            return
+        self._handler(frames[0].bytes, message, _payload(frames[2:]))
+
+    def reply(self, to: Sender, message: Out, codec: Codec[Out], frames: Sequence[Buffer] = ()) -> None:
+        """Raises PeerGone when the sender has closed or stopped reading."""
+        if self.closed:
+            raise PeerGone("this inbox is closed")
+        try:
+            self._transmit([to, codec.encode(message), *frames])
+        except zmq.ZMQError as error:
+            raise PeerGone(f"cannot reach the peer: {error}") from error
+
+
+class Link(_Socket, Generic[In, Out]):
+    """Connected to one incarnation's inbox; answers come to ``handler(message, frames)``."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        incoming: Codec[In],
+        outgoing: Codec[Out],
+        handler: Callable[[In, list[memoryview]], None],
+    ) -> None:
+        super().__init__(zmq.DEALER)
+        self.endpoint = endpoint
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._handler = handler
+        self._outbox: deque[list[Buffer]] = deque()
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.connect(endpoint)
+        self._start()
+
+    def _advance(self, events: int) -> bool:
+        if self._outbox and events & zmq.POLLOUT:
+            self._flush()
+            return True
+        return super()._advance(events)
+
+    def _flush(self) -> None:
+        with contextlib.suppress(zmq.Again):
+            while self._outbox:
+                self._transmit(self._outbox[0])
+                self._outbox.popleft()
+
+    def _handle(self, frames: list[zmq.Frame]) -> None:
+        try:
+            message = self._incoming.decode(frames[0].buffer)
+        except BadMessage as error:
+            self._drop(error)
+            return
+        self._handler(message, _payload(frames[1:]))
+
+    def send(self, message: Out, frames: Sequence[Buffer] = ()) -> None:
+        """Send now or, while the connection is being made, as soon as it stands.
+
+        Raises PeerGone when the link is closed or its outbox is full.
+        """
+        if self.closed:
+            raise PeerGone(f"{self.endpoint} was withdrawn")
+        if len(self._outbox) >= HIGH_WATER:
+            raise PeerGone(f"{self.endpoint} does not read")
+        self._outbox.append([self._outgoing.encode(message), *frames])
+        self._flush()
+
+    def close(self) -> None:
+        self._outbox.clear()
+        super().close()
