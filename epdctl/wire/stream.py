@@ -71,6 +71,15 @@ class Stream(Generic[In, Out]):
             raise PeerGone(f"the other end closed: {error}") from error
         return self._incoming.decode(frame)
 
+    @property
+    def backlog(self) -> int:
+        """Bytes posted that the other end has not taken; whoever posts without waiting bounds this."""
+        return self._writer.transport.get_write_buffer_size()
+
+    def abort(self) -> None:
+        """Drop the connection and whatever was queued on it, at once."""
+        self._writer.transport.abort()
+
     async def close(self) -> None:
         self._writer.close()
         with contextlib.suppress(OSError):

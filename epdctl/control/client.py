@@ -1,0 +1,177 @@
+"""The CLI's side of the control socket. Synchronous; every wait has a deadline except following, which is the wish."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from epdctl.control.paths import ClusterDir, Holder
+from epdctl.errors import (
+    DeadlineExceeded,
+    EpdError,
+    NotRunning,
+    RankError,
+    Unreachable,
+    UserError,
+    WireError,
+)
+from epdctl.wire.control import (
+    COMMAND,
+    REPLY,
+    Accepted,
+    CaptureReply,
+    Command,
+    Done,
+    Down,
+    Event,
+    FollowLogs,
+    GetEvents,
+    GetHealth,
+    GetStatus,
+    HealthReply,
+    LogLine,
+    Refused,
+    Reply,
+    Restart,
+    StartCaptures,
+    StatusReply,
+    StopCaptures,
+    Watch,
+)
+from epdctl.wire.stream import Stream, connect
+
+__all__ = ["Client", "refused_error"]
+
+ANSWER_SECONDS = 10.0
+CAPTURE_SECONDS = 420.0  # above the daemon's own deadlines for recording and writing
+QUIET_SECONDS = 300.0  # between two events of a cluster that is going down
+EXIT_SECONDS = 10.0  # from the last word of the daemon to the end of its process
+
+R = TypeVar("R")
+_ERRORS: dict[int, type[EpdError]] = {
+    error.exit_status: error for error in (UserError, NotRunning, Unreachable, RankError, DeadlineExceeded)
+}
+
+
+def refused_error(refused: Refused) -> EpdError:
+    """The error that the daemon met, with its exit status and hint."""
+    return _ERRORS.get(refused.exit_status, EpdError)(refused.text, hint=refused.hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Talks to the daemon whose control socket is at ``path``; a connection per call.
+
+    Every method raises NotRunning when nobody listens, Unreachable when the daemon does not answer or breaks off,
+    and the error that the daemon refused with.
+    """
+
+    path: Path
+
+    def status(self) -> StatusReply:
+        return self._ask(GetStatus(), StatusReply)
+
+    def health(self, deep: bool = False, budget_s: float = 30.0) -> HealthReply:
+        return self._ask(GetHealth(deep=deep, budget_s=budget_s), HealthReply, budget_s + ANSWER_SECONDS)
+
+    def restart(self, ranks: Sequence[str]) -> Accepted:
+        return self._ask(Restart(ranks=list(ranks)), Accepted)
+
+    def start_captures(
+        self, ranks: Sequence[str] = (), steps: int | None = None, output: str | None = None
+    ) -> CaptureReply:
+        return self._ask(StartCaptures(ranks=list(ranks), steps=steps, output=output), CaptureReply, CAPTURE_SECONDS)
+
+    def stop_captures(self) -> CaptureReply:
+        return self._ask(StopCaptures(), CaptureReply, CAPTURE_SECONDS)
+
+    def watch(self) -> Iterator[StatusReply]:
+        """The status now and on every change, until the cluster is gone or the iterator is closed."""
+        return self._stream(Watch(), StatusReply, None)
+
+    def events(self, follow: bool = False, tail: int | None = None) -> Iterator[Event]:
+        return self._stream(GetEvents(follow=follow, tail=tail), Event, None if follow else ANSWER_SECONDS)
+
+    def logs(self, command: FollowLogs) -> Iterator[LogLine]:
+        return self._stream(command, LogLine, None if command.follow else ANSWER_SECONDS)
+
+    def down(self, drain_s: float | None = None, force: bool = False) -> Iterator[Event]:
+        """Events until the cluster has stopped. Ends when the daemon's process and its run directory are gone.
+
+        Closing the iterator early does not call the command back.
+        """
+        holder = ClusterDir(self.path.parent).holder()
+        yield from self._stream(Down(drain_s=drain_s, force=force), Event, QUIET_SECONDS + (drain_s or 0.0))
+        if holder is not None:
+            _await_exit(holder)
+
+    def _ask(self, command: Command, kind: type[R], seconds: float = ANSWER_SECONDS) -> R:
+        for reply in self._replies(command, seconds):
+            if isinstance(reply, kind):
+                return reply
+            raise EpdError(f"the daemon answered {type(command).__name__} with {type(reply).__name__}")
+        raise Unreachable(f"the daemon closed the connection before it answered {type(command).__name__}", hint=_HINT)
+
+    def _stream(self, command: Command, kind: type[R], seconds: float | None) -> Iterator[R]:
+        for reply in self._replies(command, seconds):
+            if isinstance(reply, Done):
+                return
+            if not isinstance(reply, kind):
+                raise EpdError(f"the daemon answered {type(command).__name__} with {type(reply).__name__}")
+            yield reply
+        raise Unreachable("the daemon ended in the middle of its answer", hint=_HINT)
+
+    def _replies(self, command: Command, seconds: float | None) -> Iterator[Reply]:
+        """Each reply within ``seconds`` of the one before; raises what a Refused stands for."""
+        with asyncio.Runner() as runner:
+            stream = runner.run(self._connect())
+            try:
+                _run(runner, stream.send(command))
+                while (reply := _run(runner, _receive(stream, seconds))) is not None:
+                    if isinstance(reply, Refused):
+                        raise refused_error(reply)
+                    yield reply
+            finally:
+                stream.abort()
+                runner.run(stream.close())
+
+    async def _connect(self) -> Stream[Reply, Command]:
+        try:
+            return await connect(self.path, REPLY, COMMAND)
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise NotRunning(f"no cluster answers at {self.path}", hint="start one with: epdctl up FILE") from error
+        except (DeadlineExceeded, OSError) as error:
+            raise Unreachable(f"cannot talk to the daemon at {self.path}: {error}", hint=_HINT) from error
+
+
+_HINT = "its log is daemon.log in the state directory of the run; `epdctl doctor` shows what is left of it"
+
+
+async def _receive(stream: Stream[Reply, Command], seconds: float | None) -> Reply | None:
+    try:
+        async with asyncio.timeout(seconds):
+            return await stream.receive()
+    except TimeoutError:
+        raise DeadlineExceeded(f"no answer within {seconds:.0f} s") from None
+
+
+def _run(runner: asyncio.Runner, step: Coroutine[object, object, R]) -> R:
+    try:
+        return runner.run(step)
+    except WireError as error:
+        raise Unreachable(f"the daemon does not answer: {error.message}", hint=_HINT) from error
+
+
+def _await_exit(holder: Holder) -> None:
+    """Wait for the end of a process that has said its last word: soon, so a short poll is enough."""
+    deadline = time.monotonic() + EXIT_SECONDS
+    while holder.alive:
+        if time.monotonic() > deadline:
+            raise Unreachable(
+                f"the daemon (pid {holder.pid}) said it was done and did not exit", hint=f"kill -9 {holder.pid}"
+            )
+        time.sleep(0.01)

@@ -1,0 +1,66 @@
+"""A rank's log files, one per incarnation: how they are named, and reading their last lines."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from epdctl.ids import Incarnation, RankName, Stage
+
+__all__ = ["LogFile", "log_files", "log_path", "tail"]
+
+_FILE = re.compile(r"^(?P<stage>[a-z-]+)-(?P<place>\d+(?:\.\d+)?)\.(?P<incarnation>\d+)\.log$")
+_BLOCK = 64 << 10
+_LONGEST_TAIL = 4 << 20  # bytes read backwards at most, however many lines were asked for
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LogFile:
+    rank: RankName
+    incarnation: Incarnation
+    path: Path
+
+
+def log_path(directory: Path, rank: RankName, incarnation: Incarnation) -> Path:
+    return directory / f"{rank.file_stem}.{incarnation}.log"
+
+
+def log_files(directory: Path) -> list[LogFile]:
+    """Every log file there, by rank and incarnation; files of other names are not ours and are left out."""
+    return sorted(_parse(directory))
+
+
+def _parse(directory: Path) -> Iterator[LogFile]:
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return
+    for name in names:
+        match = _FILE.match(name)
+        if match is not None and match["stage"] in set(Stage):
+            rank = RankName(f"{match['stage']}/{match['place']}")
+            yield LogFile(rank, Incarnation(int(match["incarnation"])), directory / name)
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """The last ``lines`` lines; an empty list when there is no such file."""
+    try:
+        with path.open("rb") as file:
+            data = _last_bytes(file.fileno(), lines)
+    except FileNotFoundError:
+        return []
+    found = data.decode(errors="replace").splitlines()
+    return found[-lines:] if lines > 0 else []
+
+
+def _last_bytes(fd: int, lines: int) -> bytes:
+    end = position = os.fstat(fd).st_size
+    data = b""
+    while position > 0 and data.count(b"\n") <= lines and end - position < _LONGEST_TAIL:
+        start = max(0, position - _BLOCK)
+        data = os.pread(fd, position - start, start) + data
+        position = start
+    return data
