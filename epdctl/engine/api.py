@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from epdctl.wire.encode import MediaItem
-from epdctl.wire.serve import FinishReason, PromptItem, Sampling
+from epdctl.wire.serve import FinishReason, KvLayout, PromptItem, Sampling
 
-__all__ = ["Advance", "NewSequence", "Prepared", "Tower"]
+if TYPE_CHECKING:
+    from epdctl.engine.attention import PagedBatch
+
+__all__ = ["Advance", "LanguageModel", "NewSequence", "Prepared", "StepInput", "Tower"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,43 @@ class Tower(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One packed forward: the new tokens of several sequences, one behind the other."""
+
+    embeds: torch.Tensor  # [tokens, hidden]
+    positions: torch.Tensor  # [3, tokens] int64: time, height, width
+    paged: PagedBatch  # where each token's KV goes, and what it may look at
+    wanted: torch.Tensor  # [n] int64: rows whose logits are needed
+
+
+class LanguageModel(Protocol):
+    """The language half of a family. Stateless: all that a sequence is lies in its tokens and its pages."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    def layout(self, page_size: int) -> KvLayout: ...
+
+    def embed(self, tokens: Sequence[int]) -> torch.Tensor:
+        """[tokens, hidden]; placeholders get their own embedding, which the caller overwrites."""
+        ...
+
+    def positions(self, tokens: Sequence[int], items: Sequence[PromptItem]) -> tuple[torch.Tensor, int]:
+        """([3, tokens] int64 on the CPU, rope_delta). Raises RequestError (400) where items and tokens disagree."""
+        ...
+
+    def forward(self, step: StepInput) -> torch.Tensor:
+        """Writes the step's KV and returns [n, vocab] float32 logits of the wanted rows."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewSequence:
     """A sequence with all the memory it will ever need: pages for ``tokens`` and every token it may still add.
@@ -68,7 +108,8 @@ class NewSequence:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """What one step did for one sequence."""
+    """What one step did for one sequence. After ``finished`` or ``failed`` the engine has forgotten it, and its pages
+    are the caller's again. With STOP, ``token`` is the end token."""
 
     id: str
     computed: int  # tokens whose KV is in the pages now
@@ -76,3 +117,4 @@ class Advance:
     token: int | None = None  # sampled in this step
     finished: FinishReason | None = None
     rope_delta: int = 0  # of this sequence; valid from the first step on
+    failed: str | None = None  # the model gave numbers that are none: only this sequence is given up, and why

@@ -1,0 +1,28 @@
+"""The model families epdctl serves, found by the ``model_type`` of a checkpoint's config.json. Free of torch."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from epdctl.errors import LoadError
+from epdctl.families.base import Family
+from epdctl.families.files import read_json
+
+__all__ = ["SERVED", "open_family"]
+
+# model_type → the class of its torch-free half; the module's name is the family's
+SERVED: dict[str, str] = {"qwen2_5_vl": "Qwen25VL"}
+
+
+def open_family(directory: Path) -> Family:
+    """Raises LoadError for a directory without a readable config.json, and for a family we do not serve."""
+    model_type = read_json(directory / "config.json").get("model_type")
+    if not isinstance(model_type, str) or model_type not in SERVED:
+        raise LoadError(
+            f"{directory} is a model of type {model_type!r}, which is not served",
+            hint=f"served: {', '.join(sorted(SERVED))}",
+        )
+    module = importlib.import_module(f"epdctl.families.{model_type}")
+    family: Family = getattr(module, SERVED[model_type])(directory)
+    return family

@@ -1,0 +1,210 @@
+"""The engine: continuous batching of sequences over one KV pool. Synchronous, one thread; it owns no page, no socket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from epdctl.engine.api import Advance, LanguageModel, NewSequence, StepInput
+from epdctl.engine.attention import PagedBatch, Span
+from epdctl.engine.kv import KvPool
+from epdctl.engine.pages import pages_for
+from epdctl.engine.sampler import NonFiniteLogits, sample
+from epdctl.engine.scheduler import Slice, schedule
+from epdctl.engine.sequence import Sequence, SequenceState
+from epdctl.errors import RequestError
+from epdctl.wire.config import EngineConfig, ModelConfig
+
+__all__ = ["Engine", "Progress", "build_engine"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]  # phase, done, total
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One sequence's share of a step."""
+
+    sequence: Sequence
+    slice: Slice
+
+    @property
+    def end(self) -> int:
+        return self.slice.start + self.slice.count
+
+    @property
+    def span(self) -> Span:
+        return Span(self.sequence.new.pages, self.slice.start, self.slice.count)
+
+    @property
+    def samples(self) -> bool:
+        """Every known token will have been computed: the last one's logits say what comes next."""
+        return self.end == len(self.sequence.tokens)
+
+
+class Engine:
+    """Takes sequences that have all their memory, and advances them step by step until they end.
+
+    The caller owns the pages: it must not give them away before ``step`` said ``finished`` or ``failed``, or ``abort``
+    returned. ``kv`` is public for the transfer of pages.
+    """
+
+    def __init__(self, language: LanguageModel, kv: KvPool, config: EngineConfig) -> None:
+        self.language = language
+        self.kv = kv
+        self.config = config
+        self._sequences: dict[str, Sequence] = {}  # in order of arrival
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def admit(self, new: NewSequence) -> None:
+        """Raises RequestError (400) for tokens or items the model cannot take, ValueError for a caller's mistake."""
+        self._check_memory(new)
+        self._check_content(new)
+        positions, delta = self._positions(new)
+        self._sequences[new.id] = Sequence(new, positions, delta)
+
+    def abort(self, sequence: str) -> None:
+        """Forget it; one that is not here (any more) is fine."""
+        self._sequences.pop(sequence, None)
+
+    def step(self) -> list[Advance]:
+        """One forward over what the scheduler chose; empty without work. What each chosen sequence did."""
+        parts = self._chosen()
+        if not parts:
+            return []
+        with torch.inference_mode():
+            logits = self.language.forward(self._input(parts))
+        rows = iter(logits)
+        return [self._advance(part, next(rows) if part.samples else None) for part in parts]
+
+    def check(self) -> None:
+        """Invariants, for tests and idle times. Raises AssertionError."""
+        pages = [page for sequence in self._sequences.values() for page in sequence.new.pages]
+        if len(pages) != len(set(pages)):
+            raise AssertionError("two sequences share a KV page")
+        for name, sequence in self._sequences.items():
+            if not 0 <= sequence.computed < len(sequence.tokens):
+                raise AssertionError(f"{name}: {sequence.computed} of {len(sequence.tokens)} tokens computed")
+            if sequence.state is SequenceState.FINISHED:
+                raise AssertionError(f"{name} is finished and still here")
+
+    def _chosen(self) -> list[_Part]:
+        work = [sequence.work for sequence in self._sequences.values()]
+        slices = schedule(work, chunk_tokens=self.config.chunk_tokens, max_batch=self.config.max_batch)
+        return [_Part(self._sequences[each.id], each) for each in slices]
+
+    def _input(self, parts: list[_Part]) -> StepInput:
+        device = self.language.device
+        ends = torch.tensor([part.slice.count for part in parts]).cumsum(0) - 1
+        positions = torch.cat([part.sequence.positions(part.slice.start, part.end) for part in parts], dim=1)
+        return StepInput(
+            embeds=self._embeds(parts),
+            positions=positions.to(device),
+            paged=PagedBatch.build(self.kv, [part.span for part in parts]),
+            wanted=ends[torch.tensor([part.samples for part in parts])].to(device),
+        )
+
+    def _embeds(self, parts: list[_Part]) -> torch.Tensor:
+        tokens = [token for part in parts for token in part.sequence.tokens[part.slice.start : part.end]]
+        embeds = self.language.embed(tokens)
+        row = 0
+        for part in parts:
+            _lay_in(embeds[row : row + part.slice.count], part)
+            row += part.slice.count
+        return embeds
+
+    def _advance(self, part: _Part, logits: torch.Tensor | None) -> Advance:
+        sequence = part.sequence
+        sequence.enter(SequenceState.RUNNING)
+        sequence.computed = part.end
+        token, finished, failed = None, None, None
+        if logits is not None:
+            try:
+                token = sample(logits, sequence.new.sampling, len(sequence.tokens))
+                finished = sequence.append(token)
+            except NonFiniteLogits as error:
+                failed = str(error)
+        if finished is not None or failed is not None:
+            sequence.enter(SequenceState.FINISHED)
+            del self._sequences[sequence.new.id]
+        return Advance(
+            id=sequence.new.id,
+            computed=sequence.computed,
+            prompt_done=sequence.prompt_done,
+            token=token,
+            finished=finished,
+            rope_delta=sequence.rope_delta,
+            failed=failed,
+        )
+
+    def _positions(self, new: NewSequence) -> tuple[torch.Tensor, int]:
+        """Once, over the whole prompt. Without items the angle of a token is its index, moved by what came with it."""
+        if new.items:
+            return self.language.positions(new.tokens, new.items)
+        return (torch.arange(len(new.tokens), dtype=torch.int64) + new.rope_delta).expand(3, -1), new.rope_delta
+
+    def _check_memory(self, new: NewSequence) -> None:
+        if new.id in self._sequences:
+            raise ValueError(f"a sequence {new.id} is here already")
+        if not 0 <= new.computed < len(new.tokens) or new.max_new_tokens < 1:
+            raise ValueError(f"{new.id}: {new.computed} of {len(new.tokens)} tokens computed, nothing to do")
+        needed = pages_for(len(new.tokens) + new.max_new_tokens - 1, self.kv.layout.page_size)
+        if len(new.pages) < needed or not all(0 <= page < self.kv.pages for page in new.pages):
+            raise ValueError(f"{new.id}: {len(new.pages)} pages of {self.kv.pages}, needs {needed}")
+
+    def _check_content(self, new: NewSequence) -> None:
+        """What would otherwise end the step of everyone in the batch."""
+        if not all(0 <= token < self.language.vocab_size for token in new.tokens):
+            raise RequestError(400, f"the prompt has a token outside the vocabulary of {self.language.vocab_size}")
+        for item in new.items:
+            if item.offset < 0 or item.offset + item.rows > len(new.tokens):
+                raise RequestError(400, f"item {item.index} reaches beyond the prompt of {len(new.tokens)} tokens")
+            if item.offset + item.rows > new.computed:
+                _check_rows(item.index, item.rows, new.embeddings, self.language.hidden_size)
+
+
+def _check_rows(index: int, rows: int, embeddings: Mapping[int, torch.Tensor], width: int) -> None:
+    found = embeddings.get(index)
+    if found is None:
+        raise ValueError(f"no embeddings for item {index}")
+    if tuple(found.shape) != (rows, width):
+        raise RequestError(
+            400, f"item {index} takes {rows} rows of {width} values; its embeddings are {[*found.shape]}"
+        )
+
+
+def _lay_in(embeds: torch.Tensor, part: _Part) -> None:
+    """Overwrite the placeholders of this slice with their items' rows. ``embeds``: [count, hidden] of this slice."""
+    start, end = part.slice.start, part.end
+    for item in part.sequence.new.items:
+        first, last = max(start, item.offset), min(end, item.offset + item.rows)
+        if first < last:
+            rows = part.sequence.new.embeddings[item.index][first - item.offset : last - item.offset]
+            embeds[first - start : last - start] = rows.to(embeds)
+
+
+def build_engine(
+    model: ModelConfig, config: EngineConfig, device: torch.device, progress: Progress | None = None
+) -> Engine:
+    """Imports, weights of the language half, KV pool; ``progress(phase, done, total)`` before and after each.
+
+    Raises LoadError.
+    """
+    from epdctl.engine.loading import load_language
+
+    say = progress or (lambda _phase, _done, _total: None)
+    say("weights", 0, 1)
+    language = load_language(model, device)
+    say("weights", 1, 1)
+    say("pools", 0, 1)
+    kv = KvPool(language.layout(config.page_size), max(1, config.kv_tokens // config.page_size), device)
+    say("pools", 1, 1)
+    return Engine(language, kv, config)

@@ -1,0 +1,52 @@
+"""The memory of a KV cache: one block of bytes, a page of all layers contiguous in it. Who owns a page, others know."""
+
+from __future__ import annotations
+
+import torch
+
+from epdctl.errors import LoadError
+from epdctl.wire.serve import KvLayout
+from epdctl.wire.transfer import Extent
+
+__all__ = ["KvPool"]
+
+
+class KvPool:
+    """``memory``: 1-D uint8, what a transport registers. ``view``: the same bytes as
+    [pages, layers, 2 (key, value), page_size, kv_heads, head_dim] of the layout's dtype.
+
+    Pages outermost, layers inside: a page that moves to another rank is one contiguous write.
+    Raises LoadError when the memory is not to be had.
+    """
+
+    def __init__(self, layout: KvLayout, pages: int, device: torch.device | None = None) -> None:
+        self.layout = layout
+        self.pages = pages
+        self.memory = _faulted_in(pages * layout.page_bytes, device or torch.device("cpu"))
+        self.view = self.memory.view(getattr(torch, layout.dtype)).view(
+            pages, layout.layers, 2, layout.page_size, layout.kv_heads, layout.head_dim
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.memory.device
+
+    def extent(self, page: int) -> Extent:
+        """Where one page lies in ``memory``."""
+        return Extent(offset=page * self.layout.page_bytes, nbytes=self.layout.page_bytes)
+
+    def page(self, page: int) -> torch.Tensor:
+        """The bytes of one page, as a view: 1-D uint8."""
+        start = page * self.layout.page_bytes
+        return self.memory[start : start + self.layout.page_bytes]
+
+
+def _faulted_in(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Written once at creation, so that too little memory shows now and not in the middle of a request."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device).fill_(0)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        raise LoadError(
+            f"no memory on {device} for a KV pool of {nbytes / 2**20:.0f} MiB: {str(error).splitlines()[0]}",
+            hint="give the stage a smaller kv_tokens, or more memory",
+        ) from error

@@ -1,0 +1,31 @@
+"""Reads a checkpoint's json files, and says plainly what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from epdctl.errors import LoadError
+
+__all__ = ["read_json", "read_json_if_there"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises LoadError when the file is missing, unreadable or not a json object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoadError(
+            f"{path} is missing", hint="the model path must be a transformers checkpoint directory"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise LoadError(f"{path} is not a json object")
+    return content
+
+
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """Empty when there is no such file."""
+    return read_json(path) if path.exists() else {}
