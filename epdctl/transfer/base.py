@@ -41,7 +41,11 @@ class LandingPool(Protocol):
         ...
 
     def landing(self, lease: int, generation: int) -> Sequence[Extent]:
-        """The extents a writer of this lease may fill. Raises StaleGeneration or LeaseExpired."""
+        """The extents a writer of this lease may fill. Raises StaleGeneration or LeaseExpired.
+
+        Empty once the slot is filled: an item that was sent twice has landed, and a reader may be at work, so late
+        bytes are dropped and count as landed.
+        """
         ...
 
 

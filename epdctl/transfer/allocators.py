@@ -1,0 +1,126 @@
+"""Which bytes of a pool are free: a range allocator for embeddings, and a coat for a page allocator. Pure."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+from epdctl.errors import PoolExhausted, TransferError
+from epdctl.wire.transfer import Extent
+
+__all__ = ["ALIGNMENT", "Allocator", "PageExtents", "Pages", "RangeAllocator"]
+
+ALIGNMENT = 256  # bytes; every dtype's and every device's loads are aligned by it
+
+
+class Allocator(Protocol):
+    """Amounts are in the allocator's own unit: bytes or pages."""
+
+    @property
+    def free(self) -> int: ...
+
+    @property
+    def total(self) -> int: ...
+
+    def take(self, amount: int) -> Sequence[Extent]:
+        """Raises PoolExhausted, changing nothing."""
+        ...
+
+    def give(self, extents: Sequence[Extent]) -> None:
+        """Take back exactly what one ``take`` returned."""
+        ...
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class RangeAllocator:
+    """Contiguous ranges, first fit, neighbours joined when they come back. Unit: bytes."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.total = nbytes // ALIGNMENT * ALIGNMENT
+        self._gaps = [(0, self.total)] if self.total else []  # (start, end), ascending, never touching
+        self._taken: dict[int, int] = {}  # start → end
+
+    @property
+    def free(self) -> int:
+        return sum(end - start for start, end in self._gaps)
+
+    def take(self, amount: int) -> tuple[Extent]:
+        """One extent of ``amount`` bytes, aligned."""
+        need = max(_aligned(amount), ALIGNMENT)
+        for position, (start, end) in enumerate(self._gaps):
+            if end - start >= need:
+                self._gaps[position : position + 1] = [(start + need, end)] if end - start > need else []
+                self._taken[start] = start + need
+                return (Extent(offset=start, nbytes=amount),)
+        raise PoolExhausted(f"no {need} contiguous bytes: {self.free} of {self.total} are free")
+
+    def give(self, extents: Sequence[Extent]) -> None:
+        for extent in extents:
+            end = self._taken.pop(extent.offset, None)
+            if end is None:
+                raise TransferError(f"nothing was taken at offset {extent.offset}")
+            self._join(extent.offset, end)
+
+    def _join(self, start: int, end: int) -> None:
+        position = bisect.bisect(self._gaps, (start, end))
+        if position < len(self._gaps) and self._gaps[position][0] == end:
+            end = self._gaps.pop(position)[1]
+        if position and self._gaps[position - 1][1] == start:
+            position -= 1
+            start = self._gaps.pop(position)[0]
+        self._gaps.insert(position, (start, end))
+
+    def check(self) -> None:
+        """Raises AssertionError unless free and taken ranges tile the whole and no two gaps touch."""
+        ranges = sorted([*self._gaps, *self._taken.items()])
+        assert sum(end - start for start, end in ranges) == self.total, "bytes were lost or made up"
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges)), "ranges overlap"
+        assert all(a[1] < b[0] for a, b in itertools.pairwise(self._gaps)), "two gaps touch"
+
+
+class Pages(Protocol):
+    """What a page allocator offers; the engine has one."""
+
+    @property
+    def free(self) -> int: ...
+
+    @property
+    def total(self) -> int: ...
+
+    def take(self, count: int) -> Sequence[int]:
+        """Page numbers. Raises PoolExhausted."""
+        ...
+
+    def give(self, pages: Sequence[int]) -> None: ...
+
+
+class PageExtents:
+    """A page allocator as a pool sees it: one extent per page, in the order taken. Unit: pages."""
+
+    def __init__(self, pages: Pages, page_bytes: int) -> None:
+        self._pages = pages
+        self._page_bytes = page_bytes
+
+    @property
+    def free(self) -> int:
+        return self._pages.free
+
+    @property
+    def total(self) -> int:
+        return self._pages.total
+
+    def take(self, amount: int) -> list[Extent]:
+        size = self._page_bytes
+        return [Extent(offset=page * size, nbytes=size) for page in self._pages.take(amount)]
+
+    def give(self, extents: Sequence[Extent]) -> None:
+        self._pages.give(self.pages_of(extents))
+
+    def pages_of(self, extents: Sequence[Extent]) -> list[int]:
+        """The page numbers behind a lease's extents, in order."""
+        return [extent.offset // self._page_bytes for extent in extents]
