@@ -1,0 +1,284 @@
+"""The process around a service: it speaks the lifecycle with the supervisor and decides how the process ends.
+
+Knows no stage. Whatever ends it, it ends: by message, by signal, by the loss of the supervisor, or by an error that
+nobody handled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, assert_never
+
+from epdctl.errors import BadMessage, UserError, WireError
+from epdctl.rank.fatal import Departure, fatal, status_of
+from epdctl.rank.service import Service
+from epdctl.rank.tasks import Tasks
+from epdctl.wire.config import RankSpec
+from epdctl.wire.lifecycle import (
+    RANK_TO_SUPERVISOR,
+    SUPERVISOR_TO_RANK,
+    CaptureWritten,
+    Drain,
+    Drained,
+    Exit,
+    Fatal,
+    Heartbeat,
+    Hello,
+    Loading,
+    PeersChanged,
+    RankToSupervisor,
+    Ready,
+    StartCapture,
+    StopCapture,
+    SupervisorToRank,
+)
+from epdctl.wire.message import PROTOCOL
+from epdctl.wire.stream import Stream, connect
+
+__all__ = ["RankProcess", "run"]
+
+log = logging.getLogger(__name__)
+
+ServiceFactory = Callable[[RankSpec], Service]
+CLOSE_SECONDS = 0.6  # within the grace that the guard gives after SIGTERM
+LAST_WORDS_SECONDS = 1.0
+LOADING_SECONDS = 0.2  # between two reports of one phase: a report per tensor would flood the stream
+
+
+async def run(spec: RankSpec) -> Departure:
+    """Live as ``spec.rank`` until told to leave."""
+    try:
+        stream = await connect(spec.supervisor, SUPERVISOR_TO_RANK, RANK_TO_SUPERVISOR)
+    except (OSError, WireError) as error:
+        log.error("no supervisor at %s: %s", spec.supervisor, error)
+        return Departure.ORPHANED
+    return await RankProcess(spec, stream).live()
+
+
+class RankProcess:
+    """One incarnation: a service and the stream to its supervisor. The first reason to leave is the one that counts."""
+
+    def __init__(self, spec: RankSpec, stream: Stream[SupervisorToRank, RankToSupervisor]) -> None:
+        self._spec = spec
+        self._stream = stream
+        self._loop = asyncio.get_running_loop()
+        self._leaving: asyncio.Future[Departure | Fatal] = self._loop.create_future()
+        self._tasks = Tasks()
+        self._service: Service | None = None
+        self._ready = False
+        self._peers: PeersChanged | None = None
+        self._loading = Loads(self._post)
+
+    async def live(self) -> Departure:
+        self._loop.set_exception_handler(self._unhandled)
+        self._loop.add_signal_handler(signal.SIGTERM, self._leave, Departure.ASKED)
+        self._post(self._hello())
+        self._tasks.start(self._beat(), "heartbeat")
+        self._tasks.start(self._listen(), "supervisor")
+        self._tasks.start(self._serve(), "service")
+        reason = await self._leaving
+        status = reason if isinstance(reason, Departure) else await self._last_words(reason)
+        await self._wind_down()
+        return status
+
+    def _leave(self, reason: Departure | Fatal) -> None:
+        if not self._leaving.done():
+            self._leaving.set_result(reason)
+
+    def _hello(self) -> Hello:
+        spec = self._spec
+        return Hello(
+            run=spec.run,
+            rank=spec.rank,
+            incarnation=spec.incarnation,
+            protocol=PROTOCOL,
+            token=spec.token,
+            pid=os.getpid(),
+        )
+
+    def _post(self, message: RankToSupervisor) -> None:
+        if not self._leaving.done() or isinstance(message, Fatal):
+            self._stream.post(message)
+
+    def _unhandled(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """The loop's exception handler: an error that nobody handled ends the rank."""
+        error = context.get("exception")
+        if error is None:
+            log.warning("the event loop: %s", context.get("message"))
+            return
+        log.error("%s\n%s", context.get("message"), "".join(traceback.format_exception(error)).rstrip())
+        self._leave(fatal(error, serving=self._ready))
+
+    async def _last_words(self, last: Fatal) -> Departure:
+        try:
+            await self._stream.send(last, seconds=LAST_WORDS_SECONDS)
+        except WireError as error:
+            log.warning("the supervisor did not hear why: %s", error)
+        return status_of(last)
+
+    async def _wind_down(self) -> None:
+        """Close what can be closed in time; the operating system takes the rest."""
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._tasks.close()
+                if self._service is not None:
+                    await self._service.close()
+                await self._stream.close()
+        except TimeoutError:
+            log.warning("left before everything was closed")
+        except Exception:  # the process ends either way, and says what it saw
+            log.exception("closing failed")
+
+    async def _serve(self) -> None:
+        factory = await _in_thread(lambda: self._find_service(self._spec.config.service))
+        self._service = factory(self._spec)
+        endpoints = await self._service.start(self._report)
+        self._ready = True
+        if self._peers is not None:
+            self._service.peers_changed(self._peers.peers)
+        self._post(Ready(endpoints=endpoints))
+
+    def _find_service(self, name: str) -> ServiceFactory:
+        self._report("imports", 0, 1)
+        module, _, attribute = name.partition(":")
+        try:
+            factory: ServiceFactory = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"the service {name!r} cannot be imported: {error}") from error
+        self._report("imports", 1, 1)
+        return factory
+
+    def _report(self, phase: str, done: int, total: int) -> None:
+        """A service's Progress; from any thread."""
+        self._loop.call_soon_threadsafe(self._loading.report, phase, done, total, self._loop.time())
+
+    async def _beat(self) -> None:
+        while True:
+            await self._stream_out(self._heartbeat())
+            await asyncio.sleep(self._spec.config.heartbeat_seconds)
+
+    def _heartbeat(self) -> Heartbeat:
+        if self._service is None or not self._ready:
+            return Heartbeat()
+        pulse = self._service.pulse()
+        return Heartbeat(
+            inflight=pulse.inflight,
+            completed=pulse.completed,
+            free_pages=pulse.free_pages,
+            total_pages=pulse.total_pages,
+            unhealthy=pulse.unhealthy,
+        )
+
+    async def _stream_out(self, message: RankToSupervisor) -> None:
+        """Waits until it is out, so that a supervisor that does not read does not make this process grow."""
+        try:
+            await self._stream.send(message)
+        except WireError as error:  # that it closed is seen by the reader
+            log.warning("the supervisor did not take a message: %s", error)
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                message = await self._stream.receive()
+            except BadMessage as error:
+                log.warning("dropped a message of the supervisor: %s", error)
+                continue
+            except WireError as error:
+                log.error("lost the supervisor: %s", error)
+                message = None
+            if message is None:
+                self._leave(Departure.ORPHANED)
+                return
+            self._handle(message)
+
+    def _handle(self, message: SupervisorToRank) -> None:
+        match message:
+            case PeersChanged():
+                self._take_peers(message)
+            case Drain(budget_s=budget):
+                self._tasks.start(self._drain(budget), "drain")
+            case StartCapture():
+                self._start_capture(message)
+            case StopCapture():
+                if self._service is not None and self._ready:
+                    self._service.stop_capture()
+            case Exit():
+                self._leave(Departure.ASKED)
+            case _:
+                assert_never(message)
+
+    def _take_peers(self, peers: PeersChanged) -> None:
+        if self._peers is not None and peers.version <= self._peers.version:
+            return
+        self._peers = peers
+        if self._service is not None and self._ready:
+            self._service.peers_changed(peers.peers)
+
+    async def _drain(self, budget: float) -> None:
+        try:
+            async with asyncio.timeout(budget):
+                if self._service is not None and self._ready:
+                    await self._service.drain()
+        except TimeoutError:
+            log.warning("still busy after a drain of %.1f s", budget)
+            return
+        self._post(Drained())
+
+    def _start_capture(self, order: StartCapture) -> None:
+        def tell(error: str | None) -> None:
+            path = order.path if error is None else None
+            self._post(CaptureWritten(capture=order.capture, path=path, error=error))
+
+        def written(error: str | None) -> None:
+            self._loop.call_soon_threadsafe(tell, error)
+
+        if self._service is None or not self._ready:
+            tell(f"{self._spec.rank} is still loading")
+        else:
+            self._service.start_capture(order.path, order.steps, written)
+
+
+class Loads:
+    """Thins out reports of loading: every phase, its end, and in between a few a second."""
+
+    def __init__(self, post: Callable[[Loading], None]) -> None:
+        self._post = post
+        self._phase = ""
+        self._at = 0.0
+
+    def report(self, phase: str, done: int, total: int, now: float) -> None:
+        if phase == self._phase and done < total and now - self._at < LOADING_SECONDS:
+            return
+        self._phase, self._at = phase, now
+        self._post(Loading(phase=phase, done=done, total=total))
+
+
+async def _in_thread(work: Callable[[], ServiceFactory]) -> ServiceFactory:
+    """Like asyncio.to_thread, on a thread that cannot keep the process from leaving."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[ServiceFactory] = loop.create_future()
+
+    def settle(result: ServiceFactory | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        elif result is not None:
+            future.set_result(result)
+
+    def target() -> None:
+        try:
+            outcome: tuple[ServiceFactory | None, BaseException | None] = (work(), None)
+        except BaseException as error:  # an import may raise anything; it is raised again where it is awaited
+            outcome = (None, error)
+        loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=target, name="imports", daemon=True).start()
+    return await future
