@@ -1,0 +1,114 @@
+"""One rank as a value: everything the supervisor decides about it from, and what must always hold."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+from epdctl.errors import EpdError
+from epdctl.ids import Incarnation, RankName
+from epdctl.supervisor.events import Event, Exited
+from epdctl.topology.plan import Deadlines, RestartPolicy
+from epdctl.wire.control import RankState
+
+__all__ = [
+    "ALIVE",
+    "ROUTABLE",
+    "SETTLED",
+    "IllegalTransition",
+    "LastWords",
+    "Rank",
+    "Rules",
+    "check",
+    "ending",
+    "initial",
+    "recalling",
+]
+
+ALIVE = frozenset({RankState.STARTING, RankState.READY, RankState.UNHEALTHY, RankState.DRAINING, RankState.STOPPING})
+ROUTABLE = frozenset({RankState.READY})
+SETTLED = frozenset({RankState.STOPPED, RankState.FAILED})
+_WANTED = frozenset({RankState.WAITING, RankState.STARTING, RankState.READY, RankState.UNHEALTHY, RankState.BACKOFF})
+
+
+@dataclass(frozen=True, slots=True)
+class LastWords:
+    text: str
+    restartable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What one step is decided by, besides rank and event."""
+
+    restart: RestartPolicy
+    deadlines: Deadlines
+    jitter: float = 0.0  # drawn by the caller from [-1, 1]
+    gang: bool = False
+    waits_for: str = ""  # what a person reads while the rank waits: "encoder/0"
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Everything the supervisor decides about one rank from."""
+
+    name: RankName
+    state: RankState
+    reason: str
+    wanted: bool = False
+    faulted: bool = False  # this stop came from a fault, so it spends the budget
+    killed: bool = False  # SIGKILL was sent to the present incarnation
+    fatal: LastWords | None = None
+    cause: str = ""  # why the incarnation before this one ended
+    incarnation: Incarnation = Incarnation(0)  # noqa: RUF009
+    restarts: int = 0
+    faults: tuple[float, ...] = ()  # when the restarts within the window were decided
+    history: tuple[tuple[RankState, str], ...] = ()
+
+
+class IllegalTransition(EpdError):
+    """An event that cannot happen in this state: a mistake in whoever sent it. Nothing was changed."""
+
+    def __init__(self, rank: Rank, event: Event) -> None:
+        past = " → ".join(f"{state} ({reason})" for state, reason in rank.history)
+        super().__init__(f"{rank.name} is {rank.state}, where {event} cannot happen; it was: {past or 'never started'}")
+        self.rank = rank
+        self.event = event
+
+
+def initial(name: RankName) -> Rank:
+    return Rank(name=name, state=RankState.STOPPED, reason="never started")
+
+
+def check(rank: Rank) -> None:
+    """Raises AssertionError when the rank is one that cannot be."""
+    assert rank.state not in _WANTED or rank.wanted, f"{rank.name} is {rank.state} though nobody wants it"
+    assert rank.state is not RankState.STOPPED or not rank.wanted, f"{rank.name} is stopped though it is wanted"
+    assert not rank.faulted or rank.state is RankState.STOPPING, f"{rank.name} is {rank.state} with a fault still open"
+    assert rank.state not in ALIVE or rank.incarnation > 0, f"{rank.name} is {rank.state} without a process"
+    assert rank.restarts <= max(0, rank.incarnation), f"{rank.name}: more restarts than processes"
+    assert rank.reason, f"{rank.name} is {rank.state} without a reason"
+
+
+def _how(code: int, unasked: bool = True) -> str:
+    if code < 0:
+        return f"killed by {_signal_name(-code)}"
+    return f"exited with status {code}" + (" while it was needed" if code == 0 and unasked else "")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {number}"
+
+
+def ending(rank: Rank, event: Exited) -> str:
+    """Why the process ended, for a person: how it went, then its last words."""
+    how = event.reason_text or (f"its guard was {_how(event.code, False)}" if event.by == "guard" else _how(event.code))
+    return f"{how}: {rank.fatal.text}" if rank.fatal else how
+
+
+def recalling(rank: Rank, text: str) -> str:
+    """``text``, and why the incarnation before this one ended."""
+    return f"{text}; last restart: {rank.cause}" if rank.cause else text
