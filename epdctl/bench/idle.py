@@ -1,0 +1,45 @@
+"""A service without a model, for measuring the supervisor: ready at once, idle, with a grandchild that is hard to kill."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from epdctl.rank.service import Progress, Pulse
+from epdctl.wire.config import RankSpec
+from epdctl.wire.lifecycle import Endpoints, Peer
+
+__all__ = ["Idle"]
+
+_LONG = "100000"  # seconds; nobody waits for it
+
+
+class Idle:
+    """Implements Service. Its grandchild leaves the session, as daemons of real libraries do."""
+
+    def __init__(self, spec: RankSpec) -> None:
+        self._grandchild: asyncio.subprocess.Process | None = None
+
+    async def start(self, progress: Progress) -> Endpoints:
+        self._grandchild = await asyncio.create_subprocess_exec("sleep", _LONG, start_new_session=True)
+        return Endpoints()
+
+    def peers_changed(self, peers: Sequence[Peer]) -> None:
+        """Nobody to talk to."""
+
+    def pulse(self) -> Pulse:
+        return Pulse()
+
+    async def drain(self) -> None:
+        """Nothing is ever in flight."""
+
+    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
+        written("this rank has no model")
+
+    def stop_capture(self) -> None:
+        """Nothing is being recorded."""
+
+    async def close(self) -> None:
+        if self._grandchild is not None:
+            self._grandchild.kill()
+            await self._grandchild.wait()

@@ -1,0 +1,26 @@
+"""``epdctl events``: the daemon's own record of what happened, oldest first."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from epdctl.cli import options
+
+
+def events(
+    ctx: typer.Context,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they happen; Ctrl-C ends.")] = False,
+    tail: Annotated[int | None, typer.Option("--tail", "-n", metavar="N", min=0, help="Only the last N.")] = None,
+    json: options.Json = False,
+    cluster: options.Cluster = None,
+) -> None:
+    """Starts, deaths, restarts, changes of state, commands: one line each."""
+    from epdctl.cli import console, tables
+
+    for event in options.client(ctx, cluster).events(follow=follow, tail=tail):
+        if json:
+            console.show_json(event)
+        else:
+            console.data(tables.event_line(event))

@@ -1,0 +1,107 @@
+"""Facts of this machine for ``doctor``. Imports nothing heavy: what must be imported is, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from epdctl.cli import checks
+from epdctl.cli.checks import Check
+from epdctl.cli.machine import MOONCAKE_PACKAGES, cuda_driver, gpu_names, installed
+from epdctl.control.cluster import list_clusters
+from epdctl.control.paths import runtime_base
+from epdctl.launch.procs import probe
+
+__all__ = ["examine"]
+
+_IMPORT_SECONDS = 60.0
+_EXTRA_PACKAGES = {
+    "mooncake-cpu": "mooncake-transfer-engine-non-cuda",
+    "mooncake-cuda12": "mooncake-transfer-engine",
+    "mooncake-cuda13": "mooncake-transfer-engine-cuda13",
+}
+DEFAULT_PORT = 8000
+
+
+def examine(environ: Mapping[str, str]) -> Iterator[Check]:
+    """Every check, one after the other, as its facts come in."""
+    yield checks.check_python(sys.version_info[:2])
+    yield checks.check_package("torch", installed("torch"), (2, 11))
+    yield checks.check_package("transformers", installed("transformers"), (5, 17))
+    yield _mooncake()
+    yield checks.check_gpus(*gpu_names())
+    yield from _kernel()
+    yield checks.check_shared_memory(_free("/dev/shm"))
+    yield checks.check_memlock(_limit(resource.RLIMIT_MEMLOCK), Path("/dev/infiniband").is_dir())
+    yield checks.check_open_files(_limit(resource.RLIMIT_NOFILE) or 1 << 30)
+    yield _runtime_dir(runtime_base(environ))
+    yield _port(environ)
+
+
+def _mooncake() -> Check:
+    packages = [package for package in MOONCAKE_PACKAGES if installed(package)]
+    extra = checks.fitting_extra(installed("torch"), cuda_driver())
+    broken = _import_error("mooncake.engine") if packages else None
+    return checks.check_mooncake(checks.Mooncake(packages, broken), extra, _EXTRA_PACKAGES[extra])
+
+
+def _import_error(module: str) -> str | None:
+    """The last line of what the import says; None when it works. In a process of its own: it may crash."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=_IMPORT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"the import hung for {_IMPORT_SECONDS:.0f} s"
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"the import ended with status {done.returncode}"])[-1]
+
+
+def _kernel() -> Iterator[Check]:
+    found = probe()
+    yield checks.check_kernel("pidfd", found.pidfd, "deaths are noticed a little later")
+    yield checks.check_kernel("subreaper", found.subreaper, "what a killed rank started is found by the sweep only")
+
+
+def _free(path: str) -> int | None:
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return None
+
+
+def _limit(kind: int) -> int | None:
+    soft, _hard = resource.getrlimit(kind)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _runtime_dir(path: Path) -> Check:
+    try:
+        found = path.lstat()
+    except OSError:
+        return checks.check_runtime_dir(str(path), None, mine=True)
+    return checks.check_runtime_dir(str(path), stat.S_IMODE(found.st_mode), mine=found.st_uid == os.getuid())
+
+
+def _port(environ: Mapping[str, str]) -> Check:
+    ours = any((cluster.record.gateway or "").endswith(f":{DEFAULT_PORT}") for cluster in list_clusters(environ))
+    return checks.check_port(DEFAULT_PORT, not ours and _taken(DEFAULT_PORT))
+
+
+def _taken(port: int) -> bool:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False

@@ -1,0 +1,28 @@
+"""``epdctl logs``: what the ranks wrote, of this run or, when nothing runs, of the last."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from epdctl.cli import options
+
+
+def logs(
+    ctx: typer.Context,
+    ranks: options.Ranks = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they write; Ctrl-C ends.")] = False,
+    tail: Annotated[int, typer.Option("--tail", "-n", metavar="N", min=0, help="Only the last N of each rank.")] = 100,
+    previous: Annotated[bool, typer.Option("--previous", help="Of the process before the present one.")] = False,
+    cluster: options.Cluster = None,
+) -> None:
+    """The log lines of ranks, each with its rank's name in front."""
+    from epdctl.cli.loglines import LogPrinter, log_lines
+    from epdctl.wire.control import FollowLogs
+
+    wanted = FollowLogs(ranks=ranks or [], tail=tail, follow=follow, previous=previous)
+    printer = LogPrinter(sys.stdout)
+    for line in log_lines(options.chosen_cluster(ctx, cluster), wanted):
+        printer.print(line)

@@ -1,0 +1,124 @@
+"""The command ``epdctl``: every verb, and the one place where an error becomes a message and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from epdctl.cli import (
+    bench,
+    doctor,
+    down,
+    events,
+    health,
+    init,
+    logs,
+    plan,
+    profile,
+    restart,
+    schema,
+    status,
+    up,
+    version,
+)
+from epdctl.cli.console import hush, say, show_error
+from epdctl.cli.options import LOOK, MEASURE, RUN, WRITE, Globals, complete_clusters
+from epdctl.errors import EpdError
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = 130
+
+
+class Verbs(TyperGroup):
+    """Runs the verb; whatever it raises leaves as a message on stderr and an exit status, never as a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:  # Typer has its own copy of click: its Context has no public name
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except EpdError as error:
+            show_error(error)
+            raise typer.Exit(error.exit_status) from error
+        except BrokenPipeError as error:
+            hush(sys.stdout)
+            raise typer.Exit(0) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(INTERRUPTED) from error
+        else:
+            return result
+
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="NAME",
+            envvar="EPDCTL_CLUSTER",
+            autocompletion=complete_clusters,
+            help="Which cluster, when several run; may also follow the verb.",
+        ),
+    ] = None,
+) -> None:
+    """Multimodal language models as supervised encode, prefill and decode processes, from one YAML file.
+
+    Data goes to stdout, everything else to stderr.
+
+    Exit status: 0 fine, 1 unhealthy or failed, 2 usage or topology, 3 not running, 4 unreachable, 5 time-out, 70 our
+    own fault.
+    """
+    ctx.obj = Globals(cluster=cluster)
+
+
+for name, verb, panel in (
+    ("up", up.up, RUN),
+    ("down", down.down, RUN),
+    ("restart", restart.restart, RUN),
+    ("status", status.status, LOOK),
+    ("health", health.health, LOOK),
+    ("logs", logs.logs, LOOK),
+    ("events", events.events, LOOK),
+    ("init", init.init, WRITE),
+    ("plan", plan.plan, WRITE),
+    ("schema", schema.schema, WRITE),
+    ("doctor", doctor.doctor, MEASURE),
+    ("version", version.version, MEASURE),
+):
+    app.command(name, rich_help_panel=panel)(verb)
+app.add_typer(profile.app, name="profile", rich_help_panel=MEASURE)
+app.add_typer(bench.app, name="bench", rich_help_panel=MEASURE)
+
+
+def main() -> None:
+    try:
+        app(prog_name="epdctl")
+    except Exception as error:
+        if os.environ.get("EPDCTL_DEBUG"):
+            raise
+        say(f"error: something is wrong in epdctl itself: {type(error).__name__}: {error}")
+        say(f"hint: the traceback is in {_kept_traceback()}; EPDCTL_DEBUG=1 prints it")
+        sys.exit(EpdError.exit_status)
+
+
+def _kept_traceback() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="epdctl-", suffix=".traceback", delete=False) as file:
+        traceback.print_exc(file=file)
+    return file.name

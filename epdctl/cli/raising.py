@@ -1,0 +1,115 @@
+"""What ``up`` and ``down`` do, from the plan to the proof that nothing is left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from epdctl.cli.attach import Interrupted, News, Session, longest_start
+from epdctl.cli.console import data, say
+from epdctl.cli.inbox import Inbox
+from epdctl.cli.leftovers import Footprint, await_nothing
+from epdctl.cli.sweeping import clear, dead_runs
+from epdctl.cli.tables import event_line
+from epdctl.control.cluster import ClusterRef, find_cluster, start_daemon
+from epdctl.errors import EpdError, NotRunning, RankError
+from epdctl.topology.plan import Plan
+
+__all__ = ["detached", "foreground", "take_down"]
+
+
+def detached(plan: Plan, wait_timeout: float | None) -> None:
+    """Return when every rank is ready; whatever goes wrong before, leave nothing behind and raise."""
+    inbox: Inbox[News] = Inbox()
+    with inbox.catching_signals():
+        session = Session(start_daemon(plan).cluster, inbox)
+        try:
+            session.await_ready(_seconds(plan, wait_timeout))
+        except (EpdError, Interrupted) as error:
+            _stop(session)
+            raise _explained(error, session.cluster) from error
+    _announce(session.cluster)
+
+
+def foreground(plan: Plan, wait_timeout: float | None) -> None:
+    """Stay until somebody asks for the end, then drain and stop."""
+    inbox: Inbox[News] = Inbox()
+    with inbox.catching_signals(), _lifeline() as lifeline:
+        daemon = start_daemon(plan, lifeline=lifeline)
+        session = Session(daemon.cluster, inbox)
+        try:
+            ready = session.await_ready(_seconds(plan, wait_timeout))
+            _announce(session.cluster)
+            session.serve(ready)
+        except (EpdError, Interrupted) as error:
+            _stop(session)
+            raise _explained(error, session.cluster) from error
+        _stop(session)
+
+
+def take_down(name: str | None, *, drain_s: float | None, force: bool) -> None:
+    """Idempotent. Raises RankError, saying what, when something is left."""
+    try:
+        cluster = find_cluster(name, os.environ)
+    except NotRunning as error:
+        _clear_dead(name or os.environ.get("EPDCTL_CLUSTER"))
+        say(f"{error.message}: nothing to take down")
+        return
+    footprint = Footprint.of(cluster)
+    for event in cluster.client.down(drain_s=drain_s, force=force):
+        say(event_line(event))
+    _prove(cluster, footprint)
+
+
+@contextmanager
+def _lifeline() -> Generator[int]:
+    """The read end of a pipe whose only writer is this process: when it is gone, however it went, the daemon stops."""
+    read, write = os.pipe()
+    try:
+        yield read
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def _seconds(plan: Plan, wait_timeout: float | None) -> float:
+    return longest_start(plan) if wait_timeout is None else wait_timeout
+
+
+def _announce(cluster: ClusterRef) -> None:
+    say(f"{cluster.name}: every rank is ready")
+    if cluster.record.gateway:
+        data(cluster.record.gateway)
+
+
+def _stop(session: Session) -> None:
+    footprint = Footprint.of(session.cluster)
+    session.stop()
+    _prove(session.cluster, footprint)
+
+
+def _clear_dead(name: str | None) -> None:
+    """A daemon that was killed cannot clean up: do it in its place."""
+    for dead in dead_runs(os.environ, name):
+        say(f"removing what a dead run left: {dead}")
+        left = clear(dead)
+        if left:
+            raise RankError("\n".join(left))
+
+
+def _prove(cluster: ClusterRef, footprint: Footprint) -> None:
+    _clear_dead(cluster.name)
+    left = await_nothing(footprint)
+    if left:
+        text = "\n".join(f"{cluster.name} is down, but this is left: {thing}" for thing in left)
+        raise RankError(text, hint="`epdctl doctor --sweep` removes what is left of dead runs")
+    say(f"{cluster.name}: down, nothing is left")
+
+
+def _explained(error: EpdError | Interrupted, cluster: ClusterRef) -> BaseException:
+    if isinstance(error, Interrupted):
+        return KeyboardInterrupt()
+    if error.hint is None:
+        error.hint = f"it was taken down again; `epdctl logs --cluster {cluster.name}` still has what the ranks wrote"
+    return error

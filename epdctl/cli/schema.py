@@ -1,0 +1,13 @@
+"""``epdctl schema``: the JSON Schema of a topology, for editors."""
+
+from __future__ import annotations
+
+
+def schema() -> None:
+    """The JSON Schema of a topology file; editors complete and check with it."""
+    import json
+
+    from epdctl.cli import console
+    from epdctl.topology.schema import json_schema
+
+    console.data(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,153 @@
+"""Reply structs as tables and lines. Pure: nothing here prints, asks or waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from epdctl.cli.console import plain
+from epdctl.wire.control import CaptureReply, Event, HealthReply, RankState, RankStatus, StatusReply
+
+__all__ = [
+    "capture_table",
+    "changes",
+    "duration",
+    "event_line",
+    "health_lines",
+    "remarks",
+    "size",
+    "status_table",
+    "status_title",
+    "status_view",
+]
+
+STATE_STYLES = {
+    RankState.READY: "green",
+    RankState.WAITING: "cyan",
+    RankState.STARTING: "cyan",
+    RankState.UNHEALTHY: "yellow",
+    RankState.BACKOFF: "yellow",
+    RankState.DRAINING: "yellow",
+    RankState.STOPPING: "yellow",
+    RankState.STOPPED: "dim",
+    RankState.FAILED: "bold red",
+}
+_SPANS = ((86_400, "d"), (3_600, "h"), (60, "m"), (1, "s"))
+_TAIL_LINES = 10
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: ``4s``, ``3m20s``, ``2d5h``."""
+    left = int(seconds)
+    parts = []
+    for span, unit in _SPANS:
+        if left >= span:
+            parts.append(f"{left // span}{unit}")
+            left %= span
+    return "".join(parts[:2]) or "0s"
+
+
+def size(count: int | None) -> str:
+    """Bytes in at most five characters: ``512B``, ``95M``, ``1.5G``."""
+    if count is None:
+        return "-"
+    value = float(count)
+    for unit in "BKMGT":
+        if value < 1000 or unit == "T":
+            break
+        value /= 1024
+    return f"{value:.1f}{unit}" if value < 10 and unit in "GT" else f"{value:.0f}{unit}"
+
+
+def status_title(reply: StatusReply) -> str:
+    ready = sum(status.state is RankState.READY for status in reply.ranks)
+    return f"{reply.cluster}: {ready} of {len(reply.ranks)} ranks ready, gateway {reply.gateway or '(none)'}"
+
+
+def status_table(reply: StatusReply) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    table.add_column("RANK", no_wrap=True)
+    table.add_column("STATE", no_wrap=True)
+    table.add_column("REASON", no_wrap=True, overflow="ellipsis", ratio=1)
+    for header in ("SINCE", "PID", "GPU", "RSS", "INFLIGHT", "RESTARTS"):
+        table.add_column(header, no_wrap=True, justify="right")
+    for status in reply.ranks:
+        table.add_row(
+            str(status.rank),
+            Text(status.state, style=STATE_STYLES[status.state]),
+            _one_line(status.reason),
+            duration(status.since),
+            _or_dash(status.pid),
+            ",".join(str(gpu.index) for gpu in status.gpus) or "-",
+            size(status.rss_bytes),
+            _or_dash(status.inflight),
+            str(status.restarts),
+        )
+    return table
+
+
+def status_view(reply: StatusReply) -> Group:
+    """Title, table and remarks as one thing, for a place that is redrawn."""
+    return Group(status_title(reply), status_table(reply), *remarks(reply))
+
+
+def remarks(reply: StatusReply) -> list[str]:
+    """In full, what a table has no room for: why each rank that is not ready is not, and its last words."""
+    lines = []
+    for status in reply.ranks:
+        if status.state is RankState.READY:
+            continue
+        lines.append(f"{status.rank} {status.state}: {plain(status.reason)}")
+        lines += tail_lines(status)
+    return lines
+
+
+def tail_lines(status: RankStatus, limit: int = _TAIL_LINES) -> list[str]:
+    return [f"  | {plain(line)}" for line in status.log_tail[-limit:]]
+
+
+def health_lines(reply: HealthReply) -> list[str]:
+    """The verdict, then one line a problem."""
+    deep = "" if reply.deep_seconds is None else f" (a real request took {reply.deep_seconds:.2f} s)"
+    lines = [reply.verdict + deep]
+    lines += [f"  {problem.rank or 'cluster'}: {plain(problem.text)}" for problem in reply.problems]
+    return lines
+
+
+def capture_table(reply: CaptureReply) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    for header in ("RANK", "RESULT"):
+        table.add_column(header, no_wrap=header == "RANK", overflow="fold")
+    for result in reply.results:
+        failed = result.error is not None
+        text = f"failed: {plain(result.error or '')}" if failed else result.path or "started"
+        table.add_row(str(result.rank), Text(text, style="red" if failed else ""))
+    return table
+
+
+def event_line(event: Event) -> str:
+    """``12:00:01.250 encoder/0#2 ready: …``; an event of the cluster itself names no rank."""
+    clock = datetime.fromtimestamp(event.wall).strftime("%H:%M:%S.%f")[:-3]
+    who = f"{event.rank}#{event.incarnation or 0}" if event.rank else "cluster"
+    what = event.state or event.kind
+    return f"{clock} {who} {what}" + (f": {_one_line(event.text)}" if event.text else "")
+
+
+def changes(before: StatusReply | None, after: StatusReply) -> Iterator[str]:
+    """One line for each rank whose state or reason is not what it was."""
+    known = {status.rank: (status.state, status.reason) for status in before.ranks} if before else {}
+    for status in after.ranks:
+        if known.get(status.rank) != (status.state, status.reason):
+            yield f"{status.rank} {status.state}: {_one_line(status.reason)}"
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(plain(text).split())
