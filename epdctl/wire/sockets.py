@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import zmq
@@ -108,6 +109,16 @@ class _Socket:
         self._socket.close(linger=0)
 
 
+@contextlib.contextmanager
+def _owner_only() -> Iterator[None]:
+    """What is created inside is 0600."""
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def _payload(frames: Sequence[zmq.Frame]) -> list[memoryview]:
     return [frame.buffer for frame in frames]
 
@@ -115,7 +126,8 @@ def _payload(frames: Sequence[zmq.Frame]) -> list[memoryview]:
 class Inbox(_Socket, Generic[In]):
     """Bound at ``endpoint``; ``handler(sender, message, frames)`` runs for each message that the codec accepts.
 
-    ``frames`` are views of ZMQ's own memory, valid as long as they are referenced.
+    ``frames`` are views of ZMQ's own memory, valid as long as they are referenced. A unix socket is made 0600.
+    Raises OSError when the endpoint cannot be bound.
     """
 
     def __init__(
@@ -126,7 +138,12 @@ class Inbox(_Socket, Generic[In]):
         self._incoming = incoming
         self._handler = handler
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.bind(endpoint)
+        try:
+            with _owner_only():
+                self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise OSError(error.errno, f"cannot listen at {endpoint}: {error}") from error
         self._start()
 
     def _handle(self, frames: list[zmq.Frame]) -> None:
@@ -150,7 +167,10 @@ class Inbox(_Socket, Generic[In]):
 
 
 class Link(_Socket, Generic[In, Out]):
-    """Connected to one incarnation's inbox; answers come to ``handler(message, frames)``."""
+    """Connected to one incarnation's inbox; answers come to ``handler(message, frames)``.
+
+    Raises PeerGone when no socket can ever be at ``endpoint``: addresses come from peers.
+    """
 
     def __init__(
         self,
@@ -166,7 +186,11 @@ class Link(_Socket, Generic[In, Out]):
         self._handler = handler
         self._outbox: deque[list[Buffer]] = deque()
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        self._socket.connect(endpoint)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise PeerGone(f"cannot connect to {endpoint!r}: {error}") from error
         self._start()
 
     def _advance(self, events: int) -> bool:

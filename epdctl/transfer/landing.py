@@ -1,0 +1,164 @@
+"""What both ends of a transport with messages agree on: how pieces are cut, and how they are checked and landed."""
+
+from __future__ import annotations
+
+import hmac
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+
+from epdctl.errors import LeaseExpired, RegistrationFailed, StaleGeneration, TransferError
+from epdctl.ids import Incarnation, RankName
+from epdctl.transfer.base import LandingPool, Piece
+from epdctl.wire.sockets import Buffer
+from epdctl.wire.transfer import Extent, Landed, PieceHeader, PoolAddress, ReceiverToWriter, Rejected, Write
+
+__all__ = ["MAX_PAYLOAD_BYTES", "Landings", "Owner", "Parcel", "cut", "payload", "refused"]
+
+MAX_PAYLOAD_BYTES = 16 << 20  # of one message: what the receiving loop copies in one turn (about 3 ms)
+MAX_PIECES = 256  # of one message
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose memory it is, and the cluster's secret that its writers present."""
+
+    rank: RankName
+    incarnation: Incarnation
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """The pieces of one message."""
+
+    pieces: Sequence[Piece]
+
+    @property
+    def headers(self) -> list[PieceHeader]:
+        return [PieceHeader(extent=p.extent, offset=p.offset, nbytes=p.data.numel()) for p in self.pieces]
+
+
+def _slices(piece: Piece) -> Iterator[Piece]:
+    for start in range(0, piece.data.numel(), MAX_PAYLOAD_BYTES):
+        yield Piece(piece.data[start : start + MAX_PAYLOAD_BYTES], piece.extent, piece.offset + start)
+
+
+def cut(pieces: Sequence[Piece]) -> Iterator[Parcel]:
+    """Parcels of at most MAX_PAYLOAD_BYTES and MAX_PIECES, in order."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in itertools.chain.from_iterable(map(_slices, pieces)):
+        if batch and (size + piece.data.numel() > MAX_PAYLOAD_BYTES or len(batch) == MAX_PIECES):
+            yield Parcel(batch)
+            batch, size = [], 0
+        batch.append(piece)
+        size += piece.data.numel()
+    if batch:
+        yield Parcel(batch)
+
+
+def payload(data: torch.Tensor) -> memoryview:
+    """The bytes of 1-D uint8 ``data``: a view on the CPU, a copy through pinned memory from a GPU (this waits)."""
+    if data.is_cuda:
+        staged = torch.empty(data.numel(), dtype=torch.uint8, pin_memory=True)
+        data = staged.copy_(data)
+    return data.numpy().data
+
+
+class _Refusal(TransferError):
+    """``kind``: what the writer is told."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+ERRORS: Mapping[str, type[TransferError]] = {"stale": StaleGeneration, "expired": LeaseExpired}
+
+
+def refused(answer: Rejected) -> TransferError:
+    """The writer's error for what the receiver said."""
+    return ERRORS.get(answer.kind, TransferError)(f"the receiver refused the bytes: {answer.text}")
+
+
+class Landings:
+    """The receiving half: the pools of one rank, and the one way into them."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        self._pools: dict[str, LandingPool] = {}
+        self._copiers: dict[str, Callable[[int, Buffer], None]] = {}
+
+    def register(self, pool: LandingPool, backend: str, endpoint: str) -> PoolAddress:
+        """Raises RegistrationFailed when a pool of this name is there."""
+        if pool.name in self._pools:
+            raise RegistrationFailed(f"a pool called {pool.name} is registered already")
+        self._pools[pool.name] = pool
+        self._copiers[pool.name] = _copier(pool.memory)
+        rank, incarnation = self.owner.rank, self.owner.incarnation
+        return PoolAddress(owner=rank, incarnation=incarnation, pool=pool.name, backend=backend, endpoint=endpoint)
+
+    def land(self, write: Write, frames: Sequence[Buffer]) -> ReceiverToWriter:
+        """Copy the frames to where the lease allows, all of them or none, and say so."""
+        try:
+            self._check_frames(write, frames)
+            self._copy(write, frames)
+        except _Refusal as error:
+            return Rejected(write=write.write, kind=error.kind, text=error.message)
+        except StaleGeneration as error:
+            return Rejected(write=write.write, kind="stale", text=error.message)
+        except LeaseExpired as error:
+            return Rejected(write=write.write, kind="expired", text=error.message)
+        return Landed(write=write.write)
+
+    def _check_frames(self, write: Write, frames: Sequence[Buffer]) -> None:
+        if not hmac.compare_digest(write.token.encode(), self.owner.token.encode()):
+            raise _Refusal("token", "the writer belongs to another cluster")
+        if len(frames) != len(write.pieces):
+            raise _Refusal("frames", f"{len(frames)} frames for {len(write.pieces)} pieces")
+        for header, frame in zip(write.pieces, frames, strict=True):
+            if len(frame) != header.nbytes or header.nbytes > MAX_PAYLOAD_BYTES:
+                raise _Refusal("frames", f"a frame of {len(frame)} bytes for a piece of {header.nbytes}")
+
+    def _copy(self, write: Write, frames: Sequence[Buffer]) -> None:
+        pool = self._pools.get(write.pool)
+        if pool is None:
+            raise StaleGeneration(f"no pool is called {write.pool!r}")
+        extents = pool.landing(write.lease, write.generation)
+        if not extents:
+            return
+        places = [_place(header, extents) for header in write.pieces]
+        for place, frame in zip(places, frames, strict=True):
+            self._copiers[write.pool](place, frame)
+
+
+def _place(header: PieceHeader, extents: Sequence[Extent]) -> int:
+    """Where in the pool this piece begins."""
+    if not 0 <= header.extent < len(extents):
+        raise _Refusal("bounds", f"extent {header.extent} of {len(extents)}")
+    extent = extents[header.extent]
+    if header.offset < 0 or header.offset + header.nbytes > extent.nbytes:
+        end = header.offset + header.nbytes
+        raise _Refusal("bounds", f"bytes {header.offset} to {end} of an extent of {extent.nbytes}")
+    return extent.offset + header.offset
+
+
+def _copier(memory: torch.Tensor) -> Callable[[int, Buffer], None]:
+    """Copies a frame into ``memory`` at an offset; into a GPU's through one pinned buffer."""
+    target = None if memory.is_cuda else memory.numpy()
+    staged = torch.empty(MAX_PAYLOAD_BYTES, dtype=torch.uint8, pin_memory=True) if memory.is_cuda else None
+
+    def to_cpu(place: int, frame: Buffer) -> None:
+        assert target is not None
+        target[place : place + len(frame)] = numpy.frombuffer(frame, dtype=numpy.uint8)
+
+    def to_gpu(place: int, frame: Buffer) -> None:
+        assert staged is not None
+        staged.numpy()[: len(frame)] = numpy.frombuffer(frame, dtype=numpy.uint8)
+        memory[place : place + len(frame)].copy_(staged[: len(frame)])
+
+    return to_cpu if staged is None else to_gpu

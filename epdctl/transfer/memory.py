@@ -1,0 +1,108 @@
+"""The transport within one process: the same checks and errors as over a network, and no network. A shipped fake.
+
+Both ends share an Exchange. Faults are put in by its ``passing`` hook, not left to chance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+
+from epdctl.errors import DeadlineExceeded, PeerGone, RegistrationFailed
+from epdctl.transfer.base import LandingPool, Piece
+from epdctl.transfer.landing import Landings, Owner, cut, payload, refused
+from epdctl.wire.sockets import Buffer
+from epdctl.wire.transfer import PoolAddress, ReceiverToWriter, Rejected, RemoteLease, Write
+
+__all__ = ["Exchange", "MemoryTransport", "Passing"]
+
+Passing = Callable[[str, Write, list[Buffer]], Awaitable[list[Buffer]]]
+
+
+async def _unharmed(_: str, __: Write, frames: list[Buffer]) -> list[Buffer]:
+    return frames
+
+
+class Exchange:
+    """Who listens where. ``passing(endpoint, write, frames)`` sees every message on its way and returns its frames."""
+
+    def __init__(self) -> None:
+        self.passing: Passing = _unharmed
+        self._listening: dict[str, Landings] = {}
+
+    def listen(self, endpoint: str, landings: Landings) -> None:
+        """Raises RegistrationFailed when somebody listens there."""
+        if endpoint in self._listening:
+            raise RegistrationFailed(f"{endpoint} is taken")
+        self._listening[endpoint] = landings
+
+    def leave(self, endpoint: str) -> None:
+        self._listening.pop(endpoint, None)
+
+    async def deliver(self, endpoint: str, write: Write, frames: list[Buffer]) -> ReceiverToWriter:
+        """Raises PeerGone when nobody listens."""
+        frames = await self.passing(endpoint, write, frames)
+        landings = self._listening.get(endpoint)
+        if landings is None:
+            raise PeerGone(f"nobody listens at {endpoint}")
+        return landings.land(write, frames)
+
+
+class MemoryTransport:
+    """A Transport whose peers live in this process."""
+
+    def __init__(self, endpoint: str, owner: Owner, exchange: Exchange) -> None:
+        self._endpoint = endpoint
+        self._landings = Landings(owner)
+        self._exchange = exchange
+        self._numbers = itertools.count(1)
+        self._writing: dict[str, set[asyncio.Task[None]]] = {}
+        exchange.listen(endpoint, self._landings)
+
+    @property
+    def endpoint(self) -> str:
+        return self._endpoint
+
+    def register(self, pool: LandingPool) -> PoolAddress:
+        return self._landings.register(pool, "memory", self._endpoint)
+
+    async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
+        task = asyncio.get_running_loop().create_task(self._write(lease, pieces))
+        writing = self._writing.setdefault(lease.pool.endpoint, set())
+        writing.add(task)
+        try:
+            async with asyncio.timeout(seconds):
+                await asyncio.wait([task])
+            if task.cancelled():
+                raise PeerGone(f"{lease.pool.endpoint} was withdrawn")
+            task.result()
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{lease.pool.owner} did not take the bytes within {seconds:.1f} s") from error
+        finally:
+            task.cancel()
+            writing.discard(task)
+
+    async def _write(self, lease: RemoteLease, pieces: Sequence[Piece]) -> None:
+        for parcel in cut(pieces):
+            write = Write(
+                write=next(self._numbers),
+                pool=lease.pool.pool,
+                lease=lease.lease,
+                generation=lease.generation,
+                pieces=parcel.headers,
+                token=self._landings.owner.token,
+            )
+            frames: list[Buffer] = [payload(piece.data) for piece in parcel.pieces]
+            answer = await self._exchange.deliver(lease.pool.endpoint, write, frames)
+            if isinstance(answer, Rejected):
+                raise refused(answer)
+
+    def withdraw(self, endpoint: str) -> None:
+        for task in self._writing.pop(endpoint, ()):
+            task.cancel()
+
+    async def close(self) -> None:
+        for endpoint in list(self._writing):
+            self.withdraw(endpoint)
+        self._exchange.leave(self._endpoint)

@@ -1,0 +1,152 @@
+"""Bytes over ZMQ: zero-copy frames from the writer's memory, one copy into the slot, an answer per message."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Sequence
+
+from epdctl.errors import DeadlineExceeded, PeerGone
+from epdctl.transfer.base import LandingPool, Piece
+from epdctl.transfer.landing import Landings, Owner, Parcel, cut, payload, refused
+from epdctl.wire.sockets import Buffer, Inbox, Link, Sender
+from epdctl.wire.transfer import (
+    RECEIVER_TO_WRITER,
+    WRITER_TO_RECEIVER,
+    PoolAddress,
+    ReceiverToWriter,
+    Rejected,
+    RemoteLease,
+    Write,
+    WriterToReceiver,
+)
+
+__all__ = ["ZmqTransport"]
+
+log = logging.getLogger(__name__)
+
+WINDOW = 4  # unanswered messages to one peer: what it may have to keep in memory for us is 4 x 16 MiB
+
+
+class ZmqTransport:
+    """A Transport. Landing runs on the event loop, so a slot never changes while the loop's own code looks at it."""
+
+    def __init__(self, endpoint: str, owner: Owner) -> None:
+        self._landings = Landings(owner)
+        self._inbox: Inbox[WriterToReceiver] = Inbox(endpoint, WRITER_TO_RECEIVER, self._arrived)
+        self._peers: dict[str, _Peer] = {}
+
+    @property
+    def endpoint(self) -> str:
+        return self._inbox.endpoint
+
+    def register(self, pool: LandingPool) -> PoolAddress:
+        return self._landings.register(pool, "zmq", self.endpoint)
+
+    def _arrived(self, sender: Sender, write: Write, frames: list[memoryview]) -> None:
+        answer = self._landings.land(write, frames)
+        if isinstance(answer, Rejected):
+            log.warning("refused bytes for %s: %s", write.pool, answer.text)
+        try:
+            self._inbox.reply(sender, answer, RECEIVER_TO_WRITER)
+        except PeerGone as error:
+            log.info("a writer left before its answer: %s", error)
+
+    async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
+        endpoint = lease.pool.endpoint
+        peer = self._peers.get(endpoint)
+        if peer is None:
+            peer = self._peers[endpoint] = _Peer(endpoint, self._landings.owner.token)
+        try:
+            async with asyncio.timeout(seconds):
+                await peer.write(lease, pieces)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{lease.pool.owner} did not take the bytes within {seconds:.1f} s") from error
+
+    def withdraw(self, endpoint: str) -> None:
+        if (peer := self._peers.pop(endpoint, None)) is not None:
+            peer.close(PeerGone(f"{endpoint} was withdrawn"))
+
+    async def close(self) -> None:
+        for endpoint in list(self._peers):
+            self.withdraw(endpoint)
+        self._inbox.close()
+
+
+class _Peer:
+    """The writing half towards one endpoint."""
+
+    def __init__(self, endpoint: str, token: str) -> None:
+        self._token = token
+        self._numbers = itertools.count(1)
+        self._unanswered: dict[int, asyncio.Future[None]] = {}
+        self._window = asyncio.Semaphore(WINDOW)
+        self._link: Link[ReceiverToWriter, WriterToReceiver] = Link(
+            endpoint, RECEIVER_TO_WRITER, WRITER_TO_RECEIVER, self._answered
+        )
+
+    async def write(self, lease: RemoteLease, pieces: Sequence[Piece]) -> None:
+        sent: list[asyncio.Future[None]] = []
+        try:
+            for parcel in cut(pieces):
+                frames = await _frames(parcel)
+                await self._window.acquire()
+                sent.append(self._send(lease, parcel, frames))
+                for answered in [future for future in sent if future.done()]:
+                    answered.result()
+            await asyncio.gather(*sent)
+        finally:
+            for future in sent:
+                future.cancel()
+
+    def _send(self, lease: RemoteLease, parcel: Parcel, frames: list[memoryview]) -> asyncio.Future[None]:
+        number = next(self._numbers)
+        future = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda done: self._settled(number, done))
+        self._unanswered[number] = future
+        write = Write(
+            write=number,
+            pool=lease.pool.pool,
+            lease=lease.lease,
+            generation=lease.generation,
+            pieces=parcel.headers,
+            token=self._token,
+        )
+        try:
+            self._link.send(write, frames)
+        except PeerGone as error:
+            future.set_exception(error)
+        return future
+
+    def _settled(self, number: int, done: asyncio.Future[None]) -> None:
+        self._unanswered.pop(number, None)
+        self._window.release()
+        if not done.cancelled():
+            done.exception()  # seen: a write that failed on its first parcel does not look at the others
+
+    def _answered(self, answer: ReceiverToWriter, _: Sequence[Buffer]) -> None:
+        future = self._unanswered.get(answer.write)
+        if future is None or future.done():  # its writer gave up
+            return
+        if isinstance(answer, Rejected):
+            future.set_exception(refused(answer))
+        else:
+            future.set_result(None)
+
+    def close(self, error: PeerGone) -> None:
+        self._link.close()
+        for future in list(self._unanswered.values()):
+            if not future.done():
+                future.set_exception(error)
+
+
+async def _frames(parcel: Parcel) -> list[memoryview]:
+    """On a GPU this waits for the kernels that make the data; not on the loop."""
+
+    def views() -> list[memoryview]:
+        return [payload(piece.data) for piece in parcel.pieces]
+
+    if any(piece.data.is_cuda for piece in parcel.pieces):
+        return await asyncio.to_thread(views)
+    return views()
