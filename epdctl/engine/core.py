@@ -1,4 +1,4 @@
-"""The engine: continuous batching of sequences over one KV pool. Synchronous, one thread; it owns no page, no socket."""
+"""The engine: continuous batching of sequences over one KV pool. Synchronous, one thread; owns no page, no socket."""
 
 from __future__ import annotations
 

@@ -36,4 +36,4 @@ def load_language(model: ModelConfig, device: torch.device) -> LanguageModel:
 def _torch_half(model: ModelConfig) -> _TorchHalf:
     if model.family not in SERVED:
         raise LoadError(f"no model family {model.family!r}", hint=f"families: {', '.join(sorted(SERVED))}")
-    return cast(_TorchHalf, importlib.import_module(f"epdctl.engine.families.{model.family}"))
+    return cast("_TorchHalf", importlib.import_module(f"epdctl.engine.families.{model.family}"))

@@ -55,7 +55,8 @@ class Sequence:
 
     def positions(self, start: int, end: int) -> torch.Tensor:
         """[3, end - start] int64."""
-        behind = torch.arange(max(start, self.prompt_tokens), end, dtype=torch.int64) + self.rope_delta
+        first = max(start, self.prompt_tokens)
+        behind = torch.arange(first, max(first, end), dtype=torch.int64) + self.rope_delta
         return torch.cat([self._positions[:, start:end], behind.expand(3, -1)], dim=1)
 
     def enter(self, state: SequenceState) -> None:

@@ -18,7 +18,7 @@ __all__ = ["PictureRule", "Qwen25VL"]
 MAX_ASPECT = 200  # beyond it the processor refuses
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PictureRule:
     """How the image processor chooses the size it scales a picture to. The defaults are the processor's own."""
 

@@ -15,23 +15,31 @@ from safetensors import SafetensorError
 from epdctl.errors import LoadError
 from epdctl.wire.config import ModelConfig
 
-__all__ = ["load_half", "load_refusals", "torch_dtype"]
+__all__ = ["as_the_librarys_own", "load_half", "load_refusals", "torch_dtype"]
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 8  # parameter names in one message
 
 
+def as_the_librarys_own(half: type[Any]) -> type[Any]:
+    """Gives a half the module and name of the class it is half of. transformers finds the renaming of a checkpoint's
+    keys by both; under another name it loads random weights, and a log line is all one sees of it.
+    """
+    whole = half.__mro__[1]
+    half.__module__, half.__name__, half.__qualname__ = whole.__module__, whole.__name__, whole.__qualname__
+    return half
+
+
 def load_half(half: type[Any], model: ModelConfig, *, attention: str, other: Sequence[str]) -> Any:
-    """``half``: the family's class with its other half taken out, under the library's own module name: the renaming of
-    older checkpoints' keys hangs on that name. ``other``: what the other half's parameter names begin with; they may
-    be in the checkpoint. Built on the meta device, so that the other half is never read. Raises LoadError.
+    """``half``: the family's class with its other half taken out, dressed as_the_librarys_own. ``other``: what the
+    other half's parameter names begin with, in old checkpoints and new. It is built on the meta device, so that the
+    other half is never read. Raises LoadError.
     """
     directory = Path(model.path)
     if not (directory / "config.json").is_file():
         raise LoadError(f"{directory} has no config.json", hint="path must be a transformers checkpoint directory")
-    transformers.utils.logging.disable_progress_bar()
-    with load_refusals(directory):
+    with load_refusals(directory), _quiet():
         module, info = half.from_pretrained(
             directory,
             dtype=torch_dtype(model),
@@ -62,6 +70,18 @@ def load_refusals(directory: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().partition("\n")[0]
         raise LoadError(f"{directory} cannot be loaded: {type(error).__name__}: {first}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a table of the other half's parameters: what matters of it comes back as loading info, and is judged."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
 
 
 def _refuse_gaps(directory: Path, info: dict[str, Any]) -> None:

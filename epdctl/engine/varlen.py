@@ -1,0 +1,54 @@
+"""Attention of a tower over packed pictures: one kernel call for all windows, where torch has one."""
+
+from __future__ import annotations
+
+import torch
+
+from epdctl.errors import LoadError
+
+__all__ = ["VARLEN", "tower_attention", "varlen_attention"]
+
+VARLEN = "epdctl_flash_varlen"  # with "flash" in it: that word makes transformers' towers pass the borders
+
+
+def tower_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name for transformers of what the plan chose: ``auto``, ``sdpa`` or ``varlen``. Raises LoadError."""
+    possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    match choice:
+        case "sdpa":
+            return "sdpa"
+        case "auto":
+            return _register() if possible else "sdpa"
+        case "varlen" if possible:
+            return _register()
+        case "varlen":
+            raise LoadError(f"varlen attention needs a GPU and 16-bit numbers, not {device} and {dtype}")
+        case _:
+            raise LoadError(f"no attention {choice!r}", hint="attention: auto, sdpa or varlen")
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: [1, heads, patches, head_dim] in, [1, patches, heads, head_dim] out."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    borders, longest, scale = kwargs["cu_seq_lens_q"], kwargs["max_length_q"], kwargs["scaling"]
+    assert isinstance(borders, torch.Tensor)
+    assert isinstance(scale, float)
+    query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    output = varlen_attn(query, key, value, borders, borders, int(longest), int(longest), scale=scale)  # type: ignore[call-overload]
+    assert isinstance(output, torch.Tensor)
+    return output.unsqueeze(0), None
+
+
+def _register() -> str:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(VARLEN, varlen_attention)
+    return VARLEN
