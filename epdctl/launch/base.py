@@ -33,6 +33,7 @@ class Exit:
 
     code: int
     by: str = "rank"
+    error: str | None = None  # why the command could not be executed at all; then nothing of it ever ran
 
 
 class Handle(Protocol):
