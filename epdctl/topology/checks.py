@@ -1,0 +1,208 @@
+"""What has to hold between the fields of a topology. Each check is one function of the file; CHECKS is the list.
+
+Nothing here looks at the machine: that is placement.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from epdctl.topology.document import Trail
+from epdctl.topology.schema import LanguageStage, StageSection, TopologyFile
+
+__all__ = ["CHECKS", "Finding", "check"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A mistake before its trail has become a place."""
+
+    trail: Trail
+    problem: str
+    remedy: str
+
+
+Check = Callable[[TopologyFile], Iterator[Finding]]
+
+
+def check(file: TopologyFile) -> list[Finding]:
+    return [finding for one in CHECKS for finding in one(file)]
+
+
+def something_is_served(file: TopologyFile) -> Iterator[Finding]:
+    if not any(file.stages.present()):
+        yield Finding(("stages",), "no stage is there", "add encoder, prefill and decode, or encoder and language")
+
+
+def prefill_and_decode_come_together(file: TopologyFile) -> Iterator[Finding]:
+    stages = file.stages
+    if stages.decode and not stages.prefill:
+        yield Finding(("stages", "decode"), "decode without prefill: nobody computes prompts", "add prefill: {}")
+    if stages.prefill and not stages.decode and not stages.language:
+        yield Finding(("stages", "prefill"), "prefill without decode: nobody takes its KV cache over", "add decode: {}")
+
+
+def language_stands_alone(file: TopologyFile) -> Iterator[Finding]:
+    stages = file.stages
+    if stages.language and (stages.prefill or stages.decode):
+        problem = "language beside prefill or decode: language is both, in one process"
+        yield Finding(("stages", "language"), problem, "keep language, or prefill and decode")
+
+
+def encoder_has_a_reader(file: TopologyFile) -> Iterator[Finding]:
+    stages = file.stages
+    if stages.encoder and not (stages.prefill or stages.decode or stages.language or stages.mono):
+        problem = "encoder alone: nobody reads its embeddings"
+        yield Finding(("stages", "encoder"), problem, "add prefill and decode, or language")
+
+
+def mono_is_not_served(file: TopologyFile) -> Iterator[Finding]:
+    if file.stages.mono:
+        remedy = "use encoder and language, both with share, to put them on one GPU"
+        yield Finding(("stages", "mono"), "mono is not served yet", remedy)
+
+
+def tensor_parallel_is_not_served(file: TopologyFile) -> Iterator[Finding]:
+    for name, stage in _stages(file):
+        if stage.tp > 1:
+            problem = f"tensor parallelism is not served yet, found tp: {stage.tp}"
+            yield Finding(("stages", name, "tp"), problem, "write tp: 1; replicas or dp add ranks")
+
+
+def gpu_list_matches_ranks(file: TopologyFile) -> Iterator[Finding]:
+    for name, stage in _stages(file):
+        if not isinstance(stage.gpus, tuple) or len(stage.gpus) == stage.ranks:
+            continue
+        trail = ("stages", name, "gpus")
+        listed, wanted = len(stage.gpus), stage.ranks
+        if listed > 1:
+            problem = f"{_counted(listed, 'GPU')} for {_counted(wanted, 'rank')} (replicas × dp)"
+            yield Finding(trail, problem, f"list {_counted(wanted, 'GPU')}, or one that all share")
+        elif stage.share is None:
+            problem = f"one GPU for {_counted(wanted, 'rank')}, which do not share"
+            yield Finding(trail, problem, f"list {wanted} GPUs, or add share: {_even(wanted)}")
+        elif stage.share * wanted > 1 + 1e-9:
+            problem = f"{wanted} ranks with share {stage.share:g} need {stage.share * wanted:g} of one GPU"
+            yield Finding(("stages", name, "share"), problem, f"write share: {_even(wanted)} or less")
+
+
+def gpu_is_listed_once(file: TopologyFile) -> Iterator[Finding]:
+    for name, stage in _stages(file):
+        if isinstance(stage.gpus, tuple) and stage.share is None:
+            for gpu, times in Counter(stage.gpus).items():
+                if times > 1:
+                    problem = f"GPU {gpu} is listed {times} times without share"
+                    yield Finding(("stages", name, "gpus"), problem, "list each once, or add share")
+
+
+def share_needs_a_gpu(file: TopologyFile) -> Iterator[Finding]:
+    for name, stage in _stages(file):
+        if stage.share is not None and stage.gpus == "none":
+            yield Finding(("stages", name, "share"), "share of a GPU, but gpus is none", "remove share, or name a GPU")
+
+
+def page_sizes_agree(file: TopologyFile) -> Iterator[Finding]:
+    prefill, decode = file.stages.prefill, file.stages.decode
+    if prefill and decode and prefill.page_size != decode.page_size:
+        problem = f"pages of {decode.page_size} tokens, but prefill writes pages of {prefill.page_size}"
+        yield Finding(("stages", "decode", "page_size"), problem, "give both the same page_size")
+
+
+def pool_holds_a_page(file: TopologyFile) -> Iterator[Finding]:
+    for name, stage in _stages(file):
+        if isinstance(stage, LanguageStage) and stage.kv_tokens < stage.page_size:
+            problem = f"a pool of {stage.kv_tokens} tokens is less than one page of {stage.page_size}"
+            yield Finding(("stages", name, "kv_tokens"), problem, "raise kv_tokens")
+
+
+def pool_holds_a_request(file: TopologyFile) -> Iterator[Finding]:
+    """Only where max_context was written: the default gives way to the pool, with a note in the plan."""
+    if "max_context" not in file.limits.model_fields_set:
+        return
+    for name, stage in _stages(file):
+        if isinstance(stage, LanguageStage) and stage.kv_tokens < file.limits.max_context:
+            problem = (
+                f"a pool of {stage.kv_tokens} tokens never holds a request of max_context {file.limits.max_context}"
+            )
+            remedy = f"write kv_tokens: {file.limits.max_context} or more, or lower limits.max_context"
+            yield Finding(("stages", name, "kv_tokens"), problem, remedy)
+
+
+def gateway_stays_local(file: TopologyFile) -> Iterator[Finding]:
+    host = file.gateway.host
+    if host == "localhost":
+        return
+    remedy = (
+        "write 127.0.0.1; reach it from elsewhere through an SSH tunnel or a reverse proxy with its own access rules"
+    )
+    try:
+        address = ipaddress.IPv4Address(host)
+    except ValueError:
+        yield Finding(("gateway", "host"), f"{host!r} is not an IPv4 address of this machine's loopback", remedy)
+        return
+    if address.is_unspecified:
+        yield Finding(("gateway", "host"), f"{host} would listen on every address, for everybody", remedy)
+    elif not address.is_loopback:
+        yield Finding(
+            ("gateway", "host"), f"{host} is reachable from other machines, and the API asks no token", remedy
+        )
+
+
+def deadlines_are_in_order(file: TopologyFile) -> Iterator[Finding]:
+    deadlines = file.deadlines
+    if deadlines.unhealthy <= deadlines.heartbeat:
+        problem = f"unhealthy after {deadlines.unhealthy:g} s, but a heartbeat comes every {deadlines.heartbeat:g} s"
+        yield Finding(("deadlines", "unhealthy"), problem, "allow several heartbeats")
+    if deadlines.dead <= deadlines.unhealthy:
+        problem = f"dead after {deadlines.dead:g} s, which is not later than unhealthy ({deadlines.unhealthy:g} s)"
+        yield Finding(("deadlines", "dead"), problem, "write dead above unhealthy")
+
+
+def restart_delays_are_in_order(file: TopologyFile) -> Iterator[Finding]:
+    restart = file.restart
+    if restart.maximum < restart.initial:
+        problem = f"the longest delay, {restart.maximum:g} s, is shorter than the first, {restart.initial:g} s"
+        yield Finding(("restart", "maximum"), problem, "write maximum at or above initial")
+
+
+def revision_needs_a_hub_id(file: TopologyFile) -> Iterator[Finding]:
+    if file.model.revision is not None and file.model.path.startswith(("/", ".", "~")):
+        problem = f"revision {file.model.revision!r} of a local directory"
+        yield Finding(("model", "revision"), problem, "remove it, or give a hub id as model.path")
+
+
+CHECKS: tuple[Check, ...] = (
+    something_is_served,
+    prefill_and_decode_come_together,
+    language_stands_alone,
+    encoder_has_a_reader,
+    mono_is_not_served,
+    tensor_parallel_is_not_served,
+    gpu_list_matches_ranks,
+    gpu_is_listed_once,
+    share_needs_a_gpu,
+    page_sizes_agree,
+    pool_holds_a_page,
+    pool_holds_a_request,
+    gateway_stays_local,
+    deadlines_are_in_order,
+    restart_delays_are_in_order,
+    revision_needs_a_hub_id,
+)
+
+
+def _stages(file: TopologyFile) -> Iterator[tuple[str, StageSection]]:
+    for stage, section in file.stages.present():
+        yield stage.value, section
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _even(ranks: int) -> str:
+    """The largest share, in two digits, that ``ranks`` ranks can have."""
+    return f"{int(100 / ranks) / 100:g}" if ranks <= 100 else f"{1 / ranks:.4g}"

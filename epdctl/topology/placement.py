@@ -1,0 +1,217 @@
+"""A topology on a machine: which ranks there are, where each runs, with how many threads. Pure and deterministic.
+
+What a rank's command and environment are is the adapter's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from epdctl.errors import Mistake, PlacementError
+from epdctl.ids import LocalGpu, RankName, Stage
+from epdctl.topology.checkpoint import Checkpoint
+from epdctl.topology.hardware import Gpu, Hardware
+from epdctl.topology.plan import Deadlines, Plan, PlannedRank, RestartMode, RestartPolicy
+from epdctl.topology.schema import EncoderStage, LanguageStage, LimitsSection, StageSection, Topology
+from epdctl.topology.seating import Complaint, Seating, seat, wishes_of
+from epdctl.wire.config import (
+    EncoderConfig,
+    EngineConfig,
+    GatewayConfig,
+    Limits,
+    ModelConfig,
+    RankConfig,
+    TransferConfig,
+)
+
+__all__ = ["place"]
+
+_MAX_GPU_THREADS = 4  # beside a GPU the CPU only launches kernels
+_MAX_PREPROCESS_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """What is the same for every rank, with nothing left at "auto"."""
+
+    model: ModelConfig
+    limits: Limits
+    transfer: TransferConfig
+    gateway: GatewayConfig
+    heartbeat: float
+    spare: int  # threads for each model rank, if all get the same
+
+
+def place(
+    topology: Topology, checkpoint: Checkpoint, hardware: Hardware, ports_in_use: Mapping[int, str] | None = None
+) -> Plan:
+    """``ports_in_use``: port of the gateway's address → who has it. Raises PlacementError with all that fails."""
+    on_cpu = {stage for stage, section in topology.file.stages.present() if _runs_on_cpu(section, hardware)}
+    wishes = [
+        wish
+        for stage, section in topology.file.stages.present()
+        if stage not in on_cpu
+        for wish in wishes_of(stage, section)
+    ]
+    seating = seat(wishes, hardware.gpus)
+    complaints = [*seating.complaints, *_port_complaints(topology, ports_in_use or {})]
+    if complaints:
+        raise _refusal(topology, complaints)
+    settled = _settle(topology, checkpoint, hardware, seating)
+    ranks = _ranks(topology, settled, seating)
+    return Plan(
+        cluster=topology.cluster,
+        source=topology.source,
+        adapter=topology.file.adapter,
+        ranks=ranks,
+        restart=_restart(topology),
+        deadlines=Deadlines(**topology.file.deadlines.model_dump()),
+        notes=(*hardware.notes, *_notes(topology, settled, hardware, on_cpu), *_thread_notes(ranks, hardware)),
+    )
+
+
+def _runs_on_cpu(section: StageSection, hardware: Hardware) -> bool:
+    """Said with ``gpus: none``; assumed where nothing was said and there is no GPU."""
+    return section.gpus == "none" or (section.gpus is None and section.share is None and not hardware.gpus)
+
+
+def _port_complaints(topology: Topology, ports_in_use: Mapping[int, str]) -> list[Complaint]:
+    gateway = topology.file.gateway
+    if gateway.port not in ports_in_use:
+        return []
+    problem = f"port {gateway.port} of {gateway.host} is in use by {ports_in_use[gateway.port]}"
+    return [Complaint(("gateway", "port"), problem, "stop that, or write another port")]
+
+
+def _refusal(topology: Topology, complaints: list[Complaint]) -> PlacementError:
+    mistakes: list[Mistake] = [topology.document.mistake(one.trail, one.problem, one.remedy) for one in complaints]
+    return PlacementError("\n".join(map(str, mistakes)))
+
+
+def _settle(topology: Topology, checkpoint: Checkpoint, hardware: Hardware, seating: Seating) -> _Settled:
+    file = topology.file
+    ranks = sum(section.ranks for _, section in file.stages.present())
+    return _Settled(
+        model=_model(topology, checkpoint, all_on_gpu=len(seating.seats) == ranks),
+        limits=_limits(file.limits, [s for _, s in file.stages.present() if isinstance(s, LanguageStage)]),
+        transfer=TransferConfig(backend="zmq", embedding_bytes=file.transfer.embedding_pool),
+        gateway=GatewayConfig(host=file.gateway.host, port=file.gateway.port),
+        heartbeat=file.deadlines.heartbeat,
+        spare=max(1, hardware.cores // ranks),
+    )
+
+
+def _model(topology: Topology, checkpoint: Checkpoint, *, all_on_gpu: bool) -> ModelConfig:
+    model = topology.file.model
+    natural = (checkpoint.dtype or "bfloat16") if all_on_gpu else "float32"
+    return ModelConfig(
+        path=str(checkpoint.directory),
+        name=model.name or checkpoint.name,
+        family=checkpoint.family,
+        dtype=natural if model.dtype == "auto" else model.dtype,
+        attention=model.attention,
+        image_processor="pil" if model.image_processor == "auto" else model.image_processor,
+        revision=model.revision,
+    )
+
+
+def _limits(section: LimitsSection, language: list[LanguageStage]) -> Limits:
+    """No request may be longer than the smallest KV pool: it would wait for pages that never come free."""
+    limits = section.model_dump()
+    limits["max_context"] = min([section.max_context, *(stage.kv_tokens for stage in language)])
+    return Limits(**limits)
+
+
+def _ranks(topology: Topology, settled: _Settled, seating: Seating) -> tuple[PlannedRank, ...]:
+    stages = list(topology.file.stages.present())
+    front = [Stage.GATEWAY]
+    if topology.file.stages.encoder:
+        front.append(Stage.ENCODER_ROUTER)
+    ranks = [PlannedRank(_config(RankName.of(stage, 0), settled)) for stage in front]
+    for stage, section in stages:
+        for index in range(section.ranks):
+            name = RankName.of(stage, index)
+            ranks.append(_model_rank(name, section, settled, seating.seats.get(name)))
+    return tuple(ranks)
+
+
+def _config(name: RankName, settled: _Settled) -> RankConfig:
+    return RankConfig(
+        rank=name,
+        stage=name.stage,
+        service="",
+        model=settled.model,
+        limits=settled.limits,
+        transfer=settled.transfer,
+        gateway=settled.gateway,
+        heartbeat_seconds=settled.heartbeat,
+    )
+
+
+def _model_rank(name: RankName, section: StageSection, settled: _Settled, gpu: Gpu | None) -> PlannedRank:
+    default = settled.spare if gpu is None else min(settled.spare, _MAX_GPU_THREADS)
+    config = msgspec.structs.replace(
+        _config(name, settled),
+        threads=section.threads or default,
+        devices=[] if gpu is None else [LocalGpu(0)],
+        share=section.share or 1.0,
+        engine=_engine(section),
+        encoder=_encoder(section, settled.spare),
+    )
+    return PlannedRank(config, gpus=() if gpu is None else (gpu.physical,))
+
+
+def _engine(section: StageSection) -> EngineConfig:
+    if not isinstance(section, LanguageStage):
+        return EngineConfig()
+    return EngineConfig(
+        page_size=section.page_size,
+        kv_tokens=section.kv_tokens,
+        chunk_tokens=section.chunk_tokens,
+        max_batch=section.max_batch,
+    )
+
+
+def _encoder(section: StageSection, spare: int) -> EncoderConfig:
+    if not isinstance(section, EncoderStage):
+        return EncoderConfig()
+    threads = section.preprocess_threads or min(spare, _MAX_PREPROCESS_THREADS)
+    return EncoderConfig(batch_patches=section.batch_patches, preprocess_threads=threads)
+
+
+def _restart(topology: Topology) -> RestartPolicy:
+    values = topology.file.restart.model_dump()
+    return RestartPolicy(**values | {"mode": RestartMode(values["mode"])})
+
+
+def _notes(topology: Topology, settled: _Settled, hardware: Hardware, on_cpu: set[Stage]) -> list[str]:
+    """Every choice made on the user's behalf."""
+    file = topology.file
+    unsaid = [(stage, section) for stage, section in file.stages.present() if section.gpus is None]
+    chosen = [
+        ("model: dtype", file.model.dtype, settled.model.dtype),
+        ("model: image_processor", file.model.image_processor, settled.model.image_processor),
+        ("transfer: backend", file.transfer.backend, settled.transfer.backend),
+    ]
+    notes = [f"{what}: auto → {choice}" for what, said, choice in chosen if said == "auto"]
+    for where, stages in (
+        ("none (this machine shows no GPU)", [stage for stage, _ in unsaid if stage in on_cpu]),
+        (f"auto ({len(hardware.gpus)} visible)", [stage for stage, _ in unsaid if stage not in on_cpu]),
+    ):
+        if stages:
+            notes.append(f"{', '.join(stages)}: gpus → {where}")
+    if settled.limits.max_context != file.limits.max_context:
+        kept = settled.limits.max_context
+        notes.append(f"limits: max_context: {file.limits.max_context} → {kept}, what the smallest KV pool holds")
+    return notes
+
+
+def _thread_notes(ranks: tuple[PlannedRank, ...], hardware: Hardware) -> list[str]:
+    """More compute threads than cores make every step many times slower, so it is said."""
+    busy = sum(rank.config.threads for rank in ranks if rank.config.stage not in (Stage.GATEWAY, Stage.ENCODER_ROUTER))
+    if busy <= hardware.cores or all(rank.config.threads == 1 for rank in ranks):
+        return []
+    return [f"threads: {busy} compute threads on {hardware.cores} cores; steps will wait for each other"]
