@@ -1,0 +1,220 @@
+"""The encoder router: takes items from gateways, gives each to an encoder rank, passes on how it ended.
+
+Owns no process and no GPU, imports neither torch nor transformers. A picture's bytes go on as they came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+import msgspec
+
+from epdctl.encoder.dispatch import Action, Cancel, Dispatcher, Ended, ItemKey, ItemState, RankKey, Send
+from epdctl.errors import PeerGone
+from epdctl.ids import Stage
+from epdctl.rank.peers import Links
+from epdctl.rank.service import Progress, Pulse
+from epdctl.wire.config import RankSpec
+from epdctl.wire.encode import (
+    CLIENT_TO_ROUTER,
+    ROUTER_TO_CLIENT,
+    ROUTER_TO_WORKER,
+    WORKER_TO_ROUTER,
+    CancelEncode,
+    CancelItem,
+    ClientToRouter,
+    Encode,
+    Encoded,
+    EncodeFailed,
+    EncodeItem,
+    FailureKind,
+    ItemEncoded,
+    ItemFailed,
+    ItemSized,
+    RouterToClient,
+    RouterToWorker,
+    WorkerToRouter,
+)
+from epdctl.wire.lifecycle import Endpoints, Peer
+from epdctl.wire.sockets import Inbox, Sender
+
+__all__ = ["RouterService"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """An item's message and its picture, kept until the item ends: it may have to go to another rank."""
+
+    message: Encode
+    media: memoryview
+
+
+class RouterService:
+    """A Service. Decisions are the Dispatcher's; here they become messages."""
+
+    def __init__(self, spec: RankSpec) -> None:
+        limits = spec.config.limits
+        self._spec = spec
+        self._clock = asyncio.get_running_loop().time
+        self._dispatcher = Dispatcher(cap=limits.inflight, queue=limits.queue)
+        self._jobs: dict[ItemKey, _Job] = {}
+        self._media_bytes = 0
+        self._completed = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._inbox: Inbox[ClientToRouter] | None = None
+        self._encoders: Links[WorkerToRouter, RouterToWorker] = Links(
+            WORKER_TO_ROUTER, ROUTER_TO_WORKER, self._answered, stages=frozenset({Stage.ENCODER})
+        )
+
+    async def start(self, progress: Progress) -> Endpoints:
+        self._inbox = Inbox(self._spec.endpoint("inbox"), CLIENT_TO_ROUTER, self._arrived)
+        progress("sockets", 1, 1)
+        return Endpoints(inbox=self._inbox.endpoint)
+
+    def peers_changed(self, peers: Sequence[Peer]) -> None:
+        changes = self._encoders.peers_changed(peers)
+        joined, left = map(_key, changes.joined), map(_key, changes.left)
+        self._apply(self._dispatcher.changed(tuple(joined), tuple(left), self._clock()))
+
+    def _arrived(self, client: Sender, message: ClientToRouter, frames: list[memoryview]) -> None:
+        match message:
+            case Encode():
+                self._submit(client, message, frames)
+            case CancelEncode(request=request, attempt=attempt):
+                self._apply(self._dispatcher.cancel(client, request, attempt, self._clock()))
+            case _:
+                assert_never(message)
+
+    def _submit(self, client: Sender, message: Encode, frames: list[memoryview]) -> None:
+        key = ItemKey(client, message.request, message.attempt, message.item.index)
+        if (refusal := self._refusal(frames)) is not None:
+            self._tell(client, _failure(key, *refusal))
+        elif key not in self._jobs:
+            self._jobs[key] = _Job(message, frames[0])
+            self._media_bytes += len(frames[0])
+            self._idle.clear()
+            now = self._clock()
+            self._apply(self._dispatcher.submit(key, now + message.budget_s, now))
+
+    def _refusal(self, frames: list[memoryview]) -> tuple[FailureKind, str] | None:
+        if self._draining:
+            return FailureKind.RANK_LOST, "the encoder router is being stopped"
+        if len(frames) != 1:
+            return FailureKind.INTERNAL, f"an item came with {len(frames)} pictures"
+        limit = self._spec.config.limits.media_bytes
+        if self._media_bytes + len(frames[0]) > limit:
+            return FailureKind.FULL, f"the pictures under way are {self._media_bytes} bytes; the limit is {limit}"
+        return None
+
+    def _answered(self, peer: Peer, message: WorkerToRouter, _: list[memoryview]) -> None:
+        now = self._clock()
+        match message:
+            case ItemSized():
+                log.debug("%s: item %d has %d bytes", peer.rank, message.dispatch, message.spec.nbytes)
+            case ItemEncoded():
+                self._apply(self._dispatcher.encoded(message.dispatch, _key(peer), now))
+            case ItemFailed(kind=kind, text=text):
+                self._apply(self._dispatcher.failed(message.dispatch, _key(peer), (kind, text), now))
+            case _:
+                assert_never(message)
+
+    def _apply(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send():
+                    self._send(action)
+                case Cancel(to=to, dispatch=dispatch):
+                    self._say(to, CancelItem(dispatch=dispatch))
+                case Ended():
+                    self._end(action)
+                case _:
+                    assert_never(action)
+        self._arm()
+
+    def _send(self, action: Send) -> None:
+        job = self._jobs[action.item]
+        message = msgspec.structs.replace(job.message, budget_s=action.seconds)
+        self._say(action.to, EncodeItem(dispatch=action.dispatch, job=message), job.media)
+
+    def _say(self, to: RankKey, message: RouterToWorker, *frames: memoryview) -> None:
+        """A rank that cannot be reached is one that will be withdrawn; its items move then, or run out of time."""
+        peer = self._encoders.table.find(to.rank, to.incarnation)
+        if peer is None:
+            return
+        try:
+            self._encoders.send(peer, message, frames)
+        except PeerGone as error:
+            log.warning("%s was not reached: %s", to.rank, error)
+
+    def _end(self, end: Ended) -> None:
+        key = end.item
+        self._media_bytes -= len(self._jobs.pop(key).media)
+        self._completed += 1
+        if not self._jobs:
+            self._idle.set()
+        if end.state is ItemState.ENCODED and end.by is not None:
+            told = self._tell(key.client, _success(key, end.by))
+            (self._dispatcher.delivered if told else self._dispatcher.undeliverable)(key)
+        elif end.kind is not None:
+            self._tell(key.client, _failure(key, end.kind, end.text))
+
+    def _tell(self, client: Sender, message: RouterToClient) -> bool:
+        if self._inbox is None:
+            return False
+        try:
+            self._inbox.reply(client, message, ROUTER_TO_CLIENT)
+        except PeerGone as error:
+            log.info("a client left before its answer: %s", error)
+            return False
+        return True
+
+    def _arm(self) -> None:
+        """Wake up at the next deadline."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        at = self._dispatcher.next_deadline()
+        self._alarm = None if at is None else asyncio.get_running_loop().call_at(at, self._ring)
+
+    def _ring(self) -> None:
+        self._apply(self._dispatcher.tick(self._clock()))
+
+    def pulse(self) -> Pulse:
+        return Pulse(inflight=len(self._dispatcher), completed=self._completed)
+
+    async def drain(self) -> None:
+        self._draining = True
+        await self._idle.wait()
+
+    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
+        written("the encoder router runs no model")
+
+    def stop_capture(self) -> None:
+        """There is never one."""
+
+    async def close(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._encoders.close()
+        if self._inbox is not None:
+            self._inbox.close()
+
+
+def _key(peer: Peer) -> RankKey:
+    return RankKey(peer.rank, peer.incarnation)
+
+
+def _success(key: ItemKey, by: RankKey) -> Encoded:
+    return Encoded(request=key.request, attempt=key.attempt, index=key.item, by=by.rank, incarnation=by.incarnation)
+
+
+def _failure(key: ItemKey, kind: FailureKind, text: str) -> EncodeFailed:
+    return EncodeFailed(request=key.request, attempt=key.attempt, index=key.item, kind=kind, text=text)

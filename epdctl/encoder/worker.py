@@ -1,0 +1,270 @@
+"""An encoder rank: pictures in, embeddings straight into the slots of the rank that waits for them.
+
+An item is one task from arrival to answer; cancelling it is cancelling the task. Preprocessing runs on a few threads,
+the forward on one. Nothing here knows a request: batches are formed from whatever waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, assert_never
+
+import torch
+
+from epdctl.encoder.forward import Forward
+from epdctl.encoder.notices import Notices
+from epdctl.engine.api import Prepared, Tower
+from epdctl.engine.loading import load_tower
+from epdctl.errors import DeadlineExceeded, EpdError, PeerGone, RequestError, TransferError
+from epdctl.ids import Stage
+from epdctl.rank.compute import ComputeThread
+from epdctl.rank.device import prepare_device
+from epdctl.rank.peers import PeerTable
+from epdctl.rank.profile import Profiler
+from epdctl.rank.service import Progress, Pulse
+from epdctl.rank.tasks import Tasks
+from epdctl.transfer.base import Transport
+from epdctl.transfer.open import open_transport
+from epdctl.transfer.tensors import as_bytes, spec_of, spread
+from epdctl.wire.config import ModelConfig, RankSpec
+from epdctl.wire.encode import (
+    ROUTER_TO_WORKER,
+    WORKER_TO_ROUTER,
+    CancelItem,
+    EmbeddingLanded,
+    Encode,
+    EncodeItem,
+    FailureKind,
+    ItemEncoded,
+    ItemFailed,
+    ItemSized,
+    RouterToWorker,
+    WorkerToRouter,
+)
+from epdctl.wire.lifecycle import Endpoints, Peer
+from epdctl.wire.sockets import Inbox, Sender
+from epdctl.wire.transfer import TensorSpec
+
+__all__ = ["EncoderService", "LoadTower"]
+
+log = logging.getLogger(__name__)
+
+
+class LoadTower(Protocol):
+    def __call__(self, model: ModelConfig, device: torch.device) -> Tower: ...
+
+
+class _Refused(EpdError):
+    """This item ends here, and ``kind`` says why."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One dispatch of one item."""
+
+    router: Sender
+    dispatch: int
+    job: Encode
+    media: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What there is once ``start`` has returned."""
+
+    tower: Tower
+    forward: Forward
+    profiler: Profiler
+    transport: Transport
+    inbox: Inbox[RouterToWorker]
+
+
+class EncoderService:
+    """A Service. ``load``: where its tower comes from."""
+
+    def __init__(self, spec: RankSpec, *, load: LoadTower = load_tower) -> None:
+        self._spec = spec
+        self._load = load
+        self._compute = ComputeThread()
+        self._preprocessing = ThreadPoolExecutor(spec.config.encoder.preprocess_threads, "preprocess")
+        self._tasks = Tasks()
+        self._notices = Notices()
+        self._peers = PeerTable()
+        self._loaded: _Loaded | None = None
+        self._items: dict[int, asyncio.Task[None]] = {}
+        self._completed = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def start(self, progress: Progress) -> Endpoints:
+        progress("weights", 0, 1)
+        tower = await self._compute.run(self._load_tower)
+        progress("weights", 1, 1)
+        profiler = Profiler(self._compute)
+        forward = Forward(tower, self._compute, profiler, self._spec.config.encoder.batch_patches)
+        transport = open_transport(self._spec.config.transfer, self._spec)
+        inbox = Inbox(self._spec.endpoint("inbox"), ROUTER_TO_WORKER, self._arrived)
+        self._loaded = _Loaded(tower, forward, profiler, transport, inbox)
+        self._tasks.start(forward.run(), "forward")
+        return Endpoints(inbox=inbox.endpoint, transfer=transport.endpoint)
+
+    def _load_tower(self) -> Tower:
+        device = prepare_device(self._spec.config)
+        return self._load(self._spec.config.model, device)
+
+    @property
+    def _here(self) -> _Loaded:
+        assert self._loaded is not None, "used before start"
+        return self._loaded
+
+    def peers_changed(self, peers: Sequence[Peer]) -> None:
+        for peer in self._peers.replace(peers).left:
+            self._forget(peer)
+
+    def _forget(self, peer: Peer) -> None:
+        if peer.stage is Stage.ENCODER_ROUTER:  # nobody is left to answer to; the next router sends its items anew
+            for task in list(self._items.values()):
+                task.cancel()
+        if peer.endpoints.inbox is not None:
+            self._notices.withdraw(peer.endpoints.inbox)
+        if peer.endpoints.transfer is not None:
+            self._here.transport.withdraw(peer.endpoints.transfer)
+
+    def _arrived(self, router: Sender, message: RouterToWorker, frames: list[memoryview]) -> None:
+        match message:
+            case EncodeItem(dispatch=dispatch, job=job):
+                refusal = self._refusal(frames)
+                if refusal is not None:
+                    self._tell(router, ItemFailed(dispatch=dispatch, kind=refusal[0], text=refusal[1]))
+                elif dispatch not in self._items:
+                    self._accept(_Work(router, dispatch, job, frames[0]))
+            case CancelItem(dispatch=dispatch):
+                if (task := self._items.get(dispatch)) is not None:
+                    task.cancel()
+            case _:
+                assert_never(message)
+
+    def _refusal(self, frames: list[memoryview]) -> tuple[FailureKind, str] | None:
+        if self._draining:
+            return FailureKind.RANK_LOST, f"{self._spec.rank} is being stopped"
+        if len(frames) != 1:
+            return FailureKind.INTERNAL, f"an item came with {len(frames)} pictures"
+        if len(self._items) >= self._spec.config.limits.inflight:
+            return FailureKind.FULL, f"{self._spec.rank} works on {len(self._items)} pictures already"
+        return None
+
+    def _accept(self, work: _Work) -> None:
+        self._idle.clear()
+        task = self._items[work.dispatch] = self._tasks.start(self._encode(work), f"item {work.dispatch}")
+        task.add_done_callback(lambda _: self._ended(work.dispatch))
+
+    def _ended(self, dispatch: int) -> None:
+        del self._items[dispatch]
+        self._completed += 1
+        if not self._items:
+            self._idle.set()
+
+    async def _encode(self, work: _Work) -> None:
+        """The whole way of one item. An error that is not listed ends the rank."""
+        try:
+            async with asyncio.timeout(work.job.budget_s):
+                spec = await self._produce(work)
+            answer: WorkerToRouter = ItemEncoded(dispatch=work.dispatch, spec=spec)
+        except _Refused as error:
+            answer = ItemFailed(dispatch=work.dispatch, kind=error.kind, text=error.message)
+        except (TimeoutError, DeadlineExceeded):
+            text = f"not encoded within {work.job.budget_s:.1f} s"
+            answer = ItemFailed(dispatch=work.dispatch, kind=FailureKind.DEADLINE, text=text)
+        except (PeerGone, TransferError) as error:  # the slot's owner went, or gave the slot up
+            answer = ItemFailed(dispatch=work.dispatch, kind=FailureKind.RANK_LOST, text=error.message)
+        self._tell(work.router, answer)
+
+    async def _produce(self, work: _Work) -> TensorSpec:
+        loop = asyncio.get_running_loop()
+        budget = loop.time() + work.job.budget_s
+        prepared = await loop.run_in_executor(self._preprocessing, self._prepare, work)
+        spec = self._sized(work, prepared)
+        self._tell(work.router, ItemSized(dispatch=work.dispatch, spec=spec))
+        embedding = await self._here.forward.encode(prepared)
+        if spec_of(embedding) != spec:
+            raise _Refused(FailureKind.INTERNAL, f"the tower made {list(embedding.shape)}, {spec.shape} was planned")
+        slot = work.job.slot
+        pieces = spread(as_bytes(embedding), slot.extents)
+        await self._here.transport.write(slot, pieces, seconds=max(0.0, budget - loop.time()))
+        self._notices.send(work.job.notify, _landed(work.job, spec))
+        return spec
+
+    def _prepare(self, work: _Work) -> Prepared:
+        """On a preprocessing thread. What goes wrong with one picture is that picture's end, not the rank's."""
+        try:
+            return self._here.tower.prepare(work.media, work.job.item)
+        except RequestError as error:
+            kind = FailureKind.TOO_LARGE if error.status == 413 else FailureKind.BAD_MEDIA
+            raise _Refused(kind, error.message) from error
+        except MemoryError:
+            raise
+        except Exception as error:
+            log.exception("preprocessing failed for item %d of %s", work.job.item.index, work.job.request)
+            raise _Refused(FailureKind.INTERNAL, f"preprocessing failed: {error}") from error
+
+    def _sized(self, work: _Work, prepared: Prepared) -> TensorSpec:
+        """What will be written, once it is sure that this is what the prompt and the slot were made for."""
+        item, slot = work.job.item, work.job.slot
+        if (list(prepared.grid), prepared.rows) != (item.grid, item.rows):
+            text = f"the picture makes {prepared.rows} rows of grid {list(prepared.grid)}"
+            raise _Refused(FailureKind.BAD_MEDIA, f"{text}, and its header promised {item.rows} of {item.grid}")
+        tower = self._here.tower
+        dtype = str(tower.dtype).removeprefix("torch.")
+        nbytes = prepared.rows * tower.width * tower.dtype.itemsize
+        room = sum(extent.nbytes for extent in slot.extents)
+        if nbytes > room:
+            raise _Refused(FailureKind.INTERNAL, f"{nbytes} bytes of embeddings do not fit a slot of {room}")
+        return TensorSpec(dtype=dtype, shape=[prepared.rows, tower.width], nbytes=nbytes)
+
+    def _tell(self, router: Sender, message: WorkerToRouter) -> None:
+        try:
+            self._here.inbox.reply(router, message, WORKER_TO_ROUTER)
+        except PeerGone as error:
+            log.info("the router left before its answer: %s", error)
+
+    def pulse(self) -> Pulse:
+        return Pulse(inflight=len(self._items), completed=self._completed)
+
+    async def drain(self) -> None:
+        self._draining = True
+        await self._idle.wait()
+
+    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
+        self._here.profiler.start(path, steps, written)
+
+    def stop_capture(self) -> None:
+        self._here.profiler.stop()
+
+    async def close(self) -> None:
+        await self._tasks.close()
+        self._preprocessing.shutdown(wait=False, cancel_futures=True)
+        self._notices.close()
+        if self._loaded is not None:
+            self._loaded.inbox.close()
+            await self._loaded.transport.close()
+        await self._compute.close(seconds=0.2)
+
+
+def _landed(job: Encode, spec: TensorSpec) -> EmbeddingLanded:
+    return EmbeddingLanded(
+        request=job.request,
+        attempt=job.attempt,
+        index=job.item.index,
+        lease=job.slot.lease,
+        generation=job.slot.generation,
+        spec=spec,
+    )
