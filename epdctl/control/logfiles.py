@@ -10,7 +10,7 @@ from pathlib import Path
 
 from epdctl.ids import Incarnation, RankName, Stage
 
-__all__ = ["LogFile", "log_files", "log_path", "tail"]
+__all__ = ["LogFile", "last_bytes", "log_files", "log_path", "tail"]
 
 _FILE = re.compile(r"^(?P<stage>[a-z-]+)-(?P<place>\d+(?:\.\d+)?)\.(?P<incarnation>\d+)\.log$")
 _BLOCK = 64 << 10
@@ -47,20 +47,27 @@ def _parse(directory: Path) -> Iterator[LogFile]:
 
 def tail(path: Path, lines: int) -> list[str]:
     """The last ``lines`` lines; an empty list when there is no such file."""
+    data, _ = last_bytes(path, lines)
+    return data.decode(errors="replace").splitlines()
+
+
+def last_bytes(path: Path, lines: int) -> tuple[bytes, int]:
+    """What holds the last ``lines`` lines, and the offset it ends at; nothing when there is no such file."""
     try:
         with path.open("rb") as file:
-            data = _last_bytes(file.fileno(), lines)
+            end = os.fstat(file.fileno()).st_size
+            return _backwards(file.fileno(), end, lines), end
     except FileNotFoundError:
-        return []
-    found = data.decode(errors="replace").splitlines()
-    return found[-lines:] if lines > 0 else []
+        return b"", 0
 
 
-def _last_bytes(fd: int, lines: int) -> bytes:
-    end = position = os.fstat(fd).st_size
+def _backwards(fd: int, end: int, lines: int) -> bytes:
     data = b""
+    position = end
+    # One newline more than lines are wanted: it ends the line before them.
     while position > 0 and data.count(b"\n") <= lines and end - position < _LONGEST_TAIL:
         start = max(0, position - _BLOCK)
         data = os.pread(fd, position - start, start) + data
         position = start
-    return data
+    pieces = data.splitlines(keepends=True)
+    return b"".join(pieces[-lines:]) if lines > 0 else b""

@@ -1,0 +1,321 @@
+"""The one owner of a cluster's state: everything that happens is an event, handled on one loop, one at a time.
+
+Decides nothing itself: ``states`` and ``gang`` say what an event means, ``order`` what goes first, ``effects`` does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from epdctl.control.logfiles import log_path, tail
+from epdctl.errors import UserError
+from epdctl.ids import Incarnation, RankName
+from epdctl.launch.base import Launcher
+from epdctl.supervisor import gang as gangs
+from epdctl.supervisor.bell import Bell
+from epdctl.supervisor.captures import Captures
+from epdctl.supervisor.effects import Effects
+from epdctl.supervisor.eventlog import EventLog
+from epdctl.supervisor.gang import Changed, Faulted, Gang, may_start
+from epdctl.supervisor.member import Member, RankStream
+from epdctl.supervisor.order import States, dependencies_met, next_to_stop
+from epdctl.supervisor.peers import PeerTable
+from epdctl.supervisor.report import status_reply
+from epdctl.supervisor.rundir import RunDir
+from epdctl.supervisor.states import (
+    SETTLED,
+    Action,
+    Advertise,
+    DependenciesReady,
+    DrainedReported,
+    Event,
+    FatalReported,
+    HeartbeatSeen,
+    IllegalTransition,
+    Rank,
+    ReadyReported,
+    RestartRequested,
+    Rules,
+    StartRequested,
+    StopRequested,
+    TellGang,
+    Withdraw,
+    step,
+)
+from epdctl.topology.plan import Deadlines, Plan
+from epdctl.wire.control import RankState, StatusReply
+from epdctl.wire.lifecycle import (
+    CaptureWritten,
+    Drained,
+    Fatal,
+    FatalKind,
+    Heartbeat,
+    Hello,
+    Loading,
+    RankToSupervisor,
+    Ready,
+    SupervisorToRank,
+)
+from epdctl.wire.message import PROTOCOL
+
+__all__ = ["Daemon", "Luck"]
+
+log = logging.getLogger(__name__)
+
+FAILED_TAIL = 20  # lines of a failed rank's log that ``status`` shows
+
+
+@dataclass(frozen=True, slots=True)
+class Luck:
+    """Where time and chance come from."""
+
+    clock: Callable[[], float] = time.monotonic
+    chance: Callable[[], float] = random.random  # from [0, 1)
+
+
+class Daemon:
+    """The cluster of one plan. Made inside a running event loop; every method is called on it."""
+
+    def __init__(self, plan: Plan, rundir: RunDir, launcher: Launcher, luck: Luck | None = None) -> None:
+        self.plan = plan
+        self.rundir = rundir
+        self.changed = Bell()  # rung whenever ``status`` would show something new
+        self.stop_asked = asyncio.Event()
+        self.settled = asyncio.Event()  # a stop was asked for and every rank has ended
+        self._luck = luck or Luck()
+        self.events = EventLog(rundir.state.events, self._luck.clock)
+        self.captures = Captures(self, rundir.state.captures)
+        self.members = {rank.rank: Member.of(rank, self._luck.clock()) for rank in plan.ranks}
+        self._effects = Effects(rundir, launcher, self.events, self._post)
+        self._gangs = _gangs_of(plan)
+        self._peers = PeerTable()
+        self._queue: deque[tuple[Member, Event]] = deque()
+        self._turning = False
+        self._stop = _Stop(plan.deadlines)
+
+    # --- what may be asked of it ---
+
+    @property
+    def ranks(self) -> list[RankName]:
+        return list(self.members)
+
+    @property
+    def stopping(self) -> bool:
+        return self.stop_asked.is_set()
+
+    @property
+    def deadlines(self) -> Deadlines:
+        """The plan's, with the drain that the stop was asked for with."""
+        return self._stop.deadlines
+
+    def status(self) -> StatusReply:
+        return status_reply(self.plan, self.rundir.run, self.members.values(), self._luck.clock())
+
+    def start(self) -> None:
+        self.events.record("command", "up")
+        self._post_all(self.members.values(), StartRequested())
+
+    def restart(self, ranks: Sequence[RankName]) -> list[RankName]:
+        """Drain and start anew; a member of a gang takes its whole gang along. Returns the ranks this concerns."""
+        if self.stopping:
+            raise UserError("the cluster is going down, so nothing is started again")
+        gangs_meant = {self.members[rank].gang for rank in ranks} - {None}
+        meant = [member for member in self.members.values() if member.name in ranks or member.gang in gangs_meant]
+        self.events.record("command", f"restart {' '.join(member.name for member in meant)}")
+        self._post_all(meant, RestartRequested())
+        return [member.name for member in meant]
+
+    def stop(self, drain_s: float | None = None, force: bool = False) -> None:
+        """Drain and stop every rank, in order; asked again with ``force``, kill what is left."""
+        deadlines = self._stop.deadlines
+        self._stop.deadlines = deadlines if drain_s is None else replace(deadlines, drain=drain_s)
+        self.stop_asked.set()
+        self.events.record("command", "down, by force" if force else "down")
+        if force:
+            self._post_all(self.members.values(), StopRequested(force=True))
+        self._turn()
+
+    def post(self, rank: RankName, event: Event) -> None:
+        """The one way in: ``event`` and all that follows from it have been handled when this returns."""
+        self._post(self.members[rank], event)
+
+    # --- Studio: what captures need ---
+
+    def connected(self, rank: RankName) -> Incarnation | None:
+        life = self.members[rank].life
+        return life.incarnation if life is not None and life.stream is not None else None
+
+    def tell(self, rank: RankName, message: SupervisorToRank) -> None:
+        self._effects.tell(self.members[rank], message)
+
+    def note(self, text: str) -> None:
+        self.events.record("capture", text)
+
+    # --- Host: what ranks say ---
+
+    def greet(self, hello: Hello, stream: RankStream) -> str | None:
+        member = self.members.get(hello.rank)
+        life = member.life if member is not None else None
+        if not hmac.compare_digest(hello.token.encode(), self._effects.token.encode()):
+            return "wrong token"
+        if hello.protocol != PROTOCOL:
+            return f"it speaks protocol {hello.protocol}, this supervisor {PROTOCOL}"
+        if hello.run != self.rundir.run or member is None:
+            return "not of this cluster"
+        if life is None or life.incarnation != hello.incarnation or life.greeted:
+            return "not the incarnation that is expected"
+        life.stream, life.greeted = stream, True
+        self._effects.tell(member, self._peers.message())
+        return None
+
+    def hear(self, hello: Hello, message: RankToSupervisor) -> None:
+        member = self.members[hello.rank]
+        life, number = member.life, hello.incarnation
+        if life is None or life.incarnation != number:
+            return
+        match message:
+            case Loading():
+                life.loading = message
+                self.changed.ring()
+            case Ready(endpoints=endpoints):
+                life.endpoints = endpoints
+                self._post(member, ReadyReported(number))
+            case Heartbeat(unhealthy=unhealthy):
+                life.beat = message
+                self._post(member, HeartbeatSeen(number, unhealthy))
+            case Drained():
+                self._post(member, DrainedReported(number))
+            case CaptureWritten():
+                self.captures.written(member.name, number, message)
+            case Fatal():
+                self._post(member, FatalReported(number, _last_words(message), message.restartable))
+            case Hello():
+                log.warning("%s said Hello twice", member.name)
+
+    def hung_up(self, hello: Hello) -> None:
+        member = self.members[hello.rank]
+        self.captures.died(member.name, hello.incarnation)
+        if member.life is not None and member.life.incarnation == hello.incarnation:
+            self._effects.said_goodbye(member, member.life)
+
+    # --- one turn: an event and all that follows from it ---
+
+    def _post(self, member: Member, event: Event) -> None:
+        self._queue.append((member, event))
+        self._turn()
+
+    def _post_all(self, members: Iterable[Member], event: Event) -> None:
+        """As one move, so that a gang is never seen half way."""
+        self._queue.extend((member, event) for member in members)
+        self._turn()
+
+    def _turn(self) -> None:
+        if self._turning:  # an effect posted; the turn that is under way will come to it
+            return
+        self._turning = True
+        told = self._peers.version
+        try:
+            while self._queue or self._follow_up():
+                self._handle(*self._queue.popleft())
+        finally:
+            self._turning = False
+        if self._peers.version != told:
+            self._tell_peers()
+        if self.stopping and all(state in SETTLED for state in self._states().values()):
+            self.settled.set()
+        self.changed.ring()
+
+    def _handle(self, member: Member, event: Event) -> None:
+        before = member.rank
+        try:
+            member.rank, actions = step(before, event, self._luck.clock(), self._rules(member))
+        except IllegalTransition as error:
+            log.error("%s", error.message)
+            self.events.record("illegal", error.message, rank=member.name, incarnation=before.incarnation)
+            return
+        if before.state is not member.rank.state:
+            self._moved(member, before)
+        for action in actions:
+            self._perform(member, action)
+
+    def _moved(self, member: Member, before: Rank) -> None:
+        rank = member.rank
+        member.since = self._luck.clock()
+        if rank.state is RankState.FAILED:
+            member.log_tail = tail(log_path(self.rundir.state.logs, rank.name, rank.incarnation), FAILED_TAIL)
+        log.info("%s: %s → %s (%s)", rank.name, before.state, rank.state, rank.reason)
+        self.events.record("state", rank.reason, rank=rank.name, incarnation=rank.incarnation, state=rank.state)
+
+    def _perform(self, member: Member, action: Action) -> None:
+        match action:
+            case Advertise():
+                self._peers.advertise(member)
+            case Withdraw():
+                self._peers.withdraw(member.name)
+            case TellGang(reason):
+                self._move_gang(str(member.gang), Faulted(member.name, reason, self._states()))
+            case _:
+                self._effects.perform(member, action)
+
+    def _follow_up(self) -> bool:
+        """What follows from the states alone: gangs, starts, and the next step of a stop. True when something does."""
+        for name in self._gangs:
+            self._move_gang(name, Changed(self._states()))
+        states = self._states()
+        ready = [member for member in self.members.values() if self._may_start(member, states)]
+        self._queue.extend((member, DependenciesReady()) for member in ready)
+        if self.stopping:
+            ranks = [rank for rank in next_to_stop(self.ranks, states) if rank not in self._stop.told]
+            self._stop.told.update(ranks)
+            self._queue.extend((self.members[rank], StopRequested()) for rank in ranks)
+        return bool(self._queue)
+
+    def _may_start(self, member: Member, states: States) -> bool:
+        if self.stopping or member.rank.state is not RankState.WAITING:
+            return False
+        if not dependencies_met(self.plan, states, member.name):
+            return False
+        return member.gang is None or may_start(self._gangs[member.gang], states)
+
+    def _move_gang(self, name: str, event: Changed | Faulted) -> None:
+        self._gangs[name], tells = gangs.step(self._gangs[name], event)
+        self._queue.extend((self.members[tell.member], tell.event) for tell in tells)
+
+    def _tell_peers(self) -> None:
+        message = self._peers.message()
+        for member in self.members.values():
+            self._effects.tell(member, message)
+
+    def _states(self) -> States:
+        return {name: member.rank.state for name, member in self.members.items()}
+
+    def _rules(self, member: Member) -> Rules:
+        return Rules(self.plan.restart, self._stop.deadlines, 2.0 * self._luck.chance() - 1.0, member.gang is not None)
+
+
+class _Stop:
+    """How far a stop has come."""
+
+    def __init__(self, deadlines: Deadlines) -> None:
+        self.deadlines = deadlines
+        self.told: set[RankName] = set()
+
+
+def _gangs_of(plan: Plan) -> dict[str, Gang]:
+    names = dict.fromkeys(rank.config.gang for rank in plan.ranks)
+    return {
+        name: Gang(name, tuple(rank.rank for rank in plan.ranks if rank.config.gang == name))
+        for name in names
+        if name is not None
+    }
+
+
+def _last_words(fatal: Fatal) -> str:
+    return fatal.text if fatal.kind is FatalKind.CRASH else f"{fatal.kind}: {fatal.text}"

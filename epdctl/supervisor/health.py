@@ -1,0 +1,124 @@
+"""Is the cluster healthy? From what the ranks say of themselves, and, asked deeply, from a real answer."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import time
+import zlib
+from collections.abc import Sequence
+
+import msgspec
+
+from epdctl.errors import RankError
+from epdctl.ids import Stage
+from epdctl.topology.plan import Plan
+from epdctl.wire.control import HealthReply, Problem, RankState, RankStatus
+
+__all__ = ["DEGRADED", "HEALTHY", "UNHEALTHY", "ask", "deep", "question", "verdict"]
+
+HEALTHY, DEGRADED, UNHEALTHY = "healthy", "degraded", "unhealthy"
+
+_SIDE = 32  # pixels
+_TOKENS = 4
+_MAX_ANSWER = 500  # characters of an error body worth showing
+
+
+def verdict(ranks: Sequence[RankStatus]) -> HealthReply:
+    """``degraded``: some rank does not serve, yet every stage has one that does."""
+    problems = [Problem(rank=rank.rank, text=f"{rank.state}: {rank.reason}") for rank in ranks if not _serves(rank)]
+    serving = {rank.stage for rank in ranks if _serves(rank)}
+    missing = sorted({rank.stage for rank in ranks} - serving)
+    problems += [Problem(rank=None, text=f"no {stage} rank is ready") for stage in missing]
+    if missing or not ranks:
+        return HealthReply(verdict=UNHEALTHY, problems=problems)
+    return HealthReply(verdict=DEGRADED if problems else HEALTHY, problems=problems)
+
+
+async def deep(plan: Plan, shallow: HealthReply, budget_s: float) -> HealthReply:
+    """The shallow verdict, and a real request through every stage; its failure is ``unhealthy`` whatever ranks say."""
+    began = time.monotonic()
+    try:
+        await ask(plan, budget_s)
+    except RankError as error:
+        problem = Problem(rank=None, text=error.message)
+        return HealthReply(verdict=UNHEALTHY, problems=[*shallow.problems, problem])
+    return HealthReply(verdict=shallow.verdict, problems=shallow.problems, deep_seconds=time.monotonic() - began)
+
+
+async def ask(plan: Plan, budget_s: float) -> None:
+    """One short greedy completion through the gateway. Raises RankError with what is wrong about the answer."""
+    import httpx  # a quarter of the daemon's import time, and only deep checks need it
+
+    url = plan.gateway_url
+    if url is None:
+        raise RankError("the cluster has no gateway to ask")
+    try:
+        async with httpx.AsyncClient(timeout=budget_s, trust_env=False) as client:
+            response = await client.post(f"{url}/v1/chat/completions", json=question(plan))
+    except httpx.TimeoutException as error:
+        raise RankError(f"the real request had no answer within {budget_s:g} s") from error
+    except httpx.HTTPError as error:
+        raise RankError(f"the real request did not get through: {str(error) or type(error).__name__}") from error
+    _judge(response.status_code, response.content)
+
+
+def question(plan: Plan) -> dict[str, object]:
+    """The body of the request: a picture too, where some rank has the tower."""
+    content: list[dict[str, object]] = [{"type": "text", "text": "What is this?"}]
+    if {rank.stage for rank in plan.ranks} & {Stage.ENCODER, Stage.MONO}:
+        content.insert(0, {"type": "image_url", "image_url": {"url": _picture()}})
+    return {
+        "model": next((rank.config.model.name for rank in plan.ranks), ""),
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": _TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+
+
+class _Answer(msgspec.Struct):
+    """What a right answer has, of all it may have."""
+
+    usage: _Usage
+    choices: list[_Choice]
+
+
+def _judge(status: int, body: bytes) -> None:
+    if status != 200:
+        text = body.decode(errors="replace")[:_MAX_ANSWER]
+        raise RankError(f"the real request was answered with HTTP {status}: {text}")
+    try:
+        answer = msgspec.json.decode(body, type=_Answer)
+    except msgspec.DecodeError as error:
+        raise RankError(f"the real request was answered with something else than a completion: {error}") from error
+    if answer.usage.completion_tokens < 1:
+        raise RankError("the real request was answered without a single token")
+    if not answer.choices or answer.choices[0].finish_reason is None:
+        raise RankError("the real request was answered without a finish_reason")
+
+
+def _picture() -> str:
+    """A 32x32 RGB picture with a gradient, as a data: URL."""
+    rows = (bytes(value for x in range(_SIDE) for value in (8 * x, 8 * y, 128)) for y in range(_SIDE))
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    header = struct.pack(">IIBBBBB", _SIDE, _SIDE, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _serves(rank: RankStatus) -> bool:
+    return rank.state is RankState.READY

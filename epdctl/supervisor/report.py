@@ -1,0 +1,69 @@
+"""What ``status`` shows, made from what the daemon holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import psutil
+
+from epdctl.ids import RunId
+from epdctl.supervisor.member import Life, Member
+from epdctl.topology.plan import Plan
+from epdctl.wire.control import RankState, RankStatus, StatusReply
+from epdctl.wire.lifecycle import Endpoints, Loading
+
+__all__ = ["SCHEMA", "rank_status", "reason", "rss", "status_reply"]
+
+SCHEMA = 1  # of ``status --json``; raised when a field changes its meaning or goes
+
+
+def status_reply(plan: Plan, run: RunId, members: Iterable[Member], now: float) -> StatusReply:
+    statuses = [rank_status(member, now) for member in members]
+    return StatusReply(schema=SCHEMA, cluster=plan.cluster, run=run, gateway=plan.gateway_url, ranks=statuses)
+
+
+def rank_status(member: Member, now: float) -> RankStatus:
+    life = member.life
+    pid = _pid(life)
+    beat = life.beat if life is not None else None
+    return RankStatus(
+        rank=member.name,
+        stage=member.planned.stage,
+        state=member.rank.state,
+        reason=reason(member),
+        since=now - member.since,
+        pid=pid,
+        incarnation=member.rank.incarnation,
+        restarts=member.rank.restarts,
+        gpus=list(member.planned.gpus),
+        rss_bytes=None if pid is None else rss(pid),
+        inflight=beat.inflight if beat is not None else None,
+        completed=beat.completed if beat is not None else None,
+        endpoints=life.endpoints if life is not None else Endpoints(),
+        log_tail=list(member.log_tail) if member.rank.state is RankState.FAILED else [],
+    )
+
+
+def reason(member: Member) -> str:
+    """The state machine's reason; while the rank loads, how far it is."""
+    loading = member.life.loading if member.life is not None else None
+    if member.rank.state is RankState.STARTING and loading is not None:
+        again = f"; last restart: {member.rank.cause}" if member.rank.cause else ""
+        return f"loading {_progress(loading)}{again}"
+    return member.rank.reason
+
+
+def rss(pid: int) -> int | None:
+    """Resident bytes of the process ``pid``; None when it is gone."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return None
+
+
+def _pid(life: Life | None) -> int | None:
+    return life.handle.pid if life is not None and life.handle is not None and life.exit is None else None
+
+
+def _progress(loading: Loading) -> str:
+    return f"{loading.phase} {loading.done}/{loading.total}" if loading.total else loading.phase
