@@ -1,4 +1,4 @@
-"""A service without a model, for measuring the supervisor: ready at once, idle, with a grandchild that is hard to kill."""
+"""A service without a model, to measure the supervisor with: ready at once, idle, with a grandchild hard to kill."""
 
 from __future__ import annotations
 

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
+from epdctl.ids import Stage
 from epdctl.topology.plan import Plan, PlannedRank
 
 __all__ = ["plan_lines"]
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
-    """The cluster, then for each rank its place, its environment and its command: each could be run by hand."""
+    """The cluster, the environment that all ranks have in common, then each rank: each could be run by hand."""
     yield f"cluster   {plan.cluster}"
     yield f"source    {plan.source}"
     yield f"adapter   {plan.adapter}"
     yield f"gateway   {plan.gateway_url or '(none)'}"
     policy = plan.restart
     yield f"restart   {policy.mode}, at most {policy.budget} in {policy.window:g} s"
+    shared = shared_environment(plan.ranks)
+    yield "every rank"
+    yield from _env_lines(shared)
     for planned in plan.ranks:
         yield ""
-        yield from rank_lines(planned)
+        yield from rank_lines(planned, shared)
 
 
-def rank_lines(planned: PlannedRank) -> Iterator[str]:
+def shared_environment(ranks: Sequence[PlannedRank]) -> dict[str, str]:
+    """What every rank's environment has, with the same value."""
+    if not ranks:
+        return {}
+    first, *rest = ranks
+    return {name: value for name, value in first.env.items() if all(other.env.get(name) == value for other in rest)}
+
+
+def rank_lines(planned: PlannedRank, shared: Mapping[str, str]) -> Iterator[str]:
     config = planned.config
     yield str(planned.rank)
     yield f"  gpus     {_gpus(planned)}"
@@ -31,8 +43,11 @@ def rank_lines(planned: PlannedRank) -> Iterator[str]:
     yield f"  ports    {_ports(planned)}"
     yield f"  model    {config.model.path} ({config.model.dtype}), service {config.service}"
     yield f"  command  {shlex.join(planned.argv)}"
-    for name, value in sorted(planned.env.items()):
-        yield f"  env      {name}={shlex.quote(value)}"
+    yield from _env_lines({name: value for name, value in planned.env.items() if name not in shared})
+
+
+def _env_lines(env: Mapping[str, str]) -> Iterator[str]:
+    return (f"  env      {name}={shlex.quote(value)}" for name, value in sorted(env.items()))
 
 
 def _gpus(planned: PlannedRank) -> str:
@@ -43,8 +58,6 @@ def _gpus(planned: PlannedRank) -> str:
 
 
 def _ports(planned: PlannedRank) -> str:
-    from epdctl.ids import Stage
-
     if planned.stage is not Stage.GATEWAY:
         return "none (unix sockets)"
     return f"{planned.config.gateway.host}:{planned.config.gateway.port}"

@@ -72,14 +72,14 @@ def status_table(reply: StatusReply) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     table.add_column("RANK", no_wrap=True)
     table.add_column("STATE", no_wrap=True)
-    table.add_column("REASON", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("REASON")  # the one column that gives way: Rich narrows what may wrap, and its cells may not
     for header in ("SINCE", "PID", "GPU", "RSS", "INFLIGHT", "RESTARTS"):
         table.add_column(header, no_wrap=True, justify="right")
     for status in reply.ranks:
         table.add_row(
             str(status.rank),
             Text(status.state, style=STATE_STYLES[status.state]),
-            _one_line(status.reason),
+            Text(_one_line(status.reason), no_wrap=True, overflow="ellipsis"),
             duration(status.since),
             _or_dash(status.pid),
             ",".join(str(gpu.index) for gpu in status.gpus) or "-",

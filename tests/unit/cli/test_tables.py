@@ -1,0 +1,151 @@
+"""Renderers: reply structs in, text out."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from epdctl.cli import tables
+from epdctl.cli.console import plain, rank_prefix, show
+from epdctl.ids import Incarnation, RankName
+from epdctl.wire.control import CaptureReply, CaptureResult, Event, HealthReply, Problem, RankState
+from tests.unit.cli.replies import BROKEN, READY, STARTING, rank, reply
+
+
+def text_of(renderable: object, width: int) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(renderable)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.9, "59s"), (60, "1m"), (200, "3m20s"), (3600, "1h"), (3661, "1h1m"), (90_061, "1d1h")],
+)
+def test_duration_has_the_two_largest_units(seconds: float, text: str) -> None:
+    assert tables.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (None, "-"),
+        (0, "0B"),
+        (512, "512B"),
+        (300 << 20, "300M"),
+        (1 << 30, "1.0G"),
+        (40 << 30, "40G"),
+        (2 << 40, "2.0T"),
+    ],
+)
+def test_size_fits_five_characters(count: int | None, text: str) -> None:
+    assert tables.size(count) == text
+    assert len(text) <= 5
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_the_table_fits_and_cuts_only_the_reason(width: int) -> None:
+    wide = reply(
+        rank("encoder-router/0", RankState.UNHEALTHY, "no progress for 12 s although 3 items wait", pid=4194304)
+    )
+    lines = text_of(tables.status_table(wide), width).splitlines()
+    assert all(len(line) <= width for line in lines)
+    assert lines[0].split() == ["RANK", "STATE", "REASON", "SINCE", "PID", "GPU", "RSS", "INFLIGHT", "RESTARTS"]
+    for whole in ("encoder-router/0", "unhealthy", "3m20s", "4194304", "300M"):
+        assert whole in lines[1]
+
+
+def test_every_rank_has_its_line() -> None:
+    lines = text_of(tables.status_table(READY), 120).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [status.rank for status in READY.ranks]
+    assert lines[3].split() == ["encoder/0", "ready", "serving", "3m20s", "4242", "3", "300M", "2", "0"]
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    assert text_of(tables.status_table(BROKEN), 120).splitlines()[2].split()[-6:] == ["3m20s", "-", "-", "-", "-", "0"]
+
+
+def test_a_failed_rank_is_told_in_full_with_its_last_words_and_without_their_colours() -> None:
+    assert tables.remarks(BROKEN) == [
+        "prefill/0 failed: the checkpoint has no key lm_head.weight",
+        "  | loading",
+        "  | KeyError",
+    ]
+    assert tables.remarks(READY) == []
+
+
+def test_changes_are_told_once() -> None:
+    assert list(tables.changes(None, STARTING)) == [
+        "gateway/0 ready: serving",
+        "encoder/0 starting: loading weights 3/9",
+    ]
+    assert list(tables.changes(STARTING, STARTING)) == []
+    later = reply(rank("gateway/0"), rank("encoder/0"))
+    assert list(tables.changes(STARTING, later)) == ["encoder/0 ready: serving"]
+
+
+def test_health_gives_the_reasons() -> None:
+    answer = HealthReply(
+        verdict="degraded", problems=[Problem(rank=RankName("encoder/1"), text="restarting")], deep_seconds=0.25
+    )
+    assert tables.health_lines(answer) == ["degraded (a real request took 0.25 s)", "  encoder/1: restarting"]
+    assert tables.health_lines(HealthReply(verdict="unhealthy", problems=[Problem(rank=None, text="silent")])) == [
+        "unhealthy",
+        "  cluster: silent",
+    ]
+
+
+def test_captures_are_told_per_rank() -> None:
+    results = [
+        CaptureResult(rank=RankName("encoder/0"), path="/c/encoder-0.1.json"),
+        CaptureResult(rank=RankName("decode/0"), error="it died"),
+    ]
+    lines = text_of(tables.capture_table(CaptureReply(capture="c", results=results)), 100).splitlines()
+    assert [line.split() for line in lines] == [
+        ["RANK", "RESULT"],
+        ["encoder/0", "/c/encoder-0.1.json"],
+        ["decode/0", "failed:", "it", "died"],
+    ]
+
+
+def test_an_event_is_one_line() -> None:
+    event = Event(
+        at=1.0, wall=0.25, kind="state", rank=RankName("decode/0"), incarnation=Incarnation(2),
+        state=RankState.READY, text="two\nlines",
+    )  # fmt: skip
+    assert tables.event_line(event).split(" ", 1)[1] == "decode/0#2 ready: two lines"
+    assert tables.event_line(event).split(" ", 1)[0].endswith(":00.250")
+    assert tables.event_line(Event(at=1.0, wall=0.0, kind="command", text="up")).endswith("cluster command: up")
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("\x1b[1;31mred\x1b[0m", "red"),
+        ("\x1b]0;title\x07x", "x"),
+        ("a\tb", "a\tb"),
+        ("\x1b[2K\rbar", "bar"),
+        ("ä€", "ä€"),
+    ],
+)
+def test_plain_takes_control_codes_out(text: str, clean: str) -> None:
+    assert plain(text) == clean
+
+
+def test_a_prefix_keeps_its_colour_and_has_none_off_a_terminal() -> None:
+    assert rank_prefix("encoder/0", 12, colours=False) == "encoder/0    | "
+    assert rank_prefix("encoder/0", 12, colours=True) == rank_prefix("encoder/0", 12, colours=True)
+    assert plain(rank_prefix("encoder/0", 12, colours=True)) == "encoder/0    | "
+    assert rank_prefix("encoder/0", 12, colours=True) != rank_prefix("encoder/1", 12, colours=True).replace("1 ", "0 ")
+
+
+def test_off_a_terminal_a_table_is_plain_and_cut_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = io.StringIO()
+    reason = "a reason that is a good deal longer than any terminal of eighty columns would have room for, " * 2
+    show(tables.status_table(reply(rank("encoder/0", RankState.FAILED, reason.strip()))), out)
+    assert "\x1b" not in out.getvalue()
+    assert reason.strip() in out.getvalue()
+    assert all(line == line.rstrip() for line in out.getvalue().splitlines())

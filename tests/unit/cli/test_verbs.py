@@ -1,0 +1,236 @@
+"""Verbs against a scripted daemon behind the real control socket: what they ask, print and exit with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from epdctl.errors import (
+    EpdError,
+    LoadError,
+    Mistake,
+    PlacementError,
+    RankFailed,
+    TopologyError,
+    Unreachable,
+    UserError,
+)
+from epdctl.ids import Incarnation, RankName
+from epdctl.wire.control import (
+    CaptureResult,
+    Down,
+    FollowLogs,
+    GetHealth,
+    HealthReply,
+    LogLine,
+    Problem,
+    Restart,
+    StartCaptures,
+)
+from tests.unit.cli.conftest import Run
+from tests.unit.cli.fake_daemon import Script, running
+from tests.unit.cli.replies import BROKEN
+
+
+def test_status_json_has_the_documented_fields(run: Run, base: Path) -> None:
+    with running(base, Script()):
+        result = run("status", "--json")
+    reply = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert (reply["schema"], reply["cluster"], reply["gateway"]) == (1, "demo", "http://127.0.0.1:8000")
+    assert [rank["rank"] for rank in reply["ranks"]][:2] == ["gateway/0", "encoder-router/0"]
+    encoder = reply["ranks"][2]
+    documented = {
+        "rank": "encoder/0", "stage": "encoder", "state": "ready", "reason": "serving", "since": 200.0, "pid": 4242,
+        "incarnation": 1, "restarts": 0, "gpus": [{"index": 3, "uuid": "GPU-abc"}], "rss_bytes": 300 << 20,
+        "inflight": 2,
+    }  # fmt: skip
+    assert documented.items() <= encoder.items()
+    assert result.stderr == ""
+
+
+def test_status_is_a_table_on_stdout_and_remarks_on_stderr(run: Run, base: Path) -> None:
+    with running(base, Script(watched=[BROKEN])):
+        result = run("status")
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["RANK", "gateway/0", "prefill/0"]
+    assert "prefill/0 failed: the checkpoint has no key lm_head.weight" in result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("verdict", "status"), [("healthy", 0), ("degraded", 1), ("unhealthy", 1)])
+def test_health_exits_by_its_verdict(run: Run, base: Path, verdict: str, status: int) -> None:
+    script = Script(health=HealthReply(verdict=verdict, problems=[Problem(rank=RankName("decode/0"), text="late")]))
+    with running(base, script):
+        result = run("health", "--deep", "--timeout", "7")
+    assert result.exit_code == status
+    assert result.stdout.splitlines() == [verdict, "  decode/0: late"]
+    assert script.asked == [GetHealth(deep=True, budget_s=7.0)]
+
+
+def test_health_json_is_the_reply(run: Run, base: Path) -> None:
+    with running(base, Script(health=HealthReply(verdict="unhealthy", problems=[Problem(rank=None, text="silent")]))):
+        result = run("health", "--json")
+    assert json.loads(result.stdout) == {
+        "verdict": "unhealthy", "problems": [{"rank": None, "text": "silent"}], "deep_seconds": None,
+    }  # fmt: skip
+    assert result.exit_code == 1
+
+
+def test_logs_carry_their_rank_and_no_control_codes_off_a_terminal(run: Run, base: Path) -> None:
+    line = LogLine(rank=RankName("encoder/0"), incarnation=Incarnation(1), text="\x1b[32mloaded\x1b[0m\r")
+    script = Script(lines=[line])
+    with running(base, script):
+        result = run("logs", "encoder", "--tail", "5", "--previous")
+    assert result.stdout == "encoder/0        | loaded\n"
+    assert script.asked == [FollowLogs(ranks=["encoder"], tail=5, follow=False, previous=True)]
+
+
+def test_logs_of_the_last_run_when_nothing_runs(run: Run, base: Path) -> None:
+    logs = base.parent / "state" / "demo" / "run1" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "encoder-0.1.log").write_text("first\n")
+    (logs / "encoder-0.2.log").write_text("second\nthird\n")
+    assert run("logs", "--tail", "1").stdout == "encoder/0        | third\n"
+    assert run("logs", "encoder/0", "--previous").stdout == "encoder/0        | first\n"
+    assert run("logs", "-f").exit_code == 3
+    assert run("logs", "decoder").exit_code == 2
+
+
+def test_restart_and_events(run: Run, base: Path) -> None:
+    script = Script()
+    with running(base, script):
+        assert run("restart", "encoder/0").stdout == "encoder/0\n"
+        events = [json.loads(line) for line in run("events", "--json").stdout.splitlines()]
+    assert script.asked[0] == Restart(ranks=["encoder/0"])
+    assert [(event["kind"], event["text"]) for event in events] == [("command", "up")]
+
+
+def test_a_capture_that_fails_on_one_rank_is_told_and_exits_1(run: Run, base: Path, tmp_path: Path) -> None:
+    good = CaptureResult(rank=RankName("encoder/0"), path="/c/encoder-0.1.json")
+    bad = CaptureResult(rank=RankName("decode/0"), error="it died")
+    script = Script(captures=[good, bad])
+    with running(base, script):
+        result = run("profile", "start", "encoder", "--steps", "3", "--output", str(tmp_path))
+        script.captures = [good]
+        assert run("profile", "stop").exit_code == 0
+    assert result.exit_code == 1
+    assert "decode/0   failed: it died" in result.stdout
+    assert script.asked == [StartCaptures(ranks=["encoder"], steps=3, output=str(tmp_path)), "stop_captures"]
+
+
+def test_down_clears_what_a_killed_daemon_left(run: Run, base: Path) -> None:
+    stale = base / "demo"
+    stale.mkdir(parents=True)
+    (stale / "lock").write_text('{"pid":4194303,"start_time":1,"run":"feedfeedfeedfeed"}')
+    result = run("down")
+    assert result.exit_code == 0
+    assert "removing what a dead run left" in result.stderr
+    assert not stale.exists()
+
+
+def test_down_of_nothing_is_fine(run: Run) -> None:
+    result = run("down")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "nothing to take down" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["--cluster", "one", "status"], ["status", "--cluster", "one"]])
+def test_cluster_may_stand_before_or_after_the_verb(run: Run, base: Path, words: list[str]) -> None:
+    with running(base, one := Script(), "one"), running(base, two := Script(), "two"):
+        assert run(*words).exit_code == 0
+        assert run("status").exit_code == 2  # which?
+    assert (one.asked, two.asked) == (["status"], [])
+
+
+def test_cluster_from_the_environment_and_what_is_said_wins(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPDCTL_CLUSTER", "two")
+    with running(base, one := Script(), "one"), running(base, two := Script(), "two"):
+        run("status")
+        run("--cluster", "one", "status")
+        run("--cluster", "two", "status", "--cluster", "one")
+    assert (len(one.asked), len(two.asked)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("no such thing", hint="try another"), 2),
+        (Unreachable("silent"), 4),
+        (LoadError("bad weights"), 1),
+        (EpdError("our fault"), 70),
+    ],
+)
+def test_what_the_daemon_refuses_with_is_the_exit_status(run: Run, base: Path, error: EpdError, status: int) -> None:
+    with running(base, Script(refuse=error)):
+        result = run("restart", "encoder/0")
+    assert result.exit_code == status
+    assert f"error: {error.message}" in result.stderr
+    assert ("hint: try another" in result.stderr) == (error.hint is not None)
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("verb", ["status", "health", "logs -f", "restart encoder/0", "events", "profile stop"])
+def test_nothing_running_is_3(run: Run, verb: str) -> None:
+    result = run(*verb.split())
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "error: no cluster is running" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (
+            TopologyError(
+                [Mistake("a.yaml:3:5", "stages.x", "no such stage", "decode?"), Mistake("a.yaml:9:1", "y", "z")]
+            ),
+            2,
+            ["error: a.yaml:3:5: stages.x: no such stage (decode?)", "error: a.yaml:9:1: y: z"],
+        ),
+        (PlacementError("4 GPUs wanted, 2 here"), 2, ["error: 4 GPUs wanted, 2 here"]),
+        (
+            RankFailed("encoder/0", "bad key", ["line one"]),
+            1,
+            ["error: encoder/0 failed: bad key", "  | line one"],
+        ),
+    ],
+)
+def test_up_tells_every_mistake(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: EpdError, status: int, told: list[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("epdctl.adapters.make_plan", refuse)
+    result = run("up", str(tmp_path / "a.yaml"))
+    assert result.exit_code == status
+    assert result.stderr.splitlines() == told
+
+
+def test_up_without_a_file_says_what_to_do(run: Run) -> None:
+    result = run("up")
+    assert result.exit_code == 2
+    assert "epdctl init" in result.stderr
+
+
+def test_bad_usage_is_2(run: Run) -> None:
+    for words in (["upp"], ["status", "--nope"], ["restart"], ["logs", "--tail", "many"]):
+        assert run(*words).exit_code == 2
+
+
+def test_down_asks_for_what_was_said(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script()
+    monkeypatch.setattr("epdctl.control.client._await_exit", lambda pid: None)  # this process is the fake's
+    with running(base, script):
+        result = run("down", "--timeout", "3", "--force")
+    assert result.exit_code == 0, result.stderr
+    assert script.asked == [Down(drain_s=3.0, force=True)]
+    assert [line.split(" ", 1)[1] for line in result.stderr.splitlines()[:2]] == [
+        "encoder/0#1 draining",
+        "encoder/0#1 stopped",
+    ]
+    assert result.stderr.splitlines()[-1] == "demo: down, nothing is left"
