@@ -58,13 +58,15 @@ class Stream(Generic[In, Out]):
         Raises BadMessage for a frame the schema refuses (the stream goes on) and PeerGone for one whose length is
         beyond the limit or that ends early (the stream is lost).
         """
+        inside = False
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if length > self._incoming.limit:
                 raise PeerGone(f"a frame of {length} bytes; the limit is {self._incoming.limit}")
+            inside = True
             frame = await self._reader.readexactly(length)
         except asyncio.IncompleteReadError as error:
-            if error.partial:
+            if error.partial or inside:
                 raise PeerGone("the stream ended inside a frame") from error
             return None
         except OSError as error:
@@ -103,12 +105,25 @@ async def listen(
 ) -> asyncio.Server:
     """Accept connections at ``path`` (mode 0600), one task of ``handler`` each; the stream is closed after it."""
 
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        stream = Stream(reader, writer, incoming, outgoing)
+    loop = asyncio.get_running_loop()
+    serving: set[asyncio.Task[None]] = set()
+
+    async def serve(stream: Stream[In, Out]) -> None:
         try:
             await handler(stream)
         finally:
             await stream.close()
+
+    def ended(task: asyncio.Task[None]) -> None:
+        serving.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            loop.call_exception_handler({"message": f"serving {path} failed", "exception": error, "task": task})
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Tasks of our own: asyncio's report a loop that ends while a connection is open as an error (Python 3.11).
+        task = loop.create_task(serve(Stream(reader, writer, incoming, outgoing)))
+        serving.add(task)
+        task.add_done_callback(ended)
 
     before = os.umask(0o177)
     try:
