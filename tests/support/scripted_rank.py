@@ -1,0 +1,223 @@
+"""A rank without a model: a real process that speaks the lifecycle and misbehaves as its script says.
+
+Run as ``python -m tests.support.scripted_rank``. The script is a JSON list in EPDCTL_SCRIPT: one entry an incarnation,
+the last for all that follow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from epdctl.wire.config import RankSpec
+from epdctl.wire.lifecycle import (
+    RANK_TO_SUPERVISOR,
+    SPEC,
+    SUPERVISOR_TO_RANK,
+    CaptureWritten,
+    Drain,
+    Drained,
+    Endpoints,
+    Exit,
+    Fatal,
+    FatalKind,
+    Heartbeat,
+    Hello,
+    Loading,
+    PeersChanged,
+    RankToSupervisor,
+    Ready,
+    StartCapture,
+    StopCapture,
+    SupervisorToRank,
+)
+from epdctl.wire.message import PROTOCOL
+from epdctl.wire.stream import Stream, connect
+
+__all__ = ["Script", "facts_of"]
+
+Line = Stream[SupervisorToRank, RankToSupervisor]
+
+
+class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What one incarnation does. Unset: load, be ready, beat, drain at once, leave at SIGTERM."""
+
+    facts: str = ""  # a file that gets a JSON line for each thing that others cannot see
+    say: list[str] = []  # printed at the start
+    grandchild: bool = False  # start a process in a session of its own, and leave it
+    ignore_term: bool = False
+    loading: tuple[int, int] | None = None  # report this much of the weights …
+    hang_at_load: bool = False  # … and stay there
+    exit_at_load: int | None = None
+    kill_at_load: bool = False  # SIGKILL to itself
+    fatal: str | None = None
+    kind: FatalKind = FatalKind.CRASH
+    restartable: bool = True
+    wrong_token: bool = False
+    bad_frames: int = 0
+    http: str | None = None  # the endpoint to report
+    exit_when_ready: int | None = None
+    no_beats: bool = False
+    unhealthy: str | None = None
+    deaf: bool = False  # read nothing after Hello
+    drain_beats: int = 0  # heartbeats until Drained
+    die_in_capture: bool = False
+    capture_error: str | None = None
+    capture_waits: bool = False  # write only when told to stop, steps or not
+
+
+class Fact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    incarnation: int
+    pid: int
+    text: str = ""
+
+
+def facts_of(path: Path) -> list[Fact]:
+    return [msgspec.json.decode(line, type=Fact) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+class Actor:
+    """One incarnation of a scripted rank."""
+
+    def __init__(self, spec: RankSpec, script: Script, line: Line) -> None:
+        self.spec = spec
+        self.script = script
+        self.line = line
+        self.capture: StartCapture | None = None
+        self.draining: int | None = None  # beats left until Drained
+
+    async def play(self) -> None:
+        script = self.script
+        token = "0" * 64 if script.wrong_token else self.spec.token
+        hello = Hello(
+            run=self.spec.run,
+            rank=self.spec.rank,
+            incarnation=self.spec.incarnation,
+            protocol=PROTOCOL,
+            token=token,
+            pid=os.getpid(),
+        )
+        await self.line.send(hello)
+        for number in range(script.bad_frames):
+            write_garbage(self.line, number)
+        if not script.deaf:
+            self.reading = asyncio.create_task(self.read())
+        await self.load()
+        await self.line.send(Ready(endpoints=Endpoints(inbox=self.spec.endpoint("inbox"), http=script.http)))
+        if script.exit_when_ready is not None:
+            os._exit(script.exit_when_ready)
+        await self.beat()
+
+    async def load(self) -> None:
+        script = self.script
+        if script.loading is not None:
+            await self.line.send(Loading(phase="weights", done=script.loading[0], total=script.loading[1]))
+        if script.fatal is not None:
+            await self.line.send(Fatal(kind=script.kind, text=script.fatal, restartable=script.restartable))
+            sys.exit(1)
+        if script.exit_at_load is not None:
+            sys.exit(script.exit_at_load)
+        if script.kill_at_load:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if script.hang_at_load:
+            await asyncio.Event().wait()
+
+    async def beat(self) -> None:
+        completed = 0
+        while not self.script.no_beats:
+            completed += 1
+            await self.line.send(Heartbeat(inflight=1, completed=completed, unhealthy=self.script.unhealthy))
+            if self.draining is not None:
+                self.draining -= 1
+                if self.draining < 0:
+                    self.draining = None
+                    self.fact("drained")
+                    await self.line.send(Drained())
+            await asyncio.sleep(self.spec.config.heartbeat_seconds)
+        await asyncio.Event().wait()
+
+    async def read(self) -> None:
+        while (message := await self.line.receive()) is not None:
+            await self.obey(message)
+        os._exit(0)
+
+    async def obey(self, message: SupervisorToRank) -> None:
+        match message:
+            case Drain():
+                self.fact("drain")
+                self.draining = self.script.drain_beats
+            case PeersChanged(version=version, peers=peers):
+                self.fact("peers", f"{version}:{','.join(peer.rank for peer in peers)}")
+            case StartCapture():
+                await self.start_capture(message)
+            case StopCapture():
+                await self.write_capture()
+            case Exit():
+                os._exit(0)
+
+    async def start_capture(self, message: StartCapture) -> None:
+        if self.script.die_in_capture:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.capture = message
+        if message.steps is not None and not self.script.capture_waits:
+            await self.write_capture()
+
+    async def write_capture(self) -> None:
+        if self.capture is None:
+            return
+        capture, error = self.capture, self.script.capture_error
+        self.capture = None
+        if error is None:
+            Path(capture.path).write_text('{"traceEvents": []}')
+        written = CaptureWritten(capture=capture.capture, path=None if error else capture.path, error=error)
+        await self.line.send(written)
+
+    def fact(self, name: str, text: str = "") -> None:
+        record(self.script, self.spec, name, text)
+
+
+def record(script: Script, spec: RankSpec, name: str, text: str = "", pid: int | None = None) -> None:
+    if script.facts:
+        fact = Fact(name=name, incarnation=spec.incarnation, pid=pid or os.getpid(), text=text)
+        with open(script.facts, "ab", buffering=0) as file:
+            file.write(msgspec.json.encode(fact) + b"\n")
+
+
+def write_garbage(line: Line, number: int) -> None:
+    body = b"\xc1 not msgpack" if number % 2 else b"\x81\xa1t\xa7Unknown"
+    line._writer.write(len(body).to_bytes(4, "big") + body)  # no message makes a frame that is none
+
+
+def prepare(script: Script, spec: RankSpec) -> None:
+    for text in script.say:
+        print(text, flush=True)
+    if script.ignore_term:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if script.grandchild:
+        child = subprocess.Popen(["sleep", "3600"], start_new_session=True, stdin=subprocess.DEVNULL)
+        record(script, spec, "grandchild", pid=child.pid)
+    record(script, spec, "started")
+
+
+async def run(spec: RankSpec, script: Script) -> None:
+    line = await connect(spec.supervisor, SUPERVISOR_TO_RANK, RANK_TO_SUPERVISOR)
+    await Actor(spec, script, line).play()
+
+
+def main() -> None:
+    spec = SPEC.decode(sys.stdin.buffer.read())
+    scripts = msgspec.json.decode(os.environ["EPDCTL_SCRIPT"], type=list[Script])
+    script = scripts[min(spec.incarnation, len(scripts)) - 1]
+    prepare(script, spec)
+    asyncio.run(run(spec, script))
+
+
+if __name__ == "__main__":
+    main()
