@@ -1,0 +1,242 @@
+"""The HTTP API: OpenAI's chat completions and model list, health and metrics. Decides nothing about ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from epdctl.errors import RequestError
+from epdctl.gateway.answer import Answer
+from epdctl.gateway.budget import Door, Ticket
+from epdctl.gateway.detokenize import TextStream
+from epdctl.gateway.http import Body, HungUp, Speaker, error_headers, unless_hung_up
+from epdctl.gateway.intake import Intake
+from epdctl.gateway.pipeline import Pipeline, new_request_id
+from epdctl.gateway.schema import ChatChunk, ChatRequest, error_body
+from epdctl.ids import RequestId
+from epdctl.telemetry.metrics import CONTENT_TYPE, GatewayMeters
+
+__all__ = ["Desk", "create_app"]
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = "epdctl.request"  # in the ASGI scope
+HUNG_UP = 499  # only in the metrics: nobody is there to read a status
+_CLIENT_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Everything a request needs on its way through this process."""
+
+    intake: Intake
+    pipeline: Pipeline
+    door: Door
+    meters: GatewayMeters
+    pool: Executor  # for what would hold up the loop: parsing, tokenising, reading headers of pictures
+
+
+def create_app(desk: Desk) -> FastAPI:
+    app = FastAPI(title="epdctl", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_Envelope, door=desk.door)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _our_fault)
+    app.router.routes.append(Route("/v1/chat/completions", ChatCompletions(desk), methods=["POST"]))
+    _add_reports(app, desk)
+    return app
+
+
+def _add_reports(app: FastAPI, desk: Desk) -> None:
+    created = int(time.time())
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        card = {
+            "id": desk.intake.model,
+            "object": "model",
+            "created": created,
+            "owned_by": "epdctl",
+            "max_model_len": desk.intake.limits.max_context,
+        }
+        return {"object": "list", "data": [card]}
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        reasons = desk.pipeline.ranks.missing(pictures=True)
+        if desk.door.closed is not None:
+            reasons.insert(0, desk.door.closed)
+        status = "unavailable" if reasons else "ok"
+        return JSONResponse({"status": status, "reasons": reasons}, status_code=503 if reasons else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(desk.meters.text(), media_type=CONTENT_TYPE)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    """404 and 405, in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    refused = RequestError(error.status_code, error.detail)
+    return _refusal(refused, error.headers)
+
+
+async def _our_fault(_: Request, error: Exception) -> Response:
+    """The traceback goes to the log by way of the server; the client learns only that it is not to blame."""
+    return _refusal(RequestError(500, f"a defect of the gateway: {type(error).__name__}", code="internal"), None)
+
+
+def _refusal(error: RequestError, headers: Mapping[str, str] | None) -> Response:
+    return JSONResponse(
+        error_body(error).model_dump(), status_code=error.status, headers={**error_headers(error), **(headers or {})}
+    )
+
+
+class _Envelope:
+    """ASGI middleware: a request id on every response, and the end of the connection while draining."""
+
+    def __init__(self, app: ASGIApp, door: Door) -> None:
+        self._app = app
+        self._door = door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        ours = scope[REQUEST_ID] = new_request_id()
+        theirs = Headers(scope=scope).get("x-request-id", "")
+        shown = theirs if _CLIENT_ID.fullmatch(theirs) else ours
+        if shown != ours:
+            log.info("%s is called %s by its client", ours, shown)
+
+        async def stamped(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = shown
+                if self._door.closed is not None:
+                    headers["connection"] = "close"
+            await send(message)
+
+        await self._app(scope, receive, stamped)
+
+
+@dataclass(slots=True)
+class Visit:
+    """One client's call, from its first byte on."""
+
+    request: RequestId
+    began: float  # on the pipeline's clock
+    speaker: Speaker
+    ticket: Ticket
+
+
+class ChatCompletions:
+    """ASGI endpoint. Every call gets exactly one answer and leaves nothing behind, however it ends."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._seconds = desk.intake.limits.request_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = self._desk.pipeline.now()
+        speaker, body = Speaker(send), Body(receive, self._desk.intake.limits.max_body_bytes)
+        status = 500
+        try:
+            ticket = self._desk.door.enter()
+            try:
+                status = await self._visit(Visit(scope[REQUEST_ID], began, speaker, ticket), receive, body)
+            finally:
+                ticket.give_back()
+        except RequestError as error:
+            status = await self._refuse(error, speaker, body)
+        except HungUp:
+            status = HUNG_UP
+        finally:
+            self._desk.meters.requests.labels(str(status)).inc()
+            self._desk.meters.latency.observe(self._desk.pipeline.now() - began)
+
+    async def _refuse(self, error: RequestError, speaker: Speaker, body: Body) -> int:
+        try:
+            await body.discard()
+            await speaker.refuse(error)
+        except HungUp:
+            return HUNG_UP
+        return error.status
+
+    async def _visit(self, visit: Visit, receive: Receive, body: Body) -> int:
+        raw = await body.read(visit.ticket, self._seconds)
+        await unless_hung_up(receive, self._serve(visit, raw))
+        return 200
+
+    async def _serve(self, visit: Visit, raw: bytes) -> None:
+        desk = self._desk
+        request, order = await asyncio.get_running_loop().run_in_executor(desk.pool, desk.intake.order, raw)
+        visit.ticket.hold(order.media_bytes)
+        desk.meters.pictures.inc(len(order.media))
+        headers = (
+            {"x-epdctl-ignored": ",".join(map(_header_text, request.ignored_fields))} if request.ignored_fields else {}
+        )
+        flight = desk.pipeline.start(visit.request, order, visit.began + self._seconds)
+        answer = Answer(
+            flight, TextStream(desk.intake.decode, request.stops), model=desk.intake.model, created=int(time.time())
+        )
+        try:
+            if request.stream:
+                await self._stream(visit, request, answer, headers)
+            else:
+                await self._whole(visit, answer, headers)
+        finally:
+            flight.abandon()  # means nothing when it has ended
+        desk.meters.prompt_tokens.inc(answer.usage.prompt_tokens)
+        desk.meters.completion_tokens.inc(answer.usage.completion_tokens)
+
+    async def _whole(self, visit: Visit, answer: Answer, headers: Mapping[str, str]) -> None:
+        texts: list[str] = []
+        async with aclosing(answer.pieces()) as pieces:
+            async for piece in pieces:
+                if not texts:
+                    self._note_first(visit)
+                texts.append(piece)
+        await visit.speaker.whole(200, answer.response("".join(texts)).model_dump_json().encode(), headers)
+
+    async def _stream(self, visit: Visit, request: ChatRequest, answer: Answer, headers: Mapping[str, str]) -> None:
+        """Nothing is sent before the first token, so that an error until then has a status of its own."""
+
+        async def say(chunk: ChatChunk) -> None:
+            hidden = None if request.include_usage else {"usage"}
+            await visit.speaker.event(chunk.model_dump_json(exclude=hidden).encode())
+
+        async with aclosing(answer.pieces()) as pieces:
+            async for piece in pieces:
+                if not visit.speaker.begun:
+                    self._note_first(visit)
+                    await visit.speaker.begin(headers)
+                    await say(answer.first_chunk())
+                if piece:
+                    await say(answer.text_chunk(piece))
+        await say(answer.last_chunk())
+        if request.include_usage:
+            await say(answer.usage_chunk())
+        await visit.speaker.event(b"[DONE]")
+        await visit.speaker.end()
+
+    def _note_first(self, visit: Visit) -> None:
+        self._desk.meters.first_token.observe(self._desk.pipeline.now() - visit.began)
+
+
+def _header_text(name: str) -> str:
+    """Field names are the client's: nothing of them may end a header line."""
+    return re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64]

@@ -1,0 +1,78 @@
+"""Who may come in: a bound on open requests, and one on the bytes they hold. Pure but for telling when it is idle."""
+
+from __future__ import annotations
+
+import asyncio
+
+from epdctl.errors import RequestError
+from epdctl.wire.config import Limits
+
+__all__ = ["Door", "Ticket"]
+
+RETRY_AFTER = 1  # seconds
+
+
+class Door:
+    """Counts tickets. Full is 429, closed is 503; both say when to come again."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.open_tickets = 0
+        self.held_bytes = 0
+        self.closed: str | None = None  # the reason, once no new request is taken
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def enter(self) -> Ticket:
+        """Raises RequestError (429, 503)."""
+        if self.closed is not None:
+            raise RequestError(503, self.closed, code="draining", retry_after=RETRY_AFTER)
+        if self.open_tickets >= self._limits.queue:
+            raise RequestError(
+                429, f"{self.open_tickets} requests are open, which is the limit", code="full", retry_after=RETRY_AFTER
+            )
+        self.open_tickets += 1
+        self.idle.clear()
+        return Ticket(self)
+
+    def check(self) -> None:
+        """Called when nothing should be in flight."""
+        assert self.open_tickets == 0, f"{self.open_tickets} tickets are still out"
+        assert self.held_bytes == 0, f"{self.held_bytes} bytes are still held"
+        assert self.idle.is_set()
+
+    def _take(self, nbytes: int) -> None:
+        if self.held_bytes + nbytes > self._limits.media_bytes:
+            raise RequestError(
+                429,
+                f"open requests hold {self.held_bytes} bytes of at most {self._limits.media_bytes}",
+                code="full",
+                retry_after=RETRY_AFTER,
+            )
+        self.held_bytes += nbytes
+
+    def _leave(self, nbytes: int) -> None:
+        self.held_bytes -= nbytes
+        self.open_tickets -= 1
+        if self.open_tickets == 0:
+            self.idle.set()
+
+
+class Ticket:
+    """One request's right to be here, and the bytes it holds: first of its body, then of its pictures."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._bytes = 0
+        self._returned = False
+
+    def hold(self, nbytes: int) -> None:
+        """Hold so many bytes in all. Raises RequestError (429) when more do not fit."""
+        self._door._take(nbytes - self._bytes)
+        self._bytes = nbytes
+
+    def give_back(self) -> None:
+        """Once or more often; only the first counts."""
+        if not self._returned:
+            self._returned = True
+            self._door._leave(self._bytes)

@@ -1,0 +1,132 @@
+"""Tokens to text, piece by piece: never half a character, never a part of a stop string. Pure.
+
+The pieces put together are what decoding all tokens at once gives, cut before the first stop string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+__all__ = ["Decode", "Detokenizer", "StopFinder", "TextStream"]
+
+Decode = Callable[[Sequence[int]], str]  # special tokens skipped
+
+UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
+CUT_AFTER = 32  # tokens without a whole character at their end; then a harmless cut is looked for
+CUT_TAIL = range(8, 24)
+LONGEST_PARTIAL = 4  # a character's bytes; nothing further back can still change
+
+
+class Detokenizer:
+    """Decodes a window that begins with text already given out, because some decoders treat a first token apart."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._given: list[int] = []  # tokens whose text is out, at the window's start
+        self._given_text = ""
+        self._open: list[int] = []  # tokens whose text may still change at its end
+        self._out = 0  # characters of the open tokens' text that are out
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens made certain."""
+        self._open += tokens
+        text = self._open_text()
+        fresh = text[self._out :]
+        if not text.endswith(UNFINISHED):
+            self._settle(self._open)
+            return fresh
+        fresh = fresh[:-1]  # only the last mark can still become something else
+        self._out += len(fresh)
+        if len(self._open) > CUT_AFTER:
+            self._cut(text)
+        return fresh
+
+    def flush(self) -> str:
+        """The rest, as it stands."""
+        fresh = self._open_text()[self._out :]
+        self._settle(self._open)
+        return fresh
+
+    def _open_text(self) -> str:
+        return self._decode([*self._given, *self._open])[len(self._given_text) :]
+
+    def _settle(self, tokens: list[int]) -> None:
+        text = self._decode(tokens)
+        if not text and len(tokens) <= CUT_AFTER:
+            return  # a window must begin with something, or what follows would count as the first token
+        if text:
+            self._given, self._given_text = tokens, text
+        self._open, self._out = [], 0
+
+    def _cut(self, text: str) -> None:
+        """Keep the window short when characters never end: bytes this far back cannot change any more."""
+        for size in CUT_TAIL:
+            head, tail = self._open[:-size], self._open[-size:]
+            head_text, tail_text = self._decode(head), self._decode(tail)
+            if head_text and len(tail_text) > LONGEST_PARTIAL and head_text + tail_text == text:
+                self._given, self._given_text = head, head_text
+                self._open, self._out = tail, self._out - len(head_text)
+                return
+
+
+class StopFinder:
+    """Holds text back while it could be the beginning of a stop string. The stop string that ends first wins."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain to come before any stop string."""
+        if self.found:
+            return ""
+        self._held += text
+        ends = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if ends:
+            self.found = True
+            return self._release(min(ends)[1])
+        return self._release(len(self._held) - self._doubtful())
+
+    def flush(self) -> str:
+        return "" if self.found else self._release(len(self._held))
+
+    def _release(self, count: int) -> str:
+        text, self._held = self._held[:count], self._held[count:]
+        return text
+
+    def _doubtful(self) -> int:
+        """Characters at the end that begin some stop string."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            tail = self._held[-size:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return size
+        return 0
+
+
+class TextStream:
+    """Both together: tokens in, text out, until ``stopped``. ``used`` counts the tokens that went into the text."""
+
+    def __init__(self, decode: Decode, stops: Sequence[str] = ()) -> None:
+        self._detokenizer = Detokenizer(decode)
+        self._finder = StopFinder(stops)
+        self.used = 0
+
+    @property
+    def stopped(self) -> bool:
+        return self._finder.found
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """One token at a time, so that ``used`` is exact; nothing is taken after a stop string."""
+        pieces = []
+        for token in tokens:
+            if self.stopped:
+                break
+            self.used += 1
+            pieces.append(self._finder.push(self._detokenizer.push([token])))
+        return "".join(pieces)
+
+    def flush(self) -> str:
+        """The end of the answer."""
+        return self._finder.push(self._detokenizer.flush()) + self._finder.flush()

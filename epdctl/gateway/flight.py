@@ -1,0 +1,389 @@
+"""One request under way: its attempts, one after another, until it has an end. Driven by messages, never waiting.
+
+What one attempt received is the beginning of the next: noise is a function of (seed, position), so a resumed answer
+goes on as it would have. Messages of an older attempt, or of a rank outside this one, change nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from epdctl.errors import PeerGone, RequestError
+from epdctl.gateway.intake import Order
+from epdctl.gateway.ranks import Ranks, Reply, Route
+from epdctl.gateway.states import ENDED, RequestState, Step, advance
+from epdctl.ids import RankName, RequestId, Room, new_room
+from epdctl.telemetry.metrics import GatewayMeters
+from epdctl.wire.encode import Encode, Encoded, EncodeFailed, FailureKind
+from epdctl.wire.lifecycle import Peer
+from epdctl.wire.serve import (
+    Abort,
+    Decode,
+    Failed,
+    Finished,
+    FinishReason,
+    Generate,
+    Granted,
+    Prefill,
+    RankRef,
+    Sampling,
+    Token,
+    Usage,
+)
+
+__all__ = ["Ending", "Flight", "Tower", "failure"]
+
+log = logging.getLogger(__name__)
+
+# kind → HTTP status, seconds until another try makes sense
+STATUS: dict[FailureKind, tuple[int, int | None]] = {
+    FailureKind.BAD_MEDIA: (400, None),
+    FailureKind.TOO_LARGE: (400, None),
+    FailureKind.FULL: (429, 1),
+    FailureKind.NO_RANK: (503, 1),
+    FailureKind.RANK_LOST: (503, 1),
+    FailureKind.DEADLINE: (504, None),
+    FailureKind.INTERNAL: (502, None),
+}
+
+
+def failure(kind: FailureKind, text: str) -> RequestError:
+    status, retry_after = STATUS[kind]
+    return RequestError(status, text, code=kind.value.replace("-", "_"), retry_after=retry_after)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A whole answer. ``usage`` is over all attempts."""
+
+    reason: FinishReason
+    usage: Usage
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try. ``base``: tokens of the answer that were known before it. ``seats``: ranks it still needs."""
+
+    number: int
+    route: Route
+    base: int
+    seats: list[Peer]
+    unencoded: set[int]
+    room: Room = field(default_factory=new_room)
+    granted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """How often an attempt was lost, and what is known of the last time."""
+
+    count: int = 0
+    text: str = ""
+    avoid: frozenset[RankName] = frozenset()  # the ranks of that attempt: taken again only when there is no other
+
+
+class Tower(Protocol):
+    """What a flight asks of whoever directs all of them."""
+
+    @property
+    def ranks(self) -> Ranks: ...
+
+    @property
+    def meters(self) -> GatewayMeters: ...
+
+    def now(self) -> float:
+        """Seconds on the clock that deadlines are given in."""
+        ...
+
+    def wait(self, flight: Flight) -> None:
+        """``flight`` needs a route, now or as soon as there is one."""
+        ...
+
+    def landed(self, flight: Flight) -> None:
+        """Nothing more will come of ``flight``."""
+        ...
+
+
+class Flight:
+    """Made in RECEIVED. Its owner reads ``tokens()`` to the end, or calls ``stop`` or ``abandon``."""
+
+    def __init__(self, request: RequestId, order: Order, deadline: float, tower: Tower) -> None:
+        self.request = request
+        self.order = order
+        self.deadline = deadline
+        self.state = RequestState.RECEIVED
+        self.losses = Losses()
+        self.resumes = 0  # attempts that went on from tokens which were there already
+        self.ending: Ending | None = None
+        self._tower = tower
+        self._received: list[int] = []
+        self._attempts = 0
+        self._attempt: Attempt | None = None
+        self._error: RequestError | None = None
+        self._news = asyncio.Event()
+
+    # -- for the owner --
+
+    async def tokens(self) -> AsyncGenerator[list[int], None]:
+        """All tokens that are there, again and again, until the end. Raises RequestError for a failed request."""
+        seen = 0
+        while True:
+            fresh = self._received[seen:]
+            if fresh:
+                seen += len(fresh)
+                yield fresh
+            elif self.state in ENDED:
+                break
+            else:
+                self._news.clear()
+                await self._news.wait()  # ends at the deadline at the latest: expire() is news
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def has_pictures(self) -> bool:
+        return bool(self.order.media)
+
+    def stop(self) -> None:
+        """The owner has all it wants: a stop string was found."""
+        self._end(Step.FINISH)
+
+    def abandon(self) -> None:
+        """The client hung up."""
+        self._end(Step.ABORT)
+
+    def fail(self, error: RequestError) -> None:
+        if self.state not in ENDED:
+            self._error = error
+            self._end(Step.FAIL)
+
+    def expire(self) -> None:
+        """The deadline has come."""
+        if self.state in ENDED:
+            return
+        if self.state is RequestState.RECEIVED:
+            missing = ", ".join(self._tower.ranks.missing(pictures=self.has_pictures))
+            why = "; ".join(filter(None, (missing, self.losses.text))) or "no rank took it"
+            self.fail(failure(FailureKind.NO_RANK, f"no rank answered within the request's time: {why}"))
+        else:
+            self.fail(failure(FailureKind.DEADLINE, f"no answer within the request's time; it was {self.state}"))
+
+    # -- for whoever directs --
+
+    def place(self, route: Route) -> None:
+        """Begin an attempt over ``route``."""
+        self._step(Step.PLACED_PICTURES if self.has_pictures else Step.PLACED_TEXT)
+        self._attempts += 1
+        self._attempt = attempt = Attempt(
+            number=self._attempts,
+            route=route,
+            base=len(self._received),
+            seats=list(route.peers),
+            unencoded=set(range(len(self.order.media))),
+        )
+        self._tower.meters.attempts.inc()
+        if attempt.base:
+            self.resumes += 1
+            self._tower.meters.resumed.inc()
+        for peer in attempt.seats:
+            self._tower.ranks.take(peer)
+        self._or_lose(lambda: self._ask(attempt))
+
+    def withdrawn(self, peer: Peer) -> None:
+        """``peer`` is gone. What it had done already stays done."""
+        if self._attempt is not None and peer in self._attempt.seats:
+            self._lose(f"{peer.rank} was lost", peer.stage.value)
+
+    def receive(self, peer: Peer, message: Reply) -> bool:
+        """False when the message came too late to matter."""
+        attempt = self._attempt
+        if attempt is None or message.attempt != attempt.number or peer not in attempt.route.peers:
+            return False
+        match message:
+            case Token():
+                self._on_token(attempt, message)
+            case Granted():
+                self._on_granted(attempt, message)
+            case Encoded():
+                self._on_encoded(attempt, message.index)
+            case Finished():
+                self._on_finished(attempt, message)
+            case Failed() | EncodeFailed():
+                self._on_failed(attempt, peer, message)
+        return True
+
+    # -- one attempt --
+
+    def _ask(self, attempt: Attempt) -> None:
+        if attempt.route.split:
+            self._ask_pair(attempt)
+        else:
+            self._tower.ranks.language.send(
+                attempt.route.entry,
+                Generate(
+                    request=self.request,
+                    attempt=attempt.number,
+                    tokens=self._known_tokens(),
+                    items=self.order.prompt.items,
+                    sampling=self._rest(),
+                    budget_s=self._budget(),
+                ),
+            )
+
+    def _ask_pair(self, attempt: Attempt) -> None:
+        tokens, route = self._known_tokens(), attempt.route
+        decode = Decode(
+            request=self.request,
+            attempt=attempt.number,
+            room=attempt.room,
+            prompt_tokens=len(tokens),
+            sampling=self._rest(),
+            prefill_at=_ref(route.entry),
+            budget_s=self._budget(),
+        )
+        prefill = Prefill(
+            request=self.request,
+            attempt=attempt.number,
+            room=attempt.room,
+            tokens=tokens,
+            items=self.order.prompt.items,
+            sampling=self._rest(),
+            decode_at=_ref(route.exit),
+            budget_s=self._budget(),
+        )
+        self._tower.ranks.decode.send(route.exit, decode)
+        self._tower.ranks.prefill.send(route.entry, prefill)
+
+    def _known_tokens(self) -> list[int]:
+        return self.order.prompt.tokens + self._received
+
+    def _rest(self) -> Sampling:
+        sampling = self.order.sampling
+        return msgspec.structs.replace(sampling, max_tokens=sampling.max_tokens - len(self._received))
+
+    def _budget(self) -> float:
+        return max(0.0, self.deadline - self._tower.now())
+
+    def _on_granted(self, attempt: Attempt, message: Granted) -> None:
+        if attempt.granted or attempt.route.router is None:
+            return
+        if len(message.slots) != len(self.order.media):
+            self.fail(failure(FailureKind.INTERNAL, f"{len(message.slots)} slots for {len(self.order.media)} pictures"))
+            return
+        attempt.granted = True
+        self._or_lose(lambda: self._encode(attempt, message))
+
+    def _encode(self, attempt: Attempt, granted: Granted) -> None:
+        assert attempt.route.router is not None
+        for index, slot in enumerate(granted.slots):
+            encode = Encode(
+                request=self.request,
+                attempt=attempt.number,
+                item=self.order.media_item(index),
+                slot=slot,
+                notify=granted.notify,
+                budget_s=self._budget(),
+            )
+            self._tower.ranks.router.send(attempt.route.router, encode, [self.order.media[index].data])
+
+    def _on_encoded(self, attempt: Attempt, index: int) -> None:
+        attempt.unencoded.discard(index)
+        if not attempt.unencoded and self.state is RequestState.ENCODING:
+            self._step(Step.EMBEDDED)
+            self._leave(attempt, attempt.route.router)
+
+    def _on_token(self, attempt: Attempt, message: Token) -> None:
+        expected = len(self._received) - attempt.base
+        if message.index < expected:
+            return
+        if message.index > expected:
+            self._lose(f"token {expected} of {attempt.route.exit.rank} never came", attempt.route.exit.stage.value)
+            return
+        self._received.append(message.token)
+        self._news.set()
+        first = expected == 0 and attempt.route.split
+        self._step(Step.HANDED if first else Step.TOKEN)
+        if expected == 0:  # the prompt is computed: only the exit is needed from here on
+            for peer in attempt.route.peers:
+                if peer != attempt.route.exit:
+                    self._leave(attempt, peer)
+
+    def _on_finished(self, attempt: Attempt, message: Finished) -> None:
+        self.ending = Ending(
+            message.reason, self._usage(attempt.base + message.usage.completion_tokens, message.usage.cached_tokens)
+        )
+        self._end(Step.FINISH, abort=False)
+
+    def _on_failed(self, attempt: Attempt, peer: Peer, message: Failed | EncodeFailed) -> None:
+        if peer not in attempt.seats:
+            return  # it had done its part
+        if message.kind is FailureKind.RANK_LOST:
+            gone = next((seat for seat in attempt.route.peers if not self._tower.ranks.routable(seat)), None)
+            self._lose(f"{peer.rank}: {message.text}", gone.stage.value if gone else "reported")
+            return
+        log.info("%s failed on %s: %s: %s", self.request, peer.rank, message.kind, message.text)
+        self.fail(failure(message.kind, message.text))
+
+    # -- ends of attempts --
+
+    def _or_lose(self, send: Callable[[], None]) -> None:
+        try:
+            send()
+        except PeerGone as error:
+            self._lose(error.message, "unreachable")
+
+    def _lose(self, text: str, stage: str) -> None:
+        """Back to RECEIVED with what is known, or to the end when nothing is missing but the last word."""
+        attempt = self._attempt
+        assert attempt is not None
+        log.info("%s: attempt %d lost while %s: %s", self.request, attempt.number, self.state, text)
+        self._tower.meters.lost.labels(stage).inc()
+        self.losses = Losses(self.losses.count + 1, text, frozenset(peer.rank for peer in attempt.route.peers))
+        if len(self._received) >= self.order.sampling.max_tokens:
+            self.ending = Ending(FinishReason.LENGTH, self._usage(len(self._received)))  # only that word was missing
+            self._end(Step.FINISH)
+            return
+        self._drop_attempt(abort=True)
+        self._step(Step.LOST)
+        self._tower.wait(self)
+
+    def _end(self, step: Step, *, abort: bool = True) -> None:
+        if self.state in ENDED:
+            return
+        self._drop_attempt(abort=abort)
+        self._step(step)
+        self._news.set()
+        self._tower.landed(self)
+
+    def _drop_attempt(self, *, abort: bool) -> None:
+        attempt, self._attempt = self._attempt, None
+        if attempt is None:
+            return
+        for peer in list(attempt.seats):
+            self._leave(attempt, peer)
+        if abort:
+            for peer in attempt.route.peers:
+                with contextlib.suppress(PeerGone):  # what is gone holds nothing
+                    self._tower.ranks.abort(peer, Abort(request=self.request, attempt=attempt.number))
+
+    def _leave(self, attempt: Attempt, peer: Peer | None) -> None:
+        if peer in attempt.seats:
+            attempt.seats.remove(peer)
+            self._tower.ranks.leave(peer)
+
+    def _step(self, step: Step) -> None:
+        self.state = advance(self.state, step)
+
+    def _usage(self, completion: int, cached: int = 0) -> Usage:
+        return Usage(prompt_tokens=len(self.order.prompt.tokens), completion_tokens=completion, cached_tokens=cached)
+
+
+def _ref(peer: Peer) -> RankRef:
+    return RankRef(rank=peer.rank, incarnation=peer.incarnation)

@@ -1,0 +1,141 @@
+"""One HTTP exchange at ASGI's level: a bounded body in, a bounded answer out, and a client that may hang up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.types import Message, Receive, Send
+
+from epdctl.errors import RequestError
+from epdctl.gateway.budget import Ticket
+from epdctl.gateway.schema import error_body
+
+__all__ = ["Body", "HungUp", "Speaker", "error_headers", "unless_hung_up"]
+
+SEND_SECONDS = 30.0  # a client that reads nothing for so long has hung up
+DISCARD_SECONDS = 5.0
+
+T = TypeVar("T")
+
+
+class HungUp(Exception):
+    """The client is gone; nobody is left to answer."""
+
+
+async def unless_hung_up(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled when the client disconnects; then raises HungUp.
+
+    The body must have been read: whatever comes now is a disconnect.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise HungUp
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Body:
+    """A request's body, read once, at most ``limit`` bytes of it."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._complete = False
+
+    async def read(self, ticket: Ticket, seconds: float) -> bytes:
+        """Raises RequestError (408, 413, 429 when the ticket cannot hold it) and HungUp."""
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(seconds):
+                while not self._complete:
+                    chunk = await self._next()
+                    size += len(chunk)
+                    if size > self._limit:
+                        raise RequestError(413, f"the body is larger than {self._limit} bytes", code="body_too_large")
+                    ticket.hold(size)
+                    chunks.append(chunk)
+        except TimeoutError as error:
+            raise RequestError(408, "the body did not arrive in time", code="timeout") from error
+        return b"".join(chunks)
+
+    async def discard(self) -> None:
+        """Read on for a moment without keeping anything: a client that is still writing when the connection closes
+        sees a reset and never the answer."""
+        left = 2 * self._limit
+        try:
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while not self._complete and left > 0:
+                    left -= len(await self._next())
+        except TimeoutError:
+            return
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._complete = True
+            raise HungUp
+        self._complete = not message.get("more_body", False)
+        chunk: bytes = message.get("body", b"")
+        return chunk
+
+
+def error_headers(error: RequestError) -> dict[str, str]:
+    return {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+
+
+class Speaker:
+    """Sends one response: either ``whole``, or ``begin``, ``event`` and ``end``. Every send has a deadline."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = False
+
+    async def whole(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        await self._head(status, {"content-type": "application/json", "content-length": str(len(body)), **headers})
+        await self._write({"type": "http.response.body", "body": body})
+
+    async def begin(self, headers: Mapping[str, str]) -> None:
+        await self._head(
+            200, {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **headers}
+        )
+
+    async def event(self, data: bytes) -> None:
+        await self._write({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+
+    async def end(self) -> None:
+        await self._write({"type": "http.response.body", "body": b""})
+
+    async def refuse(self, error: RequestError) -> None:
+        """As the response, or, once a stream has begun, as its last event."""
+        body = error_body(error).model_dump_json().encode()
+        if self.begun:
+            await self.event(body)
+            await self.end()
+        else:
+            await self.whole(error.status, body, error_headers(error))
+
+    async def _head(self, status: int, headers: Mapping[str, str]) -> None:
+        self.begun = True
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self._write({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def _write(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await self._send(message)
+        except (TimeoutError, OSError) as error:
+            raise HungUp from error

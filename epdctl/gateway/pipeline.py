@@ -1,0 +1,125 @@
+"""All requests under way: gives each a route when there is one, and each message to the request it is for."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+
+from epdctl.errors import RequestError
+from epdctl.gateway.flight import Flight
+from epdctl.gateway.intake import Order
+from epdctl.gateway.ranks import Ranks, Reply
+from epdctl.ids import RequestId
+from epdctl.telemetry.metrics import GatewayMeters
+from epdctl.wire.lifecycle import Peer
+
+__all__ = ["Pipeline", "new_request_id", "pause_before"]
+
+FIRST_PAUSE = 0.05  # seconds
+LONGEST_PAUSE = 1.0
+
+
+def pause_before(losses: int) -> float:
+    """Seconds to wait before another attempt: none after the first loss, then doubling, so that a rank which only
+    says that it is leaving is not asked a thousand times. Pure."""
+    if losses <= 1:
+        return 0.0
+    return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(losses - 2, 10))
+
+
+def new_request_id() -> RequestId:
+    """Ours, whatever the client calls it: two clients may choose the same name."""
+    return RequestId(f"chatcmpl-{secrets.token_hex(12)}")
+
+
+class Pipeline:
+    """Implements flight.Tower. Lives on one event loop; its clock is the loop's."""
+
+    def __init__(self, meters: GatewayMeters) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._meters = meters
+        self._ranks = Ranks(self._receive, self._withdrawn)
+        self._flights: dict[RequestId, Flight] = {}
+        self._waiting: dict[RequestId, Flight] = {}  # in the order they came to wait
+        self._alarms: dict[RequestId, asyncio.TimerHandle] = {}
+        self._turn: asyncio.Handle | None = None
+        self.completed = 0
+
+    @property
+    def ranks(self) -> Ranks:
+        return self._ranks
+
+    @property
+    def meters(self) -> GatewayMeters:
+        return self._meters
+
+    def now(self) -> float:
+        return self._loop.time()
+
+    def start(self, request: RequestId, order: Order, deadline: float) -> Flight:
+        """``deadline``: on this clock."""
+        flight = Flight(request, order, deadline, self)
+        self._flights[request] = flight
+        self._alarms[request] = self._loop.call_at(deadline, flight.expire)
+        self.wait(flight)
+        return flight
+
+    def peers_changed(self, peers: Sequence[Peer]) -> None:
+        self._ranks.peers_changed(peers)
+        self._place_soon()
+
+    def wait(self, flight: Flight) -> None:
+        pause = pause_before(flight.losses.count)
+        if pause:
+            self._loop.call_later(pause, self._queue, flight)
+        else:
+            self._queue(flight)
+
+    def landed(self, flight: Flight) -> None:
+        del self._flights[flight.request]
+        self._waiting.pop(flight.request, None)
+        self._alarms.pop(flight.request).cancel()
+        self.completed += 1
+
+    def close(self) -> None:
+        """Every request still under way fails with 503; links are closed."""
+        for flight in list(self._flights.values()):
+            flight.fail(RequestError(503, "the gateway is stopping", code="stopping", retry_after=1))
+        if self._turn is not None:
+            self._turn.cancel()
+        self._ranks.close()
+
+    def check(self) -> None:
+        """Called when nothing should be in flight."""
+        assert not self._flights, f"requests nobody waits for: {sorted(self._flights)}"
+        assert not self._waiting
+        assert not self._alarms
+        self._ranks.check()
+
+    def _queue(self, flight: Flight) -> None:
+        if flight.request in self._flights:  # it may have ended during its pause
+            self._waiting[flight.request] = flight
+            self._place_soon()
+
+    def _place_soon(self) -> None:
+        """Not at once: while a new table is being taken over, some links still show the old one."""
+        if self._turn is None and self._waiting:
+            self._turn = self._loop.call_soon(self._place)
+
+    def _place(self) -> None:
+        self._turn = None
+        for flight in list(self._waiting.values()):
+            route = self._ranks.route(pictures=flight.has_pictures, avoid=flight.losses.avoid)
+            if route is not None:
+                del self._waiting[flight.request]
+                flight.place(route)
+
+    def _receive(self, peer: Peer, message: Reply) -> None:
+        flight = self._flights.get(RequestId(message.request))
+        if flight is None or not flight.receive(peer, message):
+            self._meters.late.inc()
+
+    def _withdrawn(self, peer: Peer) -> None:
+        for flight in list(self._flights.values()):
+            flight.withdrawn(peer)
