@@ -179,10 +179,11 @@ class LanguageRank(ABC, Generic[S, In]):
         return True
 
     def _queue(self, stay: S) -> None:
+        self._serve()  # so that nobody is sent away from a line that could have moved
         refusal = self._capacity.refusal(stay.need) or self._line.join(stay.name)
         if refusal is not None:
             self._end(stay, refusal)
-        self._serve_soon()
+        self._serve()
 
     def _run(self, stay: S, new: NewSequence) -> None:
         stay.enter(Phase.RUNNING)
@@ -220,11 +221,14 @@ class LanguageRank(ABC, Generic[S, In]):
             self._empty.set()
 
     def _serve_soon(self) -> None:
+        """Later, because memory comes back in the middle of other work, that of ``_serve`` included."""
         if self._serving is None:
             self._serving = self._loop.call_soon(self._serve)
 
     def _serve(self) -> None:
-        self._serving = None
+        if self._serving is not None:
+            self._serving.cancel()
+            self._serving = None
         for name, grant in self._line.serve(lambda name: self._take(self._stays[name])):
             stay = self._stays[name]
             stay.grant = grant
