@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SIZES", "CheckpointSize", "make_checkpoint"]
+__all__ = ["SIZES", "CheckpointSize", "make_checkpoint", "model_config"]
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -164,7 +164,8 @@ def _preprocessor_config() -> dict[str, Any]:
     }
 
 
-def _model_config(size: CheckpointSize, ids: dict[str, int]) -> dict[str, Any]:
+def model_config(size: CheckpointSize, ids: dict[str, int]) -> dict[str, Any]:
+    """config.json, given the special tokens' ids."""
     return {
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
@@ -201,7 +202,7 @@ def _write_model(directory: Path, size: CheckpointSize, ids: dict[str, int], see
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = Qwen2_5_VLConfig(**_model_config(size, ids))
+    config = Qwen2_5_VLConfig(**model_config(size, ids))
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     model = model.to_empty(device="cpu")

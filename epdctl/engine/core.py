@@ -194,15 +194,18 @@ def _lay_in(embeds: torch.Tensor, part: _Part) -> None:
 def build_engine(
     model: ModelConfig, config: EngineConfig, device: torch.device, progress: Progress | None = None
 ) -> Engine:
-    """Imports, weights of the language half, KV pool; ``progress(phase, done, total)`` before and after each.
+    """``progress(phase, done, total)`` is told of the phases imports, weights and pools, before and after each.
 
     Raises LoadError.
     """
-    from epdctl.engine.loading import load_language
+    from epdctl.engine.loading import torch_half
 
     say = progress or (lambda _phase, _done, _total: None)
+    say("imports", 0, 1)
+    half = torch_half(model)
+    say("imports", 1, 1)
     say("weights", 0, 1)
-    language = load_language(model, device)
+    language = half.load_language(model, device)
     say("weights", 1, 1)
     say("pools", 0, 1)
     kv = KvPool(language.layout(config.page_size), max(1, config.kv_tokens // config.page_size), device)

@@ -12,10 +12,10 @@ from epdctl.errors import LoadError
 from epdctl.families import SERVED
 from epdctl.wire.config import ModelConfig
 
-__all__ = ["load_language", "load_tower"]
+__all__ = ["TorchHalf", "load_language", "load_tower", "torch_half"]
 
 
-class _TorchHalf(Protocol):
+class TorchHalf(Protocol):
     """What a module of ``engine.families`` offers."""
 
     def load_tower(self, model: ModelConfig, device: torch.device) -> Tower: ...
@@ -25,15 +25,16 @@ class _TorchHalf(Protocol):
 
 def load_tower(model: ModelConfig, device: torch.device) -> Tower:
     """The encoder half, and nothing of the other. Raises LoadError."""
-    return _torch_half(model).load_tower(model, device)
+    return torch_half(model).load_tower(model, device)
 
 
 def load_language(model: ModelConfig, device: torch.device) -> LanguageModel:
     """The language half, and nothing of the other. Raises LoadError."""
-    return _torch_half(model).load_language(model, device)
+    return torch_half(model).load_language(model, device)
 
 
-def _torch_half(model: ModelConfig) -> _TorchHalf:
+def torch_half(model: ModelConfig) -> TorchHalf:
+    """Imports the family's module: seconds, the first time. Raises LoadError for a family we do not serve."""
     if model.family not in SERVED:
         raise LoadError(f"no model family {model.family!r}", hint=f"families: {', '.join(sorted(SERVED))}")
-    return cast("_TorchHalf", importlib.import_module(f"epdctl.engine.families.{model.family}"))
+    return cast("TorchHalf", importlib.import_module(f"epdctl.engine.families.{model.family}"))

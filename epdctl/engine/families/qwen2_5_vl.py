@@ -25,10 +25,12 @@ from epdctl.wire.serve import KvLayout, PromptItem
 __all__ = ["load_language", "load_tower"]
 
 _TOWER_KEYS = ("visual.", "model.visual.")
-_LANGUAGE_KEYS = ("lm_head.", "model.")
+_LANGUAGE_KEYS = ("lm_head.", "model.language_model.", "model.embed_tokens.", "model.layers.", "model.norm.")
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow knows more, and some of them start other programs
 
 # What Pillow raises over bytes that are no picture, or half of one.
-_BROKEN = (OSError, SyntaxError, ValueError, IndexError, EOFError, struct.error, Image.DecompressionBombError)
+_BROKEN = (OSError, SyntaxError, ValueError, IndexError, KeyError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @as_the_librarys_own
@@ -87,7 +89,7 @@ class Tower:
     def _open(self, media: bytes | memoryview, item: MediaItem) -> Image.Image:
         """The pixels are decoded only once the header has the promised size, lying or standing."""
         try:
-            with Image.open(io.BytesIO(media)) as picture:
+            with Image.open(io.BytesIO(media), formats=_FORMATS) as picture:
                 self._check_header(picture, item)
                 return ImageOps.exif_transpose(picture).convert("RGB")
         except _BROKEN as error:
