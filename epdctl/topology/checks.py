@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from epdctl.topology.document import Trail
@@ -18,11 +18,17 @@ __all__ = ["CHECKS", "Finding", "check"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A mistake before its trail has become a place."""
+    """A mistake before its trail has become a place. ``also``: other fields that led to it."""
 
     trail: Trail
     problem: str
     remedy: str
+    also: tuple[Trail, ...] = ()
+
+    def rests_on(self, trails: Collection[Trail]) -> bool:
+        """Whether one of the fields behind this finding is, or lies above, one of ``trails``."""
+        behind = (self.trail, *self.also) if len(self.trail) > 2 or self.trail[0] != "stages" else self.also
+        return any(trail[: len(field)] == field for field in behind for trail in trails)
 
 
 Check = Callable[[TopologyFile], Iterator[Finding]]
@@ -34,7 +40,8 @@ def check(file: TopologyFile) -> list[Finding]:
 
 def something_is_served(file: TopologyFile) -> Iterator[Finding]:
     if not any(file.stages.present()):
-        yield Finding(("stages",), "no stage is there", "add encoder, prefill and decode, or encoder and language")
+        remedy = "add encoder, prefill and decode, or encoder and language"
+        yield Finding(("stages",), "no stage is there", remedy, (("stages",),))
 
 
 def prefill_and_decode_come_together(file: TopologyFile) -> Iterator[Finding]:
@@ -76,17 +83,18 @@ def gpu_list_matches_ranks(file: TopologyFile) -> Iterator[Finding]:
     for name, stage in _stages(file):
         if not isinstance(stage.gpus, tuple) or len(stage.gpus) == stage.ranks:
             continue
-        trail = ("stages", name, "gpus")
+        trail: Trail = ("stages", name, "gpus")
+        also: tuple[Trail, ...] = tuple(("stages", name, field) for field in ("replicas", "dp", "share"))
         listed, wanted = len(stage.gpus), stage.ranks
         if listed > 1:
             problem = f"{_counted(listed, 'GPU')} for {_counted(wanted, 'rank')} (replicas × dp)"
-            yield Finding(trail, problem, f"list {_counted(wanted, 'GPU')}, or one that all share")
+            yield Finding(trail, problem, f"list {_counted(wanted, 'GPU')}, or one that all share", also)
         elif stage.share is None:
             problem = f"one GPU for {_counted(wanted, 'rank')}, which do not share"
-            yield Finding(trail, problem, f"list {wanted} GPUs, or add share: {_even(wanted)}")
+            yield Finding(trail, problem, f"list {wanted} GPUs, or add share: {_even(wanted)}", also)
         elif stage.share * wanted > 1 + 1e-9:
             problem = f"{wanted} ranks with share {stage.share:g} need {stage.share * wanted:g} of one GPU"
-            yield Finding(("stages", name, "share"), problem, f"write share: {_even(wanted)} or less")
+            yield Finding(("stages", name, "share"), problem, f"write share: {_even(wanted)} or less", also)
 
 
 def gpu_is_listed_once(file: TopologyFile) -> Iterator[Finding]:
@@ -95,7 +103,8 @@ def gpu_is_listed_once(file: TopologyFile) -> Iterator[Finding]:
             for gpu, times in Counter(stage.gpus).items():
                 if times > 1:
                     problem = f"GPU {gpu} is listed {times} times without share"
-                    yield Finding(("stages", name, "gpus"), problem, "list each once, or add share")
+                    also: tuple[Trail, ...] = (("stages", name, "share"),)
+                    yield Finding(("stages", name, "gpus"), problem, "list each once, or add share", also)
 
 
 def share_needs_a_gpu(file: TopologyFile) -> Iterator[Finding]:
@@ -108,14 +117,16 @@ def page_sizes_agree(file: TopologyFile) -> Iterator[Finding]:
     prefill, decode = file.stages.prefill, file.stages.decode
     if prefill and decode and prefill.page_size != decode.page_size:
         problem = f"pages of {decode.page_size} tokens, but prefill writes pages of {prefill.page_size}"
-        yield Finding(("stages", "decode", "page_size"), problem, "give both the same page_size")
+        also: tuple[Trail, ...] = (("stages", "prefill", "page_size"),)
+        yield Finding(("stages", "decode", "page_size"), problem, "give both the same page_size", also)
 
 
 def pool_holds_a_page(file: TopologyFile) -> Iterator[Finding]:
     for name, stage in _stages(file):
         if isinstance(stage, LanguageStage) and stage.kv_tokens < stage.page_size:
             problem = f"a pool of {stage.kv_tokens} tokens is less than one page of {stage.page_size}"
-            yield Finding(("stages", name, "kv_tokens"), problem, "raise kv_tokens")
+            also: tuple[Trail, ...] = (("stages", name, "page_size"),)
+            yield Finding(("stages", name, "kv_tokens"), problem, "raise kv_tokens", also)
 
 
 def pool_holds_a_request(file: TopologyFile) -> Iterator[Finding]:
@@ -155,17 +166,18 @@ def deadlines_are_in_order(file: TopologyFile) -> Iterator[Finding]:
     deadlines = file.deadlines
     if deadlines.unhealthy <= deadlines.heartbeat:
         problem = f"unhealthy after {deadlines.unhealthy:g} s, but a heartbeat comes every {deadlines.heartbeat:g} s"
-        yield Finding(("deadlines", "unhealthy"), problem, "allow several heartbeats")
+        yield Finding(("deadlines", "unhealthy"), problem, "allow several heartbeats", (("deadlines", "heartbeat"),))
     if deadlines.dead <= deadlines.unhealthy:
         problem = f"dead after {deadlines.dead:g} s, which is not later than unhealthy ({deadlines.unhealthy:g} s)"
-        yield Finding(("deadlines", "dead"), problem, "write dead above unhealthy")
+        yield Finding(("deadlines", "dead"), problem, "write dead above unhealthy", (("deadlines", "unhealthy"),))
 
 
 def restart_delays_are_in_order(file: TopologyFile) -> Iterator[Finding]:
     restart = file.restart
     if restart.maximum < restart.initial:
         problem = f"the longest delay, {restart.maximum:g} s, is shorter than the first, {restart.initial:g} s"
-        yield Finding(("restart", "maximum"), problem, "write maximum at or above initial")
+        remedy = "write maximum at or above initial"
+        yield Finding(("restart", "maximum"), problem, remedy, (("restart", "initial"),))
 
 
 def revision_needs_a_hub_id(file: TopologyFile) -> Iterator[Finding]:

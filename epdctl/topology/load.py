@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from epdctl.errors import Mistake, TopologyError
@@ -36,15 +36,11 @@ def loads(source: str, text: str, environ: Mapping[str, str]) -> Topology:
     return Topology(name, validated.file, parsed.document)
 
 
-def _checked(validated: Validated) -> Iterator[Finding]:
-    """Findings, less those on a section where a mended value may have led to them."""
+def _checked(validated: Validated) -> list[Finding]:
+    """Findings, less those that rest on a value which was mended: they might not be there otherwise."""
     if validated.file is None:
-        return
-    suspect = {trail[:2] for trail in validated.touched}
-    for finding in check(validated.file):
-        between_stages = finding.trail[0] == "stages" and len(finding.trail) <= 2
-        if between_stages or finding.trail[:2] not in suspect:
-            yield finding
+        return []
+    return [finding for finding in check(validated.file) if not finding.rests_on(validated.touched)]
 
 
 def _position(mistake: Mistake) -> tuple[int, int]:

@@ -158,7 +158,7 @@ def _typed_remedy(kind: str, found: object) -> str | None:
 def _reads_as(kind: str, text: str) -> bool:
     if kind == "bool_type":
         return text in ("true", "false")
-    return re.fullmatch(r"[-+]?\d+" if kind == "int_type" else r"[-+]?\d+(\.\d+)?", text) is not None
+    return re.fullmatch(r"-?(0|[1-9]\d*)" if kind == "int_type" else r"-?(0|[1-9]\d*)(\.\d+)?", text) is not None
 
 
 def _shown(value: object) -> str:
