@@ -1,0 +1,244 @@
+"""From a file to ranks with commands and environments: every shipped profile, checkpoints, ports."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import epdctl
+from epdctl.adapters import ADAPTERS, make_plan
+from epdctl.adapters.native import SERVICES
+from epdctl.errors import PlacementError, TopologyError, UserError
+from epdctl.ids import MODEL_STAGES, Stage
+from epdctl.topology.hardware import Hardware
+from epdctl.topology.plan import Plan
+from epdctl.topology.ports import busy_ports
+from epdctl.topology.profiles import list_profiles, profile_text
+from epdctl.topology.schema import json_schema
+from epdctl.wire.message import to_json
+from tests.unit.topology.support import UUIDS, machine, rank, seats
+
+PROFILES = Path(epdctl.__file__).parent.parent / "profiles"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "tiny"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "dtype": "bfloat16"}))
+    return directory
+
+
+def planned(path: Path, checkpoint: Path, hardware: Hardware, **environ: str) -> Plan:
+    return make_plan(path, environ={"EPDCTL_MODEL": str(checkpoint), **environ}, hardware=hardware, ports_in_use={})
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "epdctl.yaml"
+    file.write_text(text)
+    return file
+
+
+SHAPES = {
+    "cpu-demo": (0, {"encoder": 2, "prefill": 1, "decode": 1}),
+    "1gpu": (1, {"encoder": 1, "prefill": 1, "decode": 1}),
+    "2gpu-e1-pd1": (2, {"encoder": 1, "language": 1}),
+    "4gpu-e2-p1-d1": (4, {"encoder": 2, "prefill": 1, "decode": 1}),
+    "8gpu-e4-p2-d2": (8, {"encoder": 4, "prefill": 2, "decode": 2}),
+}
+
+
+def test_every_profile_is_planned_here() -> None:
+    assert set(list_profiles()) == set(SHAPES)
+
+
+@pytest.mark.parametrize("profile", SHAPES)
+def test_profiles(profile: str, checkpoint: Path) -> None:
+    gpus, stages = SHAPES[profile]
+    made = planned(PROFILES / f"{profile}.yaml", checkpoint, machine(gpus))
+    assert Counter(one.stage.value for one in made.ranks) == {"gateway": 1, "encoder-router": 1, **stages}
+    assert made.cluster == profile
+    used = {one.uuid for each in made.ranks for one in each.gpus}
+    assert used == set(UUIDS[:gpus])
+    assert {one.config.model.dtype for one in made.ranks} == {"bfloat16" if gpus else "float32"}
+    assert {one.config.model.name for one in made.ranks} == {"tiny"}
+    assert planned(PROFILES / f"{profile}.yaml", checkpoint, machine(gpus)) == made
+
+
+@pytest.mark.parametrize("profile", [name for name, (gpus, _) in SHAPES.items() if gpus])
+def test_a_gpu_profile_is_refused_on_a_smaller_machine(profile: str, checkpoint: Path) -> None:
+    with pytest.raises(PlacementError, match=r"no GPU with room for|this machine shows none|shows no GPU"):
+        planned(PROFILES / f"{profile}.yaml", checkpoint, machine(SHAPES[profile][0] - 1))
+
+
+def test_the_schema_file_beside_the_profiles_is_current() -> None:
+    assert json.loads((PROFILES / "epdctl.schema.json").read_text()) == json_schema(), (
+        "write it again: epdctl schema > profiles/epdctl.schema.json"
+    )
+
+
+@pytest.mark.parametrize("profile", SHAPES)
+def test_a_profile_tells_the_editor_its_schema(profile: str) -> None:
+    assert profile_text(profile).startswith("# yaml-language-server: $schema=./epdctl.schema.json\n")
+    assert profile_text(profile) == (PROFILES / f"{profile}.yaml").read_text()
+
+
+def test_an_unknown_profile() -> None:
+    with pytest.raises(UserError, match="no profile is called 'cpu_demo'") as caught:
+        profile_text("cpu_demo")
+    assert str(caught.value.hint).startswith("did you mean cpu-demo? there are: 1gpu, ")
+
+
+def test_what_a_rank_is_run_with(checkpoint: Path) -> None:
+    kept = {
+        "PATH": "/bin",
+        "HOME": "/root",
+        "LC_ALL": "C",
+        "PYTHONPATH": "/src",
+        "HF_HOME": "/hf",
+        "EPDCTL_LOG": "debug",
+    }
+    dropped = {
+        "HF_TOKEN": "secret",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "http_proxy": "http://proxy",
+        "EPDCTL_PORT": "8055",
+    }
+    replaced = {"CUDA_VISIBLE_DEVICES": "0,1", "OMP_NUM_THREADS": "64"}
+    environ = kept | dropped | replaced
+    made = planned(PROFILES / "2gpu-e1-pd1.yaml", checkpoint, machine(2, cores=6), **environ)
+    encoder, language, gateway = (rank(made, name) for name in ("encoder/0", "language/0", "gateway/0"))
+    assert encoder.argv[1:] == ("-m", "epdctl.rank")
+    assert encoder.env == kept | {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": UUIDS[0],
+        "GOMP_SPINCOUNT": "0",
+        "HF_HUB_OFFLINE": "1",
+        "MKL_NUM_THREADS": "3",
+        "OMP_NUM_THREADS": "3",
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    assert language.env["CUDA_VISIBLE_DEVICES"] == UUIDS[1]
+    assert gateway.env["CUDA_VISIBLE_DEVICES"] == ""
+    assert gateway.env["OMP_NUM_THREADS"] == "1"
+    assert made.gateway_url == "http://127.0.0.1:8055"
+
+
+def test_a_cpu_rank_sees_no_gpu(checkpoint: Path) -> None:
+    made = planned(PROFILES / "cpu-demo.yaml", checkpoint, machine(4))
+    assert set(seats(made).values()) == {"cpu"}
+    assert {one.env["CUDA_VISIBLE_DEVICES"] for one in made.ranks} == {""}
+
+
+def test_every_served_stage_has_a_service(checkpoint: Path) -> None:
+    assert set(SERVICES) == (MODEL_STAGES | {Stage.GATEWAY, Stage.ENCODER_ROUTER}) - {Stage.MONO}
+    made = planned(PROFILES / "cpu-demo.yaml", checkpoint, machine())
+    assert all(one.config.service == SERVICES[one.stage] for one in made.ranks)
+    assert made.adapter in ADAPTERS
+
+
+def test_a_plan_can_be_written_as_json(checkpoint: Path) -> None:
+    made = planned(PROFILES / "1gpu.yaml", checkpoint, machine(1))
+    assert json.loads(to_json(made.ranks[2].config))["rank"] == "encoder/0"
+
+
+def test_the_name_given_goes_before_the_file_s(checkpoint: Path) -> None:
+    environ = {"EPDCTL_MODEL": str(checkpoint)}
+    made = make_plan(PROFILES / "cpu-demo.yaml", environ=environ, hardware=machine(), ports_in_use={}, name="mine")
+    assert made.cluster == "mine"
+    with pytest.raises(UserError, match="'My cluster' is no cluster name"):
+        make_plan(PROFILES / "cpu-demo.yaml", environ=environ, name="My cluster")
+
+
+# checkpoints
+
+
+def refused(tmp_path: Path, path: str, environ: dict[str, str] | None = None, more: str = "") -> str:
+    file = written(tmp_path, f"model:\n  path: {path}\n{more}stages: {{language: {{}}}}\n")
+    with pytest.raises(TopologyError) as caught:
+        make_plan(file, environ=environ or {}, hardware=machine(), ports_in_use={})
+    (mistake,) = caught.value.mistakes
+    assert mistake.place == f"{file}:2:9"
+    return f"{mistake.problem} ({mistake.remedy})"
+
+
+def test_no_such_checkpoint(tmp_path: Path) -> None:
+    assert f"there is no directory {tmp_path}/none" in refused(tmp_path, f"{tmp_path}/none")
+
+
+def test_a_directory_without_a_checkpoint(tmp_path: Path) -> None:
+    assert f"{tmp_path} holds no config.json" in refused(tmp_path, str(tmp_path))
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text("")
+    assert "m is a file (name the checkpoint's directory)" in refused(tmp_path, f"{tmp_path}/m")
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds no JSON object"),
+        ('{"model_type": "llama"}', "model_type 'llama' of"),
+        ("{}", "model_type None of"),
+    ],
+)
+def test_a_checkpoint_that_is_not_served(checkpoint: Path, tmp_path: Path, config: str, problem: str) -> None:
+    (checkpoint / "config.json").write_text(config)
+    assert problem in refused(tmp_path, str(checkpoint))
+
+
+def test_a_family_that_was_nearly_meant(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    assert "(served are: qwen2_5_vl; did you mean 'qwen2_5_vl'?)" in refused(tmp_path, str(checkpoint))
+
+
+def test_a_hub_id_that_was_never_fetched(tmp_path: Path) -> None:
+    told = refused(tmp_path, "Qwen/Tiny-VL", {"HF_HOME": str(tmp_path / "hf")}, more="  revision: v2\n")
+    assert f"'Qwen/Tiny-VL' is neither a directory here nor in the hub's cache {tmp_path}/hf/hub" in told
+    assert "(fetch it: hf download Qwen/Tiny-VL --revision v2)" in told
+
+
+def test_a_hub_id_in_the_cache(tmp_path: Path) -> None:
+    repository = tmp_path / "hf" / "models--Qwen--Tiny-VL"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    file = written(tmp_path, "model: {path: Qwen/Tiny-VL}\nstages: {language: {}}\n")
+    environ = {"HF_HUB_CACHE": str(tmp_path / "hf")}
+    model = make_plan(file, environ=environ, hardware=machine(), ports_in_use={}).ranks[0].config.model
+    assert (model.path, model.name) == (str(snapshot), "Qwen/Tiny-VL")
+
+
+def test_home_is_the_given_one(checkpoint: Path, tmp_path: Path) -> None:
+    file = written(tmp_path, "model: {path: ~/tiny}\nstages: {language: {}}\n")
+    made = make_plan(file, environ={"HOME": str(tmp_path)}, hardware=machine(), ports_in_use={})
+    assert made.ranks[0].config.model.path == str(checkpoint)
+
+
+# ports
+
+
+def test_a_port_is_free_until_somebody_listens(tmp_path: Path, checkpoint: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        (holder,) = busy_ports("127.0.0.1", port).values()
+        assert "pid" in holder
+        file = written(
+            tmp_path, f"model: {{path: {checkpoint}}}\nstages: {{language: {{}}}}\ngateway: {{port: {port}}}\n"
+        )
+        with pytest.raises(PlacementError, match=f"port {port} of 127.0.0.1 is in use by "):
+            make_plan(file, environ={}, hardware=machine())
+    assert busy_ports("127.0.0.1", port) == {}
