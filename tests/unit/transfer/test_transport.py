@@ -1,0 +1,407 @@
+"""What every transport promises, run over each of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+import torch
+
+from epdctl.errors import (
+    DeadlineExceeded,
+    LeaseExpired,
+    PeerGone,
+    RegistrationFailed,
+    StaleGeneration,
+    TransferError,
+    UserError,
+)
+from epdctl.ids import Incarnation, RankName
+from epdctl.transfer import landing
+from epdctl.transfer.allocators import RangeAllocator
+from epdctl.transfer.base import Piece, Transport
+from epdctl.transfer.landing import Owner
+from epdctl.transfer.memory import Exchange, MemoryTransport
+from epdctl.transfer.open import BACKENDS, open_transport
+from epdctl.transfer.pool import Pool
+from epdctl.transfer.tensors import as_bytes, spec_of, spread
+from epdctl.transfer.zmq import ZmqTransport
+from epdctl.wire.config import TransferConfig
+from epdctl.wire.sockets import Buffer, Inbox, Link
+from epdctl.wire.transfer import (
+    RECEIVER_TO_WRITER,
+    WRITER_TO_RECEIVER,
+    Landed,
+    PieceHeader,
+    PoolAddress,
+    ReceiverToWriter,
+    Rejected,
+    RemoteLease,
+    Write,
+)
+from tests.support.ranks import Facts, make_spec, run
+
+
+class Fabric(Protocol):
+    """One kind of transport, and ways to be rude over it."""
+
+    def open(self, name: str, token: str = "secret") -> Transport: ...
+
+    async def raw(self, endpoint: str, write: Write, frames: list[Buffer]) -> ReceiverToWriter:
+        """Put ``write`` there as it is, past the writer's own care."""
+        ...
+
+    def black_hole(self) -> tuple[str, Facts]:
+        """An endpoint that takes messages and never answers; the facts are those messages."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def owner(name: str, token: str) -> Owner:
+    return Owner(RankName(name), Incarnation(1), token)
+
+
+class OverZmq:
+    def __init__(self, sockets: Path) -> None:
+        self.sockets = sockets
+        self.holes: list[Inbox[Write]] = []
+
+    def open(self, name: str, token: str = "secret") -> Transport:
+        return ZmqTransport(f"ipc://{self.sockets}/{name.replace('/', '-')}", owner(name, token))
+
+    async def raw(self, endpoint: str, write: Write, frames: list[Buffer]) -> ReceiverToWriter:
+        answers = Facts()
+        link: Link[ReceiverToWriter, Write] = Link(
+            endpoint, RECEIVER_TO_WRITER, WRITER_TO_RECEIVER, lambda answer, _: answers.add(answer)
+        )
+        link.send(write, frames)
+        (answer,) = await answers.count(1)
+        link.close()
+        assert isinstance(answer, Landed | Rejected)
+        return answer
+
+    def black_hole(self) -> tuple[str, Facts]:
+        taken = Facts()
+        endpoint = f"ipc://{self.sockets}/hole"
+        self.holes.append(Inbox(endpoint, WRITER_TO_RECEIVER, lambda _, write, __: taken.add(write)))
+        return endpoint, taken
+
+    def close(self) -> None:
+        for hole in self.holes:
+            hole.close()
+
+
+class WithinProcess:
+    def __init__(self, _: Path) -> None:
+        self.exchange = Exchange()
+
+    def open(self, name: str, token: str = "secret") -> Transport:
+        return MemoryTransport(f"memory://{name}", owner(name, token), self.exchange)
+
+    async def raw(self, endpoint: str, write: Write, frames: list[Buffer]) -> ReceiverToWriter:
+        return await self.exchange.deliver(endpoint, write, frames)
+
+    def black_hole(self) -> tuple[str, Facts]:
+        taken = Facts()
+
+        async def swallow(_: str, write: Write, __: list[Buffer]) -> list[Buffer]:
+            taken.add(write)
+            await asyncio.Event().wait()
+            raise AssertionError("unreachable")
+
+        self.exchange.passing = swallow
+        return "memory://hole", taken
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(params=[OverZmq, WithinProcess])
+def make_fabric(request: pytest.FixtureRequest, sockets: Path) -> Callable[[], Fabric]:
+    return lambda: request.param(sockets)
+
+
+class Receiver:
+    """A rank with one pool of 1 MiB."""
+
+    def __init__(self, fabric: Fabric, nbytes: int = 1 << 20) -> None:
+        self.now = 0.0
+        self.transport = fabric.open("prefill/0")
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        self.pool = Pool("embeddings", memory, RangeAllocator(nbytes), clock=lambda: self.now)
+        self.address = self.transport.register(self.pool)
+
+    def lease(self, nbytes: int) -> RemoteLease:
+        return self.pool.lease(nbytes, "request", seconds=10.0).remote(self.address)
+
+    def held(self, lease: RemoteLease) -> torch.Tensor:
+        extent = lease.extents[0]
+        return self.pool.memory[extent.offset : extent.offset + extent.nbytes]
+
+
+def rubbish(nbytes: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def between(make_fabric: Callable[[], Fabric], test: Callable, nbytes: int = 1 << 20) -> None:
+    """Run ``test(fabric, receiver, writer)`` and close everything."""
+
+    async def work() -> None:
+        fabric = make_fabric()
+        receiver, writer = Receiver(fabric, nbytes), fabric.open("encoder/0")
+        try:
+            await test(fabric, receiver, writer)
+            receiver.pool.check()
+        finally:
+            await writer.close()
+            await receiver.transport.close()
+            fabric.close()
+
+    run(work())
+
+
+def test_bytes_land_where_the_lease_says_and_nowhere_else(make_fabric: Callable[[], Fabric]) -> None:
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        before, lease, after = (receiver.lease(size) for size in (300, 70_001, 300))
+        data = rubbish(70_001)
+        await writer.write(lease, [Piece(data[:5], 0), Piece(data[5:], 0, 5)], seconds=30)
+        assert torch.equal(receiver.held(lease), data)
+        assert not receiver.held(before).any()
+        assert not receiver.held(after).any()
+        assert int(receiver.pool.memory.count_nonzero()) == int(data.count_nonzero())
+
+    between(make_fabric, test)
+
+
+def test_many_extents_many_pieces_and_pieces_larger_than_a_message(
+    make_fabric: Callable[[], Fabric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(landing, "MAX_PAYLOAD_BYTES", 10_000)
+    monkeypatch.setattr(landing, "MAX_PIECES", 3)
+
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        leases = [receiver.lease(size) for size in (25_001, 10_000, 40_000, 1, 256)]
+        together = leases[0]
+        data = [rubbish(lease.extents[0].nbytes, seed) for seed, lease in enumerate(leases)]
+        for lease, part in zip(leases, data, strict=True):
+            await writer.write(lease, [Piece(part, 0)], seconds=30)
+        assert all(torch.equal(receiver.held(lease), part) for lease, part in zip(leases, data, strict=True))
+        pieces = [Piece(data[0][at : at + 1000], 0, at) for at in range(0, 25_001, 1000)]
+        await asyncio.gather(*(writer.write(together, pieces, seconds=30) for _ in range(4)))
+        assert torch.equal(receiver.held(together), data[0])
+
+    between(make_fabric, test)
+
+
+def test_a_tensor_is_spread_over_its_extents(make_fabric: Callable[[], Fabric]) -> None:
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        lease = receiver.pool.leases.grant(
+            [*receiver.pool.allocator.take(256), *receiver.pool.allocator.take(256)], "r", seconds=10
+        )
+        embedding = torch.randn(30, 4).t()  # not contiguous
+        await writer.write(lease.remote(receiver.address), spread(as_bytes(embedding), lease.extents), seconds=30)
+        assert torch.equal(receiver.pool.memory[:480].view(torch.float32).view(4, 30), embedding)
+        assert spec_of(embedding).shape == [4, 30]
+        with pytest.raises(TransferError, match="do not fit"):
+            spread(rubbish(513), lease.extents)
+
+    between(make_fabric, test)
+
+
+def test_a_stale_generation_is_refused(make_fabric: Callable[[], Fabric]) -> None:
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        old = receiver.lease(1000)
+        receiver.pool.release(old.lease)
+        new = receiver.lease(1000)
+        assert new.extents == old.extents
+        with pytest.raises(StaleGeneration, match="has ended"):
+            await writer.write(old, [Piece(rubbish(1000), 0)], seconds=30)
+        assert not receiver.held(new).any()
+
+    between(make_fabric, test)
+
+
+def test_an_expired_lease_is_refused(make_fabric: Callable[[], Fabric]) -> None:
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        lease = receiver.lease(1000)
+        receiver.now = 10.0
+        with pytest.raises(LeaseExpired):
+            await writer.write(lease, [Piece(rubbish(1000), 0)], seconds=30)
+        assert not receiver.held(lease).any()
+
+    between(make_fabric, test)
+
+
+def test_what_comes_after_the_slot_was_filled_counts_as_landed_and_changes_nothing(
+    make_fabric: Callable[[], Fabric],
+) -> None:
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        lease = receiver.lease(1000)
+        await writer.write(lease, [Piece(rubbish(1000, 1), 0)], seconds=30)
+        receiver.pool.filled(lease.lease, lease.generation)
+        await writer.write(lease, [Piece(rubbish(1000, 2), 0)], seconds=30)
+        assert torch.equal(receiver.held(lease), rubbish(1000, 1))
+
+    between(make_fabric, test)
+
+
+@pytest.mark.parametrize(
+    ("extent", "offset", "nbytes"), [(0, 0, 1001), (0, 1, 1000), (0, 1000, 1), (1, 0, 1), (-1, 0, 1), (0, -1, 1)]
+)
+def test_no_piece_may_leave_its_extent(
+    make_fabric: Callable[[], Fabric], extent: int, offset: int, nbytes: int
+) -> None:
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        receiver.lease(256)
+        lease = receiver.lease(1000)
+        pieces = [Piece(rubbish(10), 0), Piece(rubbish(nbytes), extent, offset)]
+        with pytest.raises(TransferError, match="refused"):
+            await writer.write(lease, pieces, seconds=30)
+        assert not receiver.pool.memory.any(), "a message is landed whole or not at all"
+
+    between(make_fabric, test)
+
+
+def message(lease: RemoteLease, sizes: list[int], changed: dict) -> Write:
+    fields: dict = {
+        "write": 1,
+        "pool": lease.pool.pool,
+        "lease": lease.lease,
+        "generation": lease.generation,
+        "pieces": [PieceHeader(extent=0, offset=0, nbytes=size) for size in sizes],
+        "token": "secret",
+    }
+    return Write(**{**fields, **changed})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "frames", "changed", "kind"),
+    [
+        ([100], [b"x" * 99], {}, "frames"),
+        ([100], [b"x" * 101], {}, "frames"),
+        ([100], [], {}, "frames"),
+        ([100], [b"x" * 100] * 2, {}, "frames"),
+        ([(16 << 20) + 1], [bytes((16 << 20) + 1)], {}, "frames"),
+        ([-1], [b"x"], {}, "frames"),
+        ([100], [b"x" * 100], {"pool": "kv"}, "stale"),
+        ([100], [b"x" * 100], {"generation": 1}, "stale"),
+        ([100], [b"x" * 100], {"lease": 77}, "stale"),
+        ([100], [b"x" * 100], {"token": ""}, "token"),
+        ([100], [b"x" * 100], {"token": "sécret"}, "token"),
+    ],
+)
+def test_a_malformed_message_is_refused_with_its_kind_and_the_next_one_lands(
+    make_fabric: Callable[[], Fabric], sizes: list[int], frames: list[Buffer], changed: dict, kind: str
+) -> None:
+    async def test(fabric: Fabric, receiver: Receiver, writer: Transport) -> None:
+        lease = receiver.lease(1000)
+        answer = await fabric.raw(receiver.address.endpoint, message(lease, sizes, changed), frames)
+        assert isinstance(answer, Rejected)
+        assert answer.kind == kind
+        assert not receiver.pool.memory.any()
+        await writer.write(lease, [Piece(rubbish(1000), 0)], seconds=30)
+        assert torch.equal(receiver.held(lease), rubbish(1000))
+
+    between(make_fabric, test)
+
+
+def test_a_writer_of_another_cluster_is_told_so(make_fabric: Callable[[], Fabric]) -> None:
+    async def test(fabric: Fabric, receiver: Receiver, _: Transport) -> None:
+        stranger = fabric.open("encoder/9", token="another")
+        with pytest.raises(TransferError, match="another cluster"):
+            await stranger.write(receiver.lease(8), [Piece(rubbish(8), 0)], seconds=30)
+        await stranger.close()
+
+    between(make_fabric, test)
+
+
+def at(endpoint: str, lease: RemoteLease) -> RemoteLease:
+    pool = lease.pool
+    address = PoolAddress(
+        owner=pool.owner, incarnation=pool.incarnation, pool=pool.pool, backend=pool.backend, endpoint=endpoint
+    )
+    return RemoteLease(pool=address, lease=lease.lease, generation=lease.generation, extents=lease.extents)
+
+
+def test_a_peer_withdrawn_in_the_middle_fails_its_writes_and_no_others(
+    make_fabric: Callable[[], Fabric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(landing, "MAX_PAYLOAD_BYTES", 100)
+
+    async def test(fabric: Fabric, receiver: Receiver, writer: Transport) -> None:
+        lease = receiver.lease(1000)
+        await writer.write(lease, [Piece(rubbish(1000), 0)], seconds=30)
+        endpoint, taken = fabric.black_hole()
+        lost = at(endpoint, lease)
+        writes = [asyncio.ensure_future(writer.write(lost, [Piece(rubbish(1000), 0)], seconds=3600)) for _ in range(3)]
+        await taken.count(3)
+        writer.withdraw(endpoint)
+        ends = await asyncio.gather(*writes, return_exceptions=True)
+        assert [type(end) for end in ends] == [PeerGone] * 3
+        writer.withdraw(endpoint)
+
+    between(make_fabric, test)
+
+
+def test_a_peer_that_never_answers_is_a_deadline(make_fabric: Callable[[], Fabric]) -> None:
+    async def test(fabric: Fabric, receiver: Receiver, writer: Transport) -> None:
+        endpoint, taken = fabric.black_hole()
+        with pytest.raises(DeadlineExceeded, match="prefill/0 did not take the bytes"):
+            await writer.write(at(endpoint, receiver.lease(8)), [Piece(rubbish(8), 0)], seconds=0.01)
+        for _ in range(10):  # a write that gave up leaves no room in the window taken
+            with pytest.raises(DeadlineExceeded):
+                await writer.write(at(endpoint, receiver.lease(8)), [Piece(rubbish(8), 0)], seconds=0.001)
+        await taken.count(2)
+
+    between(make_fabric, test)
+
+
+def test_a_write_that_is_cancelled_leaves_the_transport_usable(make_fabric: Callable[[], Fabric]) -> None:
+    async def test(fabric: Fabric, receiver: Receiver, writer: Transport) -> None:
+        endpoint, taken = fabric.black_hole()
+        write = asyncio.ensure_future(writer.write(at(endpoint, receiver.lease(8)), [Piece(rubbish(8), 0)], seconds=60))
+        await taken.count(1)
+        write.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await write
+
+    between(make_fabric, test)
+
+
+def test_a_closed_transport_ends_its_writes(make_fabric: Callable[[], Fabric]) -> None:
+    async def test(fabric: Fabric, receiver: Receiver, writer: Transport) -> None:
+        endpoint, taken = fabric.black_hole()
+        write = asyncio.ensure_future(writer.write(at(endpoint, receiver.lease(8)), [Piece(rubbish(8), 0)], seconds=60))
+        await taken.count(1)
+        await writer.close()
+        with pytest.raises(PeerGone):
+            await write
+
+    between(make_fabric, test)
+
+
+def test_a_pool_is_registered_once(make_fabric: Callable[[], Fabric]) -> None:
+    async def test(_: Fabric, receiver: Receiver, __: Transport) -> None:
+        assert receiver.address.endpoint == receiver.transport.endpoint
+        assert (receiver.address.owner, receiver.address.pool) == ("prefill/0", "embeddings")
+        with pytest.raises(RegistrationFailed):
+            receiver.transport.register(receiver.pool)
+
+    between(make_fabric, test)
+
+
+def test_the_backend_of_the_topology_decides(sockets: Path) -> None:
+    async def work() -> None:
+        spec = make_spec("prefill/0", sockets)
+        for backend in BACKENDS:
+            transport = open_transport(TransferConfig(backend=backend), spec)
+            assert transport.endpoint == f"ipc://{sockets}/prefill-0.1.transfer"
+            await transport.close()
+        with pytest.raises(UserError, match="pigeon"):
+            open_transport(TransferConfig(backend="pigeon"), spec)
+
+    run(work())
