@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from epdctl.cli.console import hush, say
 from epdctl.cli.inbox import Ended, Inbox, Interrupt
@@ -95,7 +96,7 @@ class Session:
         while True:
             match item := self.inbox.take():
                 case LogLine():
-                    self._print(printer, item)
+                    self.write(partial(printer.print, item))
                 case StatusReply():
                     tell_all(changes(last, item))
                     last = item
@@ -105,10 +106,11 @@ class Session:
                 case Ended(source="watch"):
                     raise daemon_lost(item)
 
-    def _print(self, printer: LogPrinter, line: LogLine) -> None:
+    def write(self, out: Callable[[], None]) -> None:
+        """Call ``out``, which writes to stdout; a pipe or terminal that nobody reads any more is a wish to stop."""
         try:
-            printer.print(line)
-        except OSError:  # nobody reads any more: the terminal or the pipe is closed
+            out()
+        except OSError:
             hush(sys.stdout)
             self.inbox.interrupt("output closed")
 

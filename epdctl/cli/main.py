@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from epdctl.errors import EpdError
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130
+NOBODY_READS = (errno.EPIPE, errno.EIO)  # a pipe whose reader left; a terminal that was closed
 
 
 class Verbs(TyperGroup):
@@ -46,7 +48,9 @@ class Verbs(TyperGroup):
         except EpdError as error:
             show_error(error)
             raise typer.Exit(error.exit_status) from error
-        except BrokenPipeError as error:
+        except OSError as error:
+            if error.errno not in NOBODY_READS:
+                raise
             hush(sys.stdout)
             raise typer.Exit(0) from error
         except KeyboardInterrupt as error:

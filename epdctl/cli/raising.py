@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 
 from epdctl.cli.attach import Interrupted, News, Session, longest_start
 from epdctl.cli.console import data, say
@@ -40,7 +41,7 @@ def foreground(plan: Plan, wait_timeout: float | None) -> None:
         session = Session(daemon.cluster, inbox)
         try:
             ready = session.await_ready(_seconds(plan, wait_timeout))
-            _announce(session.cluster)
+            session.write(partial(_announce, session.cluster))
             session.serve(ready)
         except (EpdError, Interrupted) as error:
             _stop(session)

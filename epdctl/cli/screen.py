@@ -53,7 +53,10 @@ class LiveScreen:
         self._live = Live(console=console.console(sys.stderr), auto_refresh=False)
 
     def show(self, reply: StatusReply) -> None:
-        self._live.update(tables.status_view(reply), refresh=True)
+        try:
+            self._live.update(tables.status_view(reply), refresh=True)
+        except OSError:  # the terminal is gone; its SIGHUP says what follows
+            console.hush(sys.stderr)
 
     def __enter__(self) -> Self:
         self._live.start()

@@ -134,7 +134,7 @@ def event_line(event: Event) -> str:
     clock = datetime.fromtimestamp(event.wall).strftime("%H:%M:%S.%f")[:-3]
     who = f"{event.rank}#{event.incarnation or 0}" if event.rank else "cluster"
     what = event.state or event.kind
-    return f"{clock} {who} {what}" + (f": {_one_line(event.text)}" if event.text else "")
+    return f"{clock} {who} {_with_reason(what, event.text)}"
 
 
 def changes(before: StatusReply | None, after: StatusReply) -> Iterator[str]:
@@ -142,7 +142,12 @@ def changes(before: StatusReply | None, after: StatusReply) -> Iterator[str]:
     known = {status.rank: (status.state, status.reason) for status in before.ranks} if before else {}
     for status in after.ranks:
         if known.get(status.rank) != (status.state, status.reason):
-            yield f"{status.rank} {status.state}: {_one_line(status.reason)}"
+            yield f"{status.rank} {_with_reason(status.state, status.reason)}"
+
+
+def _with_reason(state: str, reason: str) -> str:
+    text = _one_line(reason)
+    return f"{state}: {text}" if text not in ("", state) else state
 
 
 def _or_dash(value: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -124,6 +125,18 @@ def test_a_reader_that_closed_its_end_is_a_wish_to_stop(
         raise BrokenPipeError
 
     monkeypatch.setattr("epdctl.cli.loglines.LogPrinter.print", closed)
+    monkeypatch.setattr("epdctl.cli.attach.hush", lambda stream: None)
+    assert run("up", "demo.yaml").exit_code == 0
+    assert cluster.script.asked[-1] == Down()
+
+
+def test_a_terminal_that_closes_before_the_address_is_told_is_a_wish_to_stop(
+    run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(_: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("epdctl.cli.raising.data", closed)
     monkeypatch.setattr("epdctl.cli.attach.hush", lambda stream: None)
     assert run("up", "demo.yaml").exit_code == 0
     assert cluster.script.asked[-1] == Down()
