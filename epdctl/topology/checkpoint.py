@@ -10,7 +10,7 @@ from pathlib import Path
 
 from epdctl.errors import Mistake, TopologyError
 from epdctl.topology.schema import Topology
-from epdctl.topology.validation import closest
+from epdctl.topology.words import closest
 
 __all__ = ["FAMILIES", "Checkpoint", "find_checkpoint"]
 

@@ -57,10 +57,14 @@ def place(
         for wish in wishes_of(stage, section)
     ]
     seating = seat(wishes, hardware.gpus)
-    complaints = [*seating.complaints, *_port_complaints(topology, ports_in_use or {})]
+    settled = _settle(topology, checkpoint, hardware, seating)
+    complaints = [
+        *seating.complaints,
+        *_port_complaints(topology, ports_in_use or {}),
+        *_attention_complaints(settled.model, on_cpu),
+    ]
     if complaints:
         raise _refusal(topology, complaints)
-    settled = _settle(topology, checkpoint, hardware, seating)
     ranks = _ranks(topology, settled, seating)
     return Plan(
         cluster=topology.cluster,
@@ -84,6 +88,13 @@ def _port_complaints(topology: Topology, ports_in_use: Mapping[int, str]) -> lis
         return []
     problem = f"port {gateway.port} of {gateway.host} is in use by {ports_in_use[gateway.port]}"
     return [Complaint(("gateway", "port"), problem, "stop that, or write another port")]
+
+
+def _attention_complaints(model: ModelConfig, on_cpu: set[Stage]) -> list[Complaint]:
+    if model.attention != "varlen" or (Stage.ENCODER not in on_cpu and model.dtype != "float32"):
+        return []
+    where = "the encoder runs on the CPU" if Stage.ENCODER in on_cpu else "dtype is float32"
+    return [Complaint(("model", "attention"), f"varlen needs a GPU and 16-bit numbers, but {where}", "write auto")]
 
 
 def _refusal(topology: Topology, complaints: list[Complaint]) -> PlacementError:

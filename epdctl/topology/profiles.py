@@ -7,7 +7,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from epdctl.errors import UserError
-from epdctl.topology.validation import closest
+from epdctl.topology.words import closest
 
 __all__ = ["list_profiles", "profile_text"]
 

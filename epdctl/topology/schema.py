@@ -57,7 +57,10 @@ class ModelSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: float32 on CPU, the checkpoint's own on GPU."
     )
-    attention: Literal["auto", "sdpa"] = Field(default="auto", description="The attention implementation.")
+    attention: Literal["auto", "sdpa", "varlen"] = Field(
+        default="auto",
+        description="Of the vision tower; varlen: packed, on GPUs, 16-bit. auto: varlen where it can be.",
+    )
     image_processor: Literal["auto", "pil", "torchvision"] = Field(
         default="auto", description="They differ in pixels, so the plan pins one; auto: pil."
     )

@@ -10,10 +10,10 @@ from epdctl.ids import RankName, Stage
 from epdctl.topology.document import Trail
 from epdctl.topology.hardware import Gpu
 from epdctl.topology.schema import StageSection
-from epdctl.topology.validation import closest
 from epdctl.topology.values import GpuName
+from epdctl.topology.words import closest
 
-__all__ = ["Complaint", "Seating", "Wish", "seat"]
+__all__ = ["Complaint", "Seating", "Wish", "seat", "wishes_of"]
 
 _FULL = 1 + 1e-9  # shares are written in decimals
 

@@ -7,10 +7,9 @@ stands below a misspelt key and the checks that need a whole topology are report
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ValidationError
@@ -20,8 +19,9 @@ from epdctl.errors import Mistake
 from epdctl.topology.document import Document, Trail
 from epdctl.topology.reading import Parsed
 from epdctl.topology.schema import TopologyFile
+from epdctl.topology.words import closest
 
-__all__ = ["Validated", "closest", "validate"]
+__all__ = ["Validated", "validate"]
 
 _ROUNDS = 5  # of validating and mending; typos nest no deeper than a topology does
 _STAND_INS: Mapping[Trail, object] = {("model",): {"path": "unknown"}, ("model", "path"): "unknown"}
@@ -78,14 +78,6 @@ def validate(parsed: Parsed) -> Validated:
             document = document.renamed(old, new)
             broken |= {new + trail[len(old) :] for trail in broken if trail[: len(old)] == old}
     return Validated(None, document, tuple(mistakes), frozenset(touched | broken))
-
-
-def closest(word: str, words: Iterable[str]) -> str | None:
-    """The one of ``words`` that was probably meant."""
-    known = list(words)
-    plain = {name.lower().replace("_", "-"): name for name in known}
-    near = difflib.get_close_matches(word.lower().replace("_", "-"), plain, 1, 0.6)
-    return plain[near[0]] if near else None
 
 
 def _try(data: dict[str, object]) -> tuple[TopologyFile | None, list[ErrorDetails]]:

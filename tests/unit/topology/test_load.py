@@ -186,6 +186,6 @@ def test_planning_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_the_plan_can_be_imported_without_pydantic() -> None:
-    code = "import sys, epdctl.topology.plan; print({'pydantic', 'yaml'} & set(sys.modules))"
+def test_plan_and_profiles_can_be_imported_without_pydantic() -> None:
+    code = "import sys, epdctl.topology.plan, epdctl.topology.profiles; print({'pydantic', 'yaml'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -12,8 +12,9 @@ import pytest
 import epdctl
 from epdctl.adapters import ADAPTERS, make_plan
 from epdctl.adapters.native import SERVICES
+from epdctl.control.handover import HANDOVER, Handover
 from epdctl.errors import PlacementError, TopologyError, UserError
-from epdctl.ids import MODEL_STAGES, Stage
+from epdctl.ids import MODEL_STAGES, Stage, new_run_id
 from epdctl.topology.hardware import Hardware
 from epdctl.topology.plan import Plan
 from epdctl.topology.ports import busy_ports
@@ -142,6 +143,13 @@ def test_every_served_stage_has_a_service(checkpoint: Path) -> None:
     made = planned(PROFILES / "cpu-demo.yaml", checkpoint, machine())
     assert all(one.config.service == SERVICES[one.stage] for one in made.ranks)
     assert made.adapter in ADAPTERS
+
+
+@pytest.mark.parametrize("profile", SHAPES)
+def test_a_plan_survives_the_way_to_the_daemon(profile: str, checkpoint: Path) -> None:
+    made = planned(PROFILES / f"{profile}.yaml", checkpoint, machine(SHAPES[profile][0]), PATH="/bin")
+    sent = Handover(plan=made, run=new_run_id(), state_dir="/s")
+    assert HANDOVER.decode(HANDOVER.encode(sent)) == sent
 
 
 def test_a_plan_can_be_written_as_json(checkpoint: Path) -> None:

@@ -163,6 +163,15 @@ def test_a_port_in_use_names_its_holder() -> None:
     ]
 
 
+@pytest.mark.parametrize(("gpus", "dtype", "why"), [(0, "bfloat16", "the CPU"), (2, "float32", "dtype is float32")])
+def test_varlen_attention_where_it_cannot_be(gpus: int, dtype: str, why: str) -> None:
+    text = f"model: {{path: x, attention: varlen, dtype: {dtype}}}\nstages: {{encoder: {{}}, language: {{}}}}"
+    (line,) = refused(text, machine(gpus))
+    assert line.startswith("test.yaml:1:29: model.attention: varlen needs a GPU and 16-bit numbers, but ")
+    assert why in line
+    plan(text.replace(dtype, "bfloat16"), machine(2))
+
+
 def test_all_that_fails_is_told_at_once() -> None:
     text = MODEL + "stages: {encoder: {dp: 2, gpus: [0, 7]}, prefill: {gpus: [0]}, decode: {gpus: auto}}"
     lines = refused(text, machine(1), {8000: "nginx (pid 7)"})
