@@ -73,8 +73,9 @@ def may_start(gang: Gang, states: States) -> bool:
 
 def step(gang: Gang, event: GangEvent) -> Outcome:
     """The gang after ``event``, and which members have to hear of it."""
-    handler = TRANSITIONS[gang.state].get(type(event))
-    return handler(gang, event) if handler is not None else (gang, [])
+    if type(event) in IGNORED[gang.state]:
+        return gang, []
+    return TRANSITIONS[gang.state][type(event)](gang, event)
 
 
 def _alive(gang: Gang, states: States) -> list[RankName]:
@@ -82,7 +83,7 @@ def _alive(gang: Gang, states: States) -> list[RankName]:
 
 
 def _begin(gang: Gang, event: Changed) -> Outcome:
-    return (replace(gang, state=GangState.FORMING), []) if _alive(gang, event.states) else (gang, [])
+    return _follow(replace(gang, state=GangState.FORMING), event)  # a member's start may have failed already
 
 
 def _follow(gang: Gang, event: Changed) -> Outcome:
@@ -112,5 +113,12 @@ TRANSITIONS: Mapping[GangState, Mapping[type[GangEvent], Handler]] = {
     GangState.IDLE: {Changed: _begin, Faulted: _break},
     GangState.FORMING: {Changed: _follow, Faulted: _break},
     GangState.RUNNING: {Changed: _follow, Faulted: _break},
-    GangState.BREAKING: {Changed: _clear},  # Faulted: everyone was told already
+    GangState.BREAKING: {Changed: _clear},
+}
+
+IGNORED: Mapping[GangState, frozenset[type[GangEvent]]] = {
+    GangState.IDLE: frozenset(),
+    GangState.FORMING: frozenset(),
+    GangState.RUNNING: frozenset(),
+    GangState.BREAKING: frozenset({Faulted}),  # everyone was told already
 }

@@ -61,9 +61,13 @@ class Rank:
     fatal: LastWords | None = None
     cause: str = ""  # why the incarnation before this one ended
     incarnation: Incarnation = Incarnation(0)  # noqa: RUF009
-    restarts: int = 0
     faults: tuple[float, ...] = ()  # when the restarts within the window were decided
     history: tuple[tuple[RankState, str], ...] = ()
+
+    @property
+    def restarts(self) -> int:
+        """Since it first came up, whoever or whatever caused them."""
+        return max(0, self.incarnation - 1)
 
 
 class IllegalTransition(EpdError):
@@ -86,14 +90,17 @@ def check(rank: Rank) -> None:
     assert rank.state is not RankState.STOPPED or not rank.wanted, f"{rank.name} is stopped though it is wanted"
     assert not rank.faulted or rank.state is RankState.STOPPING, f"{rank.name} is {rank.state} with a fault still open"
     assert rank.state not in ALIVE or rank.incarnation > 0, f"{rank.name} is {rank.state} without a process"
-    assert rank.restarts <= max(0, rank.incarnation), f"{rank.name}: more restarts than processes"
     assert rank.reason, f"{rank.name} is {rank.state} without a reason"
 
 
-def _how(code: int, unasked: bool = True) -> str:
+def _how(code: int) -> str:
     if code < 0:
         return f"killed by {_signal_name(-code)}"
-    return f"exited with status {code}" + (" while it was needed" if code == 0 and unasked else "")
+    return f"exited with status {code}" + (" while it was needed" if code == 0 else "")
+
+
+def _how_the_guard(code: int) -> str:
+    return f"its guard was killed by {_signal_name(-code)}" if code < 0 else f"its guard exited with status {code}"
 
 
 def _signal_name(number: int) -> str:
@@ -105,7 +112,7 @@ def _signal_name(number: int) -> str:
 
 def ending(rank: Rank, event: Exited) -> str:
     """Why the process ended, for a person: how it went, then its last words."""
-    how = event.reason_text or (f"its guard was {_how(event.code, False)}" if event.by == "guard" else _how(event.code))
+    how = event.reason_text or (_how_the_guard(event.code) if event.by == "guard" else _how(event.code))
     return f"{how}: {rank.fatal.text}" if rank.fatal else how
 
 

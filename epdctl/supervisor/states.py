@@ -154,13 +154,11 @@ def _wait(rank: Rank, rules: Rules) -> Outcome:
 
 def _restart_idle(rank: Rank, event: StartRequested | RestartRequested, now: float, rules: Rules) -> Outcome:
     """From STOPPED or FAILED: one more process, with a budget as on the first day."""
-    again = rank.incarnation > 0
-    cause = "restart asked for" if again else ""
-    return _wait(replace(rank, faults=(), cause=cause, restarts=rank.restarts + again), rules)
+    return _wait(replace(rank, faults=(), cause="restart asked for" if rank.incarnation else ""), rules)
 
 
 def _restart_backing_off(rank: Rank, event: RestartRequested, now: float, rules: Rules) -> Outcome:
-    return _wait(replace(rank, faults=()), rules)  # this restart is counted already
+    return _wait(replace(rank, faults=()), rules)
 
 
 def _forgive(rank: Rank, event: Event, now: float, rules: Rules) -> Outcome:
@@ -342,7 +340,7 @@ def _exited_stopping(rank: Rank, event: Exited, now: float, rules: Rules) -> Out
         return _move(replace(rank, faulted=False), STOPPED, rank.reason)
     if rank.faulted:
         return _settle(rank, ending(rank, event) if rank.fatal else rank.reason, now, rules)
-    return _wait(replace(rank, cause=rank.reason, restarts=rank.restarts + 1), rules)
+    return _wait(replace(rank, cause=rank.reason), rules)
 
 
 def _fault(rank: Rank, why: str, now: float, rules: Rules, clean: bool = False) -> Outcome:
@@ -362,7 +360,7 @@ def _settle(rank: Rank, why: str, now: float, rules: Rules, clean: bool = False)
         return _move(rank, FAILED, why)
     if len(recent) >= policy.budget:
         return _move(rank, FAILED, f"{why}; gave up after {len(recent)} restarts in {policy.window:g} s")
-    rank = replace(rank, faults=(*recent, now), restarts=rank.restarts + 1)
+    rank = replace(rank, faults=(*recent, now))
     return _move(rank, BACKOFF, why, Arm(Timer.BACKOFF, delay(policy, len(rank.faults), rules.jitter)))
 
 
