@@ -170,13 +170,15 @@ class Dispatcher:
         """Items of ranks that left go to the front of the queue, the most urgent first, or fail RANK_LOST where no
         rank that they have not been on is there.
         """
-        lost = [self._dispatched.pop(number) for rank in left for number in self._ranks.pop(rank, ())]
+        lost = [item for item in self._dispatched.values() if item.at in left]  # in the order sent
         for rank in joined:
             self._ranks.setdefault(rank, set())
-        for item in sorted(lost, key=lambda item: item.deadline, reverse=True):
+        for item in lost:
+            self._leave_rank(item)
             item.move(ItemEvent.RANK_LEFT)
-            item.at = None
-            self._waiting.appendleft(item)
+        for rank in left:
+            self._ranks.pop(rank, None)
+        self._waiting.extendleft(sorted(lost, key=lambda item: item.deadline)[::-1])
         return [*self._fail_stranded(), *self._pump(now)]
 
     def _fail_stranded(self) -> list[Action]:

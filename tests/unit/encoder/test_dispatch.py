@@ -1,0 +1,286 @@
+"""The dispatcher: who gets what, and that every item ends exactly once."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from epdctl.encoder.batching import fitting
+from epdctl.encoder.dispatch import (
+    ENDED,
+    TRANSITIONS,
+    Action,
+    Cancel,
+    Dispatcher,
+    Ended,
+    ItemKey,
+    ItemState,
+    RankKey,
+    Send,
+)
+from epdctl.ids import Incarnation, RankName, RequestId
+from epdctl.wire.encode import FailureKind
+
+
+def rank(number: int, incarnation: int = 1) -> RankKey:
+    return RankKey(RankName(f"encoder/{number}"), Incarnation(incarnation))
+
+
+def key(number: int, request: str = "r", client: bytes = b"gateway", attempt: int = 1) -> ItemKey:
+    return ItemKey(client, RequestId(request), attempt, number)
+
+
+def dispatcher(cap: int = 2, queue: int = 4) -> Dispatcher:
+    return Dispatcher(cap=cap, queue=queue, draw=itertools.count(1).__next__)
+
+
+def sends(actions: list[Action]) -> list[tuple[int, str]]:
+    return [(action.item.item, str(action.to.rank)) for action in actions if isinstance(action, Send)]
+
+
+def ends(actions: list[Action]) -> list[tuple[int, ItemState, FailureKind | None]]:
+    return [(action.item.item, action.state, action.kind) for action in actions if isinstance(action, Ended)]
+
+
+def test_least_pending_and_round_robin_among_equals() -> None:
+    router = dispatcher(cap=9)
+    router.changed([rank(0), rank(1), rank(2)], [], 0)
+    order = [sends(router.submit(key(number), 10, 0))[0][1] for number in range(7)]
+    assert order == ["encoder/0", "encoder/1", "encoder/2"] * 2 + ["encoder/0"]
+    router.encoded(2, rank(1), 0)  # now 0 has three, 2 has two, 1 has one
+    assert sends(router.submit(key(7), 10, 0)) == [(7, "encoder/1")]
+
+
+def test_caps_hold_and_what_waits_goes_out_in_order_as_room_appears() -> None:
+    router = dispatcher(cap=1)
+    router.changed([rank(0)], [], 0)
+    assert sends(router.submit(key(0), 10, 0)) == [(0, "encoder/0")]
+    assert router.submit(key(1), 10, 0) == router.submit(key(2), 10, 0) == []
+    assert sends(router.encoded(1, rank(0), 0)) == [(1, "encoder/0")]
+    assert sends(router.failed(2, rank(0), (FailureKind.BAD_MEDIA, "torn"), 0)) == [(2, "encoder/0")]
+    assert sends(router.changed([rank(1)], [], 0)) == []
+
+
+def test_a_full_queue_is_said_at_once() -> None:
+    router = dispatcher(cap=1, queue=2)
+    router.changed([rank(0)], [], 0)
+    for number in range(3):
+        assert ends(router.submit(key(number), 10, 0)) == []
+    (end,) = router.submit(key(3), 10, 0)
+    assert ends([end]) == [(3, ItemState.FAILED, FailureKind.FULL)]
+    assert router.waiting == 2
+    assert dispatcher(queue=0).submit(key(0), 10, 0)[0] == Ended(
+        key(0), ItemState.FAILED, kind=FailureKind.FULL, text="0 pictures are waiting already"
+    )
+
+
+def test_a_rank_that_dies_gives_its_items_to_another_under_a_new_number_and_late_words_are_dropped() -> None:
+    router = dispatcher(cap=2)
+    router.changed([rank(0), rank(1)], [], 0)
+    for number in range(4):
+        router.submit(key(number), 10, 0)
+    assert router.changed([], [rank(0)], 1) == []  # the other is at its cap: they wait, ahead of what comes later
+    router.submit(key(4), 10, 1)
+    (ended, sent) = router.encoded(2, rank(1), 1)
+    assert ends([ended]) == [(1, ItemState.ENCODED, None)]
+    assert sends([sent]) == [(0, "encoder/1")]
+    assert isinstance(sent, Send)
+    assert sent.dispatch > 4
+    assert router.encoded(1, rank(0), 1) == []
+    assert router.encoded(sent.dispatch, rank(0), 1) == []
+    assert router.late == 2
+    router.delivered(key(1))
+    router.check()
+
+
+def test_an_item_is_on_a_rank_of_one_name_once_even_after_its_restart() -> None:
+    router = dispatcher()
+    router.changed([rank(0)], [], 0)
+    router.submit(key(0), 10, 0)
+    (end,) = router.changed([rank(0, 2)], [rank(0)], 1)
+    assert isinstance(end, Ended)
+    assert (end.kind, end.text) == (FailureKind.RANK_LOST, "lost with encoder/0; no other encoder is ready")
+    assert len(router) == 0
+
+
+def test_one_table_in_which_one_leaves_and_another_joins_loses_nothing() -> None:
+    router = dispatcher()
+    router.changed([rank(0)], [], 0)
+    router.submit(key(0), 10, 0)
+    assert sends(router.changed([rank(1)], [rank(0)], 1)) == [(0, "encoder/1")]
+
+
+def test_a_moved_item_that_waits_is_lost_when_its_last_other_rank_dies_too() -> None:
+    router = dispatcher(cap=1)
+    router.changed([rank(0), rank(1)], [], 0)
+    router.submit(key(0), 10, 0)
+    router.submit(key(1), 10, 0)
+    assert router.changed([], [rank(0)], 1) == []
+    assert sorted(ends(router.changed([], [rank(1)], 1))) == [
+        (0, ItemState.FAILED, FailureKind.RANK_LOST),
+        (1, ItemState.FAILED, FailureKind.RANK_LOST),
+    ]
+
+
+def test_without_a_rank_items_wait_for_one_until_their_deadline() -> None:
+    router = dispatcher()
+    router.submit(key(0), 10, 0)
+    router.submit(key(1), 20, 0)
+    assert router.next_deadline() == 10
+    assert router.tick(9.99) == []
+    assert ends(router.tick(10)) == [(0, ItemState.FAILED, FailureKind.NO_RANK)]
+    (sent,) = router.changed([rank(0)], [], 15)
+    assert isinstance(sent, Send)
+    assert sent.seconds == 5
+    cancel, end = router.tick(20)
+    assert cancel == Cancel(rank(0), sent.dispatch)
+    assert ends([end]) == [(1, ItemState.FAILED, FailureKind.DEADLINE)]
+    assert router.next_deadline() is None
+    assert router.pending(rank(0)) == 0
+
+
+def test_an_item_that_waits_behind_busy_ranks_runs_out_of_time_not_of_ranks() -> None:
+    router = dispatcher(cap=1)
+    router.changed([rank(0)], [], 0)
+    router.submit(key(0), 50, 0)
+    router.submit(key(1), 10, 0)
+    (end,) = router.tick(10)
+    assert isinstance(end, Ended)
+    assert (end.kind, end.text) == (FailureKind.DEADLINE, "out of time waiting for an encoder")
+
+
+def test_cancelling_takes_every_item_of_one_attempt_and_no_other() -> None:
+    router = dispatcher(cap=2)
+    router.changed([rank(0)], [], 0)
+    for item in (key(0), key(1, client=b"other"), key(2), key(3, attempt=2), key(4, request="s")):
+        router.submit(item, 10, 0)
+    actions = router.cancel(b"gateway", RequestId("r"), 1, 0)
+    assert actions[0] == Cancel(rank(0), 1)
+    assert ends(actions) == [(0, ItemState.CANCELLED, None), (2, ItemState.CANCELLED, None)]
+    assert sends(actions) == [(3, "encoder/0")]
+    assert router.cancel(b"gateway", RequestId("r"), 1, 0) == []
+    assert router.encoded(1, rank(0), 0) == []
+
+
+def test_the_same_item_again_is_the_same_item() -> None:
+    router = dispatcher()
+    router.changed([rank(0)], [], 0)
+    router.submit(key(0), 10, 0)
+    assert router.submit(key(0), 10, 0) == []
+    assert len(router) == 1
+
+
+def test_ended_states_are_final_and_every_state_can_end() -> None:
+    assert {before for before, _ in TRANSITIONS} == set(ItemState) - ENDED
+    assert set(TRANSITIONS.values()) == set(ItemState)
+
+
+@pytest.mark.parametrize(
+    ("patches", "budget", "count"),
+    [([], 10, 0), ([4, 4, 4], 10, 2), ([4, 6, 1], 10, 2), ([11, 1], 10, 1), ([1, 11, 1], 10, 1), ([3], 0, 1)],
+)
+def test_a_batch_is_what_fits_from_the_front(patches: list[int], budget: int, count: int) -> None:
+    assert fitting(patches, budget) == count
+
+
+class Walk(RuleBasedStateMachine):
+    """A router's world, in any order: each item ends once, no rank is over its cap, the queue stays bounded."""
+
+    CAP, QUEUE, RANKS = 2, 3, 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = dispatcher(self.CAP, self.QUEUE)
+        self.now = 0.0
+        self.numbers = itertools.count()
+        self.incarnations = Counter[int]()
+        self.ready: dict[int, RankKey] = {}
+        self.submitted: dict[ItemKey, float] = {}
+        self.ended = Counter[ItemKey]()
+        self.working: dict[int, tuple[RankKey, ItemKey]] = {}  # as the encoders see it
+        self.dispatched: set[int] = set()
+        self.seen: set[tuple[ItemKey, str]] = set()
+
+    def apply(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send():
+                    assert action.dispatch not in self.dispatched, "a number was drawn twice"
+                    assert action.to in self.ready.values(), "sent to a rank that is not there"
+                    assert (action.item, action.to.rank) not in self.seen, "sent to the same rank twice"
+                    assert action.seconds > 0
+                    self.dispatched.add(action.dispatch)
+                    self.seen.add((action.item, action.to.rank))
+                    self.working[action.dispatch] = (action.to, action.item)
+                case Cancel():
+                    assert self.working.pop(action.dispatch)[0] == action.to
+                case Ended():
+                    self.ended[action.item] += 1
+                    self.working = {n: work for n, work in self.working.items() if work[1] != action.item}
+                    if action.state is ItemState.ENCODED:
+                        self.router.delivered(action.item)
+
+    @rule(life=st.integers(1, 8), request=st.sampled_from("abc"))
+    def submit(self, life: int, request: str) -> None:
+        item = key(next(self.numbers), request)
+        self.submitted[item] = self.now + life
+        self.apply(self.router.submit(item, self.now + life, self.now))
+
+    @rule(number=st.integers(0, RANKS - 1), leave=st.integers(0, RANKS - 1))
+    def change(self, number: int, leave: int) -> None:
+        left = [self.ready.pop(leave)] if leave in self.ready else []
+        self.working = {n: work for n, work in self.working.items() if work[0] not in left}
+        joined = []
+        if number not in self.ready:
+            self.incarnations[number] += 1
+            joined = [rank(number, self.incarnations[number])]
+            self.ready[number] = joined[0]
+        self.apply(self.router.changed(joined, left, self.now))
+
+    @rule(data=st.data(), well=st.booleans())
+    def answer(self, data: st.DataObject, well: bool) -> None:
+        if self.dispatched:
+            dispatch = data.draw(st.sampled_from(sorted(self.dispatched)))  # late and repeated ones too
+            by, _ = self.working.get(dispatch, (rank(data.draw(st.integers(0, 2))), None))
+            if well:
+                self.apply(self.router.encoded(dispatch, by, self.now))
+            else:
+                self.apply(self.router.failed(dispatch, by, (FailureKind.BAD_MEDIA, "torn"), self.now))
+
+    @rule(request=st.sampled_from("abc"))
+    def cancel(self, request: str) -> None:
+        self.apply(self.router.cancel(b"gateway", RequestId(request), 1, self.now))
+
+    @rule(seconds=st.integers(0, 4))
+    def wait(self, seconds: int) -> None:
+        self.now += seconds
+        self.apply(self.router.tick(self.now))
+
+    @invariant()
+    def accounts_balance(self) -> None:
+        self.router.check()
+        assert max(self.ended.values(), default=0) <= 1, "an item ended twice"
+        assert len(self.submitted) == len(self.ended) + len(self.router), "an item is lost"
+        for to in self.ready.values():
+            mine = [n for n, (at, _) in self.working.items() if at == to]
+            assert len(mine) == self.router.pending(to) <= self.CAP
+        assert self.router.waiting <= self.QUEUE + self.CAP * self.RANKS
+        assert all(self.ended[item] for item, deadline in self.submitted.items() if deadline <= self.now)
+
+    def teardown(self) -> None:
+        self.now += 100
+        self.apply(self.router.tick(self.now))
+        assert len(self.router) == 0
+        assert set(self.ended.values()) <= {1}
+        assert set(self.ended) == set(self.submitted)
+
+
+TestWalk = Walk.TestCase
+TestWalk.settings = settings(
+    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
