@@ -65,6 +65,9 @@ _LOST: Mapping[GangState, frozenset[RankState]] = {
     GangState.RUNNING: frozenset({RankState.STOPPED, RankState.WAITING, RankState.BACKOFF, RankState.FAILED}),
 }
 
+# Those that go on working. Members that are all on their way out, by a stop or restart of the whole gang, may drain.
+_STAYING = frozenset({RankState.STARTING, RankState.READY, RankState.UNHEALTHY})
+
 
 def may_start(gang: Gang, states: States) -> bool:
     """DependenciesReady goes to every member at once, or to none."""
@@ -90,7 +93,7 @@ def _follow(gang: Gang, event: Changed) -> Outcome:
     if not _alive(gang, event.states):
         return replace(gang, state=GangState.IDLE), []
     lost = [member for member in gang.members if event.states[member] in _LOST[gang.state]]
-    if lost:
+    if lost and any(event.states[member] in _STAYING for member in gang.members):
         return _break(gang, Faulted(lost[0], f"it is {event.states[lost[0]]}", event.states))
     complete = all(event.states[member] in ROUTABLE for member in gang.members)
     return (replace(gang, state=GangState.RUNNING), []) if complete else (gang, [])

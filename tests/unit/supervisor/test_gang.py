@@ -13,6 +13,7 @@ from epdctl.supervisor.gang import Changed, Faulted, Gang, GangState, Tell
 from epdctl.supervisor.states import (
     ALIVE,
     DependenciesReady,
+    DrainedReported,
     Event,
     Exited,
     FatalReported,
@@ -193,6 +194,21 @@ def test_a_stop_of_all_lets_all_drain(pair: Pair) -> None:
         pair.send(member, TimerFired(Timer.DRAIN, Incarnation(1)))
     pair.ended(A, 0).ended(B, 0)
     assert pair.states == {A: RankState.STOPPED, B: RankState.STOPPED}
+
+
+def test_a_restart_of_all_lets_the_last_one_drain_and_costs_nothing(pair: Pair) -> None:
+    running(pair).both(RestartRequested()).send(A, DrainedReported(Incarnation(1))).ended(A, 0)
+    assert pair.states == {A: WAITING, B: RankState.DRAINING}
+    pair.send(B, DrainedReported(Incarnation(1))).ended(B, 0)
+    assert pair.states == {A: STARTING, B: STARTING}
+    assert not pair.ranks[A].faults
+    assert not pair.ranks[B].faults
+
+
+def test_a_restart_of_all_while_they_form_costs_nothing(pair: Pair) -> None:
+    pair.both(StartRequested()).both(RestartRequested()).ended(A, -15).ended(B)
+    assert pair.states == {A: STARTING, B: STARTING}
+    assert not pair.ranks[B].faults
 
 
 def test_its_budget_ends_the_gang(pair: Pair) -> None:
