@@ -18,8 +18,8 @@ SERVICES: Mapping[Stage, str] = {
     Stage.GATEWAY: "epdctl.gateway.service:GatewayService",
     Stage.ENCODER_ROUTER: "epdctl.encoder.router:RouterService",
     Stage.ENCODER: "epdctl.encoder.worker:EncoderService",
-    Stage.PREFILL: "epdctl.prefill.worker:PrefillService",
-    Stage.DECODE: "epdctl.decode.worker:DecodeService",
+    Stage.PREFILL: "epdctl.prefill.service:PrefillService",
+    Stage.DECODE: "epdctl.decode.service:DecodeService",
     Stage.LANGUAGE: "epdctl.decode.language:LanguageService",
 }
 
