@@ -33,6 +33,7 @@ class Detokenizer:
         text = self._open_text()
         fresh = text[self._out :]
         if not text.endswith(UNFINISHED):
+            self._out = len(text)
             self._settle(self._open)
             return fresh
         fresh = fresh[:-1]  # only the last mark can still become something else
@@ -43,8 +44,8 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The rest, as it stands."""
-        fresh = self._open_text()[self._out :]
-        self._settle(self._open)
+        text = self._open_text()
+        fresh, self._out = text[self._out :], len(text)
         return fresh
 
     def _open_text(self) -> str:
@@ -53,7 +54,7 @@ class Detokenizer:
     def _settle(self, tokens: list[int]) -> None:
         text = self._decode(tokens)
         if not text and len(tokens) <= CUT_AFTER:
-            return  # a window must begin with something, or what follows would count as the first token
+            return  # a window that begins with nothing would make what follows the first token
         if text:
             self._given, self._given_text = tokens, text
         self._open, self._out = [], 0

@@ -10,35 +10,29 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
-
 from epdctl.errors import PeerGone, RequestError
+from epdctl.gateway.brief import Brief
 from epdctl.gateway.intake import Order
 from epdctl.gateway.ranks import Ranks, Reply, Route
 from epdctl.gateway.states import ENDED, RequestState, Step, advance
-from epdctl.ids import RankName, RequestId, Room, new_room
+from epdctl.ids import RankName, RequestId, new_room
 from epdctl.telemetry.metrics import GatewayMeters
-from epdctl.wire.encode import Encode, Encoded, EncodeFailed, FailureKind
+from epdctl.wire.encode import Encoded, EncodeFailed, FailureKind
 from epdctl.wire.lifecycle import Peer
 from epdctl.wire.serve import (
     Abort,
-    Decode,
     Failed,
     Finished,
     FinishReason,
-    Generate,
     Granted,
-    Prefill,
-    RankRef,
-    Sampling,
     Token,
     Usage,
 )
 
-__all__ = ["Ending", "Flight", "Tower", "failure"]
+__all__ = ["Director", "Ending", "Flight", "failure"]
 
 log = logging.getLogger(__name__)
 
@@ -69,15 +63,25 @@ class Ending:
 
 @dataclass(slots=True)
 class Attempt:
-    """One try. ``base``: tokens of the answer that were known before it. ``seats``: ranks it still needs."""
+    """One try, and how far it is. ``seats``: ranks it still needs."""
 
-    number: int
-    route: Route
-    base: int
+    brief: Brief
     seats: list[Peer]
     unencoded: set[int]
-    room: Room = field(default_factory=new_room)
     granted: bool = False
+
+    @property
+    def number(self) -> int:
+        return self.brief.attempt
+
+    @property
+    def route(self) -> Route:
+        return self.brief.route
+
+    @property
+    def base(self) -> int:
+        """Tokens of the answer that were known before."""
+        return len(self.brief.known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,7 @@ class Losses:
     avoid: frozenset[RankName] = frozenset()  # the ranks of that attempt: taken again only when there is no other
 
 
-class Tower(Protocol):
+class Director(Protocol):
     """What a flight asks of whoever directs all of them."""
 
     @property
@@ -114,7 +118,7 @@ class Tower(Protocol):
 class Flight:
     """Made in RECEIVED. Its owner reads ``tokens()`` to the end, or calls ``stop`` or ``abandon``."""
 
-    def __init__(self, request: RequestId, order: Order, deadline: float, tower: Tower) -> None:
+    def __init__(self, request: RequestId, order: Order, deadline: float, director: Director) -> None:
         self.request = request
         self.order = order
         self.deadline = deadline
@@ -122,7 +126,7 @@ class Flight:
         self.losses = Losses()
         self.resumes = 0  # attempts that went on from tokens which were there already
         self.ending: Ending | None = None
-        self._tower = tower
+        self._director = director
         self._received: list[int] = []
         self._attempts = 0
         self._attempt: Attempt | None = None
@@ -169,7 +173,7 @@ class Flight:
         if self.state in ENDED:
             return
         if self.state is RequestState.RECEIVED:
-            missing = ", ".join(self._tower.ranks.missing(pictures=self.has_pictures))
+            missing = ", ".join(self._director.ranks.missing(pictures=self.has_pictures))
             why = "; ".join(filter(None, (missing, self.losses.text))) or "no rank took it"
             self.fail(failure(FailureKind.NO_RANK, f"no rank answered within the request's time: {why}"))
         else:
@@ -181,19 +185,14 @@ class Flight:
         """Begin an attempt over ``route``."""
         self._step(Step.PLACED_PICTURES if self.has_pictures else Step.PLACED_TEXT)
         self._attempts += 1
-        self._attempt = attempt = Attempt(
-            number=self._attempts,
-            route=route,
-            base=len(self._received),
-            seats=list(route.peers),
-            unencoded=set(range(len(self.order.media))),
-        )
-        self._tower.meters.attempts.inc()
+        brief = Brief(self.request, self._attempts, new_room(), route, self.order, tuple(self._received))
+        self._attempt = attempt = Attempt(brief, list(route.peers), set(range(len(self.order.media))))
+        self._director.meters.attempts.inc()
         if attempt.base:
             self.resumes += 1
-            self._tower.meters.resumed.inc()
+            self._director.meters.resumed.inc()
         for peer in attempt.seats:
-            self._tower.ranks.take(peer)
+            self._director.ranks.take(peer)
         self._or_lose(lambda: self._ask(attempt))
 
     def withdrawn(self, peer: Peer) -> None:
@@ -222,54 +221,15 @@ class Flight:
     # -- one attempt --
 
     def _ask(self, attempt: Attempt) -> None:
+        ranks, brief, budget = self._director.ranks, attempt.brief, self._budget()
         if attempt.route.split:
-            self._ask_pair(attempt)
+            ranks.decode.send(attempt.route.exit, brief.decode(budget))  # decode's memory first: see wire.serve
+            ranks.prefill.send(attempt.route.entry, brief.prefill(budget))
         else:
-            self._tower.ranks.language.send(
-                attempt.route.entry,
-                Generate(
-                    request=self.request,
-                    attempt=attempt.number,
-                    tokens=self._known_tokens(),
-                    items=self.order.prompt.items,
-                    sampling=self._rest(),
-                    budget_s=self._budget(),
-                ),
-            )
-
-    def _ask_pair(self, attempt: Attempt) -> None:
-        tokens, route = self._known_tokens(), attempt.route
-        decode = Decode(
-            request=self.request,
-            attempt=attempt.number,
-            room=attempt.room,
-            prompt_tokens=len(tokens),
-            sampling=self._rest(),
-            prefill_at=_ref(route.entry),
-            budget_s=self._budget(),
-        )
-        prefill = Prefill(
-            request=self.request,
-            attempt=attempt.number,
-            room=attempt.room,
-            tokens=tokens,
-            items=self.order.prompt.items,
-            sampling=self._rest(),
-            decode_at=_ref(route.exit),
-            budget_s=self._budget(),
-        )
-        self._tower.ranks.decode.send(route.exit, decode)
-        self._tower.ranks.prefill.send(route.entry, prefill)
-
-    def _known_tokens(self) -> list[int]:
-        return self.order.prompt.tokens + self._received
-
-    def _rest(self) -> Sampling:
-        sampling = self.order.sampling
-        return msgspec.structs.replace(sampling, max_tokens=sampling.max_tokens - len(self._received))
+            ranks.language.send(attempt.route.entry, brief.generate(budget))
 
     def _budget(self) -> float:
-        return max(0.0, self.deadline - self._tower.now())
+        return max(0.0, self.deadline - self._director.now())
 
     def _on_granted(self, attempt: Attempt, message: Granted) -> None:
         if attempt.granted or attempt.route.router is None:
@@ -283,15 +243,8 @@ class Flight:
     def _encode(self, attempt: Attempt, granted: Granted) -> None:
         assert attempt.route.router is not None
         for index, slot in enumerate(granted.slots):
-            encode = Encode(
-                request=self.request,
-                attempt=attempt.number,
-                item=self.order.media_item(index),
-                slot=slot,
-                notify=granted.notify,
-                budget_s=self._budget(),
-            )
-            self._tower.ranks.router.send(attempt.route.router, encode, [self.order.media[index].data])
+            encode = attempt.brief.encode(index, slot, granted.notify, self._budget())
+            self._director.ranks.router.send(attempt.route.router, encode, [self.order.media[index].data])
 
     def _on_encoded(self, attempt: Attempt, index: int) -> None:
         attempt.unencoded.discard(index)
@@ -325,7 +278,7 @@ class Flight:
         if peer not in attempt.seats:
             return  # it had done its part
         if message.kind is FailureKind.RANK_LOST:
-            gone = next((seat for seat in attempt.route.peers if not self._tower.ranks.routable(seat)), None)
+            gone = next((seat for seat in attempt.route.peers if not self._director.ranks.routable(seat)), None)
             self._lose(f"{peer.rank}: {message.text}", gone.stage.value if gone else "reported")
             return
         log.info("%s failed on %s: %s: %s", self.request, peer.rank, message.kind, message.text)
@@ -344,7 +297,7 @@ class Flight:
         attempt = self._attempt
         assert attempt is not None
         log.info("%s: attempt %d lost while %s: %s", self.request, attempt.number, self.state, text)
-        self._tower.meters.lost.labels(stage).inc()
+        self._director.meters.lost.labels(stage).inc()
         self.losses = Losses(self.losses.count + 1, text, frozenset(peer.rank for peer in attempt.route.peers))
         if len(self._received) >= self.order.sampling.max_tokens:
             self.ending = Ending(FinishReason.LENGTH, self._usage(len(self._received)))  # only that word was missing
@@ -352,7 +305,7 @@ class Flight:
             return
         self._drop_attempt(abort=True)
         self._step(Step.LOST)
-        self._tower.wait(self)
+        self._director.wait(self)
 
     def _end(self, step: Step, *, abort: bool = True) -> None:
         if self.state in ENDED:
@@ -360,7 +313,7 @@ class Flight:
         self._drop_attempt(abort=abort)
         self._step(step)
         self._news.set()
-        self._tower.landed(self)
+        self._director.landed(self)
 
     def _drop_attempt(self, *, abort: bool) -> None:
         attempt, self._attempt = self._attempt, None
@@ -371,19 +324,15 @@ class Flight:
         if abort:
             for peer in attempt.route.peers:
                 with contextlib.suppress(PeerGone):  # what is gone holds nothing
-                    self._tower.ranks.abort(peer, Abort(request=self.request, attempt=attempt.number))
+                    self._director.ranks.abort(peer, Abort(request=self.request, attempt=attempt.number))
 
     def _leave(self, attempt: Attempt, peer: Peer | None) -> None:
         if peer in attempt.seats:
             attempt.seats.remove(peer)
-            self._tower.ranks.leave(peer)
+            self._director.ranks.leave(peer)
 
     def _step(self, step: Step) -> None:
         self.state = advance(self.state, step)
 
     def _usage(self, completion: int, cached: int = 0) -> Usage:
         return Usage(prompt_tokens=len(self.order.prompt.tokens), completion_tokens=completion, cached_tokens=cached)
-
-
-def _ref(peer: Peer) -> RankRef:
-    return RankRef(rank=peer.rank, incarnation=peer.incarnation)

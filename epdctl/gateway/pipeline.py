@@ -34,7 +34,7 @@ def new_request_id() -> RequestId:
 
 
 class Pipeline:
-    """Implements flight.Tower. Lives on one event loop; its clock is the loop's."""
+    """Implements flight.Director. Lives on one event loop; its clock is the loop's."""
 
     def __init__(self, meters: GatewayMeters) -> None:
         self._loop = asyncio.get_running_loop()

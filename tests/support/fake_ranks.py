@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from epdctl.errors import PeerGone
-from epdctl.ids import Incarnation, RankName, Room, Stage
+from epdctl.ids import Incarnation, RankName, RequestId, Room, Stage
 from epdctl.wire.encode import (
     CLIENT_TO_ROUTER,
     ROUTER_TO_CLIENT,
@@ -48,7 +48,7 @@ from epdctl.wire.serve import (
 from epdctl.wire.sockets import Inbox, Sender
 from epdctl.wire.transfer import Extent, PoolAddress, RemoteLease
 
-__all__ = ["FakeCluster", "FakeRank", "FakeRouter", "Script", "answer"]
+__all__ = ["Answering", "FakeCluster", "FakeRank", "FakeRouter", "Script", "answer"]
 
 GUARD_SECONDS = 60.0  # only against hanging
 M = TypeVar("M")
@@ -83,7 +83,7 @@ def answer(tokens: Sequence[int], pictures: Sequence[str], count: int, vocabular
 class Job:
     """One attempt, as the rank that answers it knows it."""
 
-    request: str
+    request: RequestId
     attempt: int
     sampling: Sampling
     sender: Sender
@@ -104,6 +104,8 @@ class FakeRank:
         self.incarnation = Incarnation(incarnation)
         self.script = Script()
         self.heard: list[Message] = []
+        self.senders: list[Sender] = []  # of each message heard
+        self.stopped: list[Job] = []
         self.changed = asyncio.Event()
         endpoint = f"ipc://{cluster.directory}/{rank.file_stem}.{incarnation}"
         self.inbox: Inbox[Any] = Inbox(endpoint, codec, self._receive)
@@ -126,6 +128,7 @@ class FakeRank:
 
     def _receive(self, sender: Sender, message: Message, frames: list[memoryview]) -> None:
         self.heard.append(message)
+        self.senders.append(sender)
         self.changed.set()
         self.on(sender, message, frames)
 
@@ -219,7 +222,11 @@ class Answering(Granting):
 
     def stream(self, job: Job) -> None:
         """One token a turn of the loop, so that whatever else happens can come between."""
-        if job.over or self.inbox.closed or self.script.stop_after == job.said:
+        if job.over or self.inbox.closed:
+            return
+        if self.script.stop_after == job.said:
+            self.stopped.append(job)
+            self.changed.set()
             return
         if job.said == job.sampling.max_tokens:
             self.finish(job, FinishReason.LENGTH)
@@ -236,6 +243,19 @@ class Answering(Granting):
             self.say(job.sender, message)
         job.said += 1
         asyncio.get_running_loop().call_soon(self.stream, job)
+
+    async def reaches(self, tokens: int) -> None:
+        """Waits until a job has stopped at ``stop_after``."""
+        async with asyncio.timeout(GUARD_SECONDS):
+            while not any(job.said == tokens for job in self.stopped):
+                self.changed.clear()
+                await self.changed.wait()
+
+    def go_on(self) -> None:
+        """Say the rest of what ``stop_after`` held back."""
+        self.script.stop_after = None
+        while self.stopped:
+            self.stream(self.stopped.pop())
 
     def finish(self, job: Job, reason: FinishReason) -> None:
         job.over = True
@@ -330,6 +350,10 @@ class FakeCluster:
     def close(self) -> None:
         for rank in self.ranks.values():
             rank.inbox.close()
+
+    def waiting(self, room: Room) -> Job:
+        """What a decode rank has for a room whose prompt has not come."""
+        return self._exits[room][0]
 
     def __getitem__(self, name: str) -> FakeRank:
         return self.ranks[RankName(name)]

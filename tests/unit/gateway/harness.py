@@ -104,6 +104,12 @@ class House:
         content: str = response.json()["choices"][0]["message"]["content"]
         return content
 
+    async def open_requests(self, count: int) -> None:
+        """Waits until so many requests are open."""
+        async with asyncio.timeout(GUARD_SECONDS):
+            while f"epdctl_requests_in_flight {count}.0" not in (await self.http.get("/metrics")).text:
+                pass
+
     async def idle(self) -> None:
         """Waits until no request is open, then holds the gateway to its counts."""
         async with asyncio.timeout(GUARD_SECONDS):
@@ -119,9 +125,7 @@ async def house(*ranks: str, **limits: Any) -> AsyncIterator[House]:
         service = GatewayService(spec(directory, msgspec.structs.replace(Limits(), **limits)))
         endpoints = await service.start(lambda *_: None)
         assert endpoints.http is not None
-        words = [tokenizer.token_to_id(word) for word in "abcdefghijklmnopqrstuvwxyz" * 4] + [
-            tokenizer.token_to_id("Ġ")
-        ]
+        words = [tokenizer.encode(word).ids[0] for word in (*"abcdefghijklmnopqrstuvwxyz", " ")]
         cluster = FakeCluster(directory, words, service.peers_changed)
         cluster.up(*ranks)
         async with httpx.AsyncClient(base_url=endpoints.http, timeout=GUARD_SECONDS, trust_env=False) as http:
