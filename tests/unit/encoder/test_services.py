@@ -1,0 +1,507 @@
+"""Router and encoder ranks over real sockets, in one process, with a tower of arithmetic."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from epdctl.encoder.router import RouterService
+from epdctl.encoder.worker import EncoderService
+from epdctl.errors import PoolExhausted
+from epdctl.ids import Incarnation, RankName, RequestId
+from epdctl.rank.service import Service
+from epdctl.transfer.allocators import RangeAllocator
+from epdctl.transfer.landing import Owner
+from epdctl.transfer.pool import Pool
+from epdctl.transfer.zmq import ZmqTransport
+from epdctl.wire.config import EncoderConfig, Limits
+from epdctl.wire.encode import (
+    CLIENT_TO_ROUTER,
+    ENCODER_TO_LANGUAGE,
+    ROUTER_TO_CLIENT,
+    ROUTER_TO_WORKER,
+    WORKER_TO_ROUTER,
+    CancelEncode,
+    CancelItem,
+    ClientToRouter,
+    EmbeddingLanded,
+    Encode,
+    Encoded,
+    EncodeFailed,
+    EncodeItem,
+    FailureKind,
+    ItemEncoded,
+    ItemFailed,
+    ItemSized,
+    MediaItem,
+    RouterToClient,
+    RouterToWorker,
+    WorkerToRouter,
+)
+from epdctl.wire.lifecycle import Endpoints, Peer
+from epdctl.wire.sockets import Inbox, Link
+from epdctl.wire.transfer import WRITER_TO_RECEIVER, RemoteLease, TensorSpec, Write
+from tests.support.ranks import Facts, make_peer, make_spec, run
+from tests.support.towers import WIDTH, ToyTower, embedding, picture
+
+ROWS = 5
+NBYTES = ROWS * WIDTH * 4
+
+
+class Prefill:
+    """The rank that owns the slots."""
+
+    def __init__(self, sockets: Path) -> None:
+        owner = Owner(RankName("prefill/0"), Incarnation(1), "secret")
+        self.transport = ZmqTransport(f"ipc://{sockets}/prefill.transfer", owner)
+        self.pool = Pool("embeddings", torch.empty(1 << 16, dtype=torch.uint8), RangeAllocator(1 << 16))
+        self.address = self.transport.register(self.pool)
+        self.landed = Facts()
+        self.inbox: Inbox[EmbeddingLanded] = Inbox(
+            f"ipc://{sockets}/prefill.inbox", ENCODER_TO_LANGUAGE, lambda _, message, __: self.landed.add(message)
+        )
+
+    def lease(self, nbytes: int = NBYTES) -> RemoteLease:
+        return self.pool.lease(nbytes, "r", seconds=600).remote(self.address)
+
+    def read(self, landed: EmbeddingLanded) -> torch.Tensor:
+        return self.pool.tensor(self.pool.filled(landed.lease, landed.generation), landed.spec)
+
+    async def close(self) -> None:
+        self.inbox.close()
+        await self.transport.close()
+
+
+class World:
+    """Services in one loop, and the messages their neighbours see."""
+
+    def __init__(self, sockets: Path, stack: AsyncExitStack) -> None:
+        self.sockets = sockets
+        self.stack = stack
+        self.prefill = Prefill(sockets)
+        stack.push_async_callback(self.prefill.close)
+        self.peers: dict[str, Peer] = {}
+        self.services: dict[str, Service] = {}
+
+    async def add(self, service: Service, rank: str) -> Peer:
+        self.stack.push_async_callback(service.close)
+        endpoints = await service.start(lambda _, __, ___: None)
+        self.services[rank] = service
+        self.peers[rank] = make_peer(rank, endpoints)
+        self.tell()
+        return self.peers[rank]
+
+    def tell(self) -> None:
+        for rank, service in self.services.items():
+            service.peers_changed([peer for peer in self.peers.values() if peer.rank != rank])
+
+    async def router(self, **limits: Any) -> tuple[RouterService, Link[RouterToClient, ClientToRouter], Facts]:
+        service = RouterService(make_spec("encoder-router/0", self.sockets, limits=Limits(**limits)))
+        peer = await self.add(service, "encoder-router/0")
+        answers = Facts()
+        assert peer.endpoints.inbox is not None
+        link: Link[RouterToClient, ClientToRouter] = Link(
+            peer.endpoints.inbox, ROUTER_TO_CLIENT, CLIENT_TO_ROUTER, lambda message, _: answers.add(message)
+        )
+        self.stack.callback(link.close)
+        return service, link, answers
+
+    async def encoder(self, tower: ToyTower, number: int = 0, **config: Any) -> EncoderService:
+        spec = make_spec(f"encoder/{number}", self.sockets, **config)
+        service = EncoderService(spec, load=tower.load)
+        await self.add(service, f"encoder/{number}")
+        return service
+
+    def as_router(self, number: int = 0) -> tuple[Link[WorkerToRouter, RouterToWorker], Facts]:
+        answers = Facts()
+        endpoint = self.peers[f"encoder/{number}"].endpoints.inbox
+        assert endpoint is not None
+        link: Link[WorkerToRouter, RouterToWorker] = Link(
+            endpoint, WORKER_TO_ROUTER, ROUTER_TO_WORKER, lambda message, _: answers.add(message)
+        )
+        self.stack.callback(link.close)
+        return link, answers
+
+    def job(self, index: int = 0, request: str = "r", *, slot: RemoteLease | None = None, **changed: Any) -> Encode:
+        item: dict[str, Any] = {
+            "index": index, "modality": "image", "content_hash": "", "of": 1, "grid": [1, 2, 2 * ROWS], "rows": ROWS,
+        }  # fmt: skip
+        budget = changed.pop("budget_s", 300.0)
+        return Encode(
+            request=RequestId(request),
+            attempt=1,
+            item=MediaItem(**{**item, **changed}),
+            slot=slot or self.prefill.lease(),
+            notify=self.prefill.inbox.endpoint,
+            budget_s=budget,
+        )
+
+
+def in_world(
+    sockets: Path, test: Callable[[World], Coroutine[Any, Any, None]], unhandled: list[BaseException] | None = None
+) -> None:
+    async def work() -> None:
+        async with AsyncExitStack() as stack:
+            await test(World(sockets, stack))
+
+    run(work(), unhandled=unhandled)
+
+
+def of(kind: type, number: int) -> Callable[[list[Any]], bool]:
+    return lambda seen: sum(isinstance(message, kind) for message in seen) >= number
+
+
+class Gate:
+    """Holds forwards, and tells the loop when one has begun."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.began = Facts()
+        self._loop = asyncio.get_running_loop()
+
+    def tower(self) -> ToyTower:
+        return ToyTower(gate=self.open, began=self._tell)
+
+    def _tell(self) -> None:
+        self._loop.call_soon_threadsafe(self.began.add, 1)
+
+
+def test_every_item_lands_in_its_own_slot_whoever_encodes_it(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        _, gateway, answers = await world.router()
+        for number in range(2):
+            await world.encoder(ToyTower(), number)
+        for index in range(8):
+            gateway.send(world.job(index), [picture(ROWS, index)])
+        told = await answers.count(8)
+        assert {(type(message), message.index) for message in told} == {(Encoded, index) for index in range(8)}
+        assert {message.by for message in told} == {"encoder/0", "encoder/1"}
+        landed = {message.index: message for message in await world.prefill.landed.count(8)}
+        for index, message in landed.items():
+            assert torch.equal(world.prefill.read(message), embedding(ROWS, index))
+        assert world.services["encoder-router/0"].pulse().completed == 8
+
+    in_world(sockets, test)
+
+
+def test_a_batch_is_formed_from_whatever_waits_across_requests_within_its_budget(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        tower = gate.tower()
+        await world.encoder(tower, encoder=EncoderConfig(batch_patches=3 * 4 * ROWS))
+        router, answers = world.as_router()
+        router.send(EncodeItem(dispatch=100, job=world.job()), [picture(ROWS, 100)])
+        await gate.began.count(1)
+        for number in range(5):
+            job = world.job(request=f"request {number}")
+            router.send(EncodeItem(dispatch=number, job=job), [picture(ROWS, number)])
+        await answers.until(of(ItemSized, 6))
+        gate.open.set()
+        await answers.until(of(ItemEncoded, 6))
+        assert [len(batch) for batch in tower.batches] == [1, 3, 2]
+        assert sorted(tower.batches[1] + tower.batches[2]) == [0, 1, 2, 3, 4]
+
+    in_world(sockets, test)
+
+
+def test_the_shape_is_said_before_the_forward_and_the_slot_is_told_before_the_router(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        await world.encoder(gate.tower())
+        router, answers = world.as_router()
+        router.send(EncodeItem(dispatch=7, job=world.job()), [picture(ROWS, 3)])
+        spec = TensorSpec(dtype="float32", shape=[ROWS, WIDTH], nbytes=NBYTES)
+        assert await answers.count(1) == [ItemSized(dispatch=7, spec=spec)]
+        gate.open.set()
+        assert (await answers.count(2))[1] == ItemEncoded(dispatch=7, spec=spec)
+        (landed,) = await world.prefill.landed.count(1)
+        assert torch.equal(world.prefill.read(landed), embedding(ROWS, 3))
+
+    in_world(sockets, test)
+
+
+@pytest.mark.parametrize(
+    ("media", "changed", "kind", "text"),
+    [
+        (b"torn", {}, FailureKind.BAD_MEDIA, "the picture is torn"),
+        (b"bug", {}, FailureKind.INTERNAL, "in the image library"),
+        (picture(ROWS + 1, 1), {}, FailureKind.BAD_MEDIA, "makes 6 rows"),
+        (picture(ROWS, 1), {"grid": [1, 4, ROWS]}, FailureKind.BAD_MEDIA, "promised 5 of"),
+        (picture(ROWS, 1), {"budget_s": 0.0}, FailureKind.DEADLINE, "not encoded within"),
+    ],
+)
+def test_what_is_wrong_with_one_picture_is_told_and_the_next_one_is_encoded(
+    sockets: Path, media: bytes, changed: dict, kind: FailureKind, text: str
+) -> None:
+    async def test(world: World) -> None:
+        tower = ToyTower()
+        await world.encoder(tower)
+        router, answers = world.as_router()
+        router.send(EncodeItem(dispatch=1, job=world.job(**changed)), [media])
+        await answers.until(of(ItemFailed, 1))
+        failed = answers.seen[-1]
+        assert (failed.dispatch, failed.kind) == (1, kind)
+        assert text in failed.text
+        assert tower.batches == []
+        router.send(EncodeItem(dispatch=2, job=world.job()), [picture(ROWS, 2)])
+        await answers.until(of(ItemEncoded, 1))
+
+    in_world(sockets, test)
+
+
+def test_a_slot_that_is_too_small_gone_or_unreachable(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        await world.encoder(ToyTower())
+        router, answers = world.as_router()
+        stale = world.prefill.lease()
+        world.prefill.pool.release(stale.lease)
+        jobs = [world.job(slot=world.prefill.lease(8)), world.job(slot=stale)]
+        for dispatch, job in enumerate(jobs):
+            router.send(EncodeItem(dispatch=dispatch, job=job), [picture(ROWS, 1)])
+        await answers.until(of(ItemFailed, 2))
+        ends = {m.dispatch: (m.kind, m.text) for m in answers.seen if isinstance(m, ItemFailed)}
+        assert ends[0] == (FailureKind.INTERNAL, f"{NBYTES} bytes of embeddings do not fit a slot of 8")
+        assert ends[1][0] is FailureKind.RANK_LOST
+        assert world.prefill.landed.seen == []
+        with pytest.raises(PoolExhausted):
+            world.prefill.lease(1 << 20)
+
+    in_world(sockets, test)
+
+
+def test_the_death_of_the_slots_owner_ends_the_write_that_waits_for_it(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        await world.encoder(ToyTower())
+        taken = Facts()
+        hole: Inbox[Write] = Inbox(
+            f"ipc://{world.sockets}/hole", WRITER_TO_RECEIVER, lambda _, write, __: taken.add(write)
+        )
+        world.stack.callback(hole.close)
+        world.peers["prefill/7"] = make_peer("prefill/7", Endpoints(transfer=hole.endpoint))
+        world.tell()
+        slot = world.prefill.lease()
+        slot = msgspec.structs.replace(slot, pool=msgspec.structs.replace(slot.pool, endpoint=hole.endpoint))
+        router, answers = world.as_router()
+        router.send(EncodeItem(dispatch=1, job=world.job(slot=slot)), [picture(ROWS, 1)])
+        await taken.count(1)
+        del world.peers["prefill/7"]
+        world.tell()
+        await answers.until(of(ItemFailed, 1))
+        assert answers.seen[-1].kind is FailureKind.RANK_LOST
+
+    in_world(sockets, test)
+
+
+def test_a_cancelled_item_never_reaches_the_tower(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        tower = gate.tower()
+        encoder = await world.encoder(tower)
+        router, answers = world.as_router()
+        for number in range(3):
+            router.send(EncodeItem(dispatch=number, job=world.job(number)), [picture(ROWS, number)])
+            await answers.until(of(ItemSized, number + 1))
+        await gate.began.count(1)
+        router.send(CancelItem(dispatch=1))
+        router.send(CancelItem(dispatch=99))
+        router.send(EncodeItem(dispatch=3, job=world.job(3)), [picture(ROWS, 3)])
+        await answers.until(of(ItemSized, 4))
+        gate.open.set()
+        await answers.until(of(ItemEncoded, 3))
+        assert tower.batches == [[0], [2, 3]]
+        assert encoder.pulse().completed == 4
+        assert encoder.pulse().inflight == 0
+
+    in_world(sockets, test)
+
+
+def test_an_item_moves_when_its_rank_is_withdrawn_and_the_late_one_changes_nothing(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        _, gateway, answers = await world.router()
+        await world.encoder(gate.tower(), 0)
+        gateway.send(world.job(), [picture(ROWS, 4)])
+        await gate.began.count(1)
+        second = ToyTower()
+        await world.encoder(second, 1)
+        del world.peers["encoder/0"]
+        world.tell()
+        (told,) = await answers.count(1)
+        assert (type(told), told.by) == (Encoded, "encoder/1")
+        (landed,) = await world.prefill.landed.count(1)
+        assert torch.equal(world.prefill.read(landed), embedding(ROWS, 4))
+        gate.open.set()  # the first rank finishes after all: into a slot that is filled
+        await world.prefill.landed.count(2)
+        assert torch.equal(world.prefill.read(landed), embedding(ROWS, 4))
+        assert len(answers.seen) == 1
+
+    in_world(sockets, test)
+
+
+def test_the_router_says_no_rank_full_and_lost(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        router, gateway, answers = await world.router(inflight=1, queue=1, media_bytes=300_000)
+        gateway.send(world.job(0, budget_s=0.01), [picture(ROWS, 1)])
+        (end,) = await answers.count(1)
+        assert isinstance(end, EncodeFailed)
+        assert (end.index, end.kind, end.text) == (0, FailureKind.NO_RANK, "no encoder was ready within the deadline")
+        gate = Gate()
+        await world.encoder(gate.tower())
+        for index in range(1, 4):
+            gateway.send(world.job(index), [picture(ROWS, 1)])
+        end = (await answers.count(2))[1]
+        assert (end.index, end.kind) == (3, FailureKind.FULL)
+        gateway.send(world.job(4), [bytes(200_000)])
+        end = (await answers.count(3))[2]
+        assert (end.index, end.kind) == (4, FailureKind.FULL)
+        assert "the limit is 300000" in end.text
+        gateway.send(world.job(5))
+        end = (await answers.count(4))[3]
+        assert (end.index, end.kind) == (5, FailureKind.INTERNAL)
+        assert router.pulse().inflight == 2
+        await gate.began.count(1)
+        del world.peers["encoder/0"]
+        world.tell()
+        end = (await answers.count(5))[4]
+        assert (end.index, end.kind) == (1, FailureKind.RANK_LOST)
+        gate.open.set()
+
+    in_world(sockets, test)
+
+
+def test_a_client_that_gives_up_frees_its_place_everywhere(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        router, gateway, answers = await world.router(inflight=1)
+        encoder = await world.encoder(gate.tower())
+        gateway.send(world.job(0, "left"), [picture(ROWS, 0)])
+        gateway.send(world.job(1, "left"), [picture(ROWS, 1)])
+        gateway.send(world.job(2, "stays"), [picture(ROWS, 2)])
+        await gate.began.count(1)
+        gateway.send(CancelEncode(request=RequestId("left"), attempt=1))
+        gate.open.set()
+        (told,) = await answers.count(1)
+        assert (type(told), told.request) == (Encoded, "stays")
+        await router.drain()
+        await encoder.drain()
+        assert (router.pulse().inflight, encoder.pulse().inflight) == (0, 0)
+
+    in_world(sockets, test)
+
+
+def test_draining_finishes_what_is_there_and_takes_nothing_new(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        encoder = await world.encoder(gate.tower())
+        router, answers = world.as_router()
+        router.send(EncodeItem(dispatch=1, job=world.job()), [picture(ROWS, 1)])
+        await gate.began.count(1)
+        drained = asyncio.ensure_future(encoder.drain())
+        await asyncio.sleep(0)
+        router.send(EncodeItem(dispatch=2, job=world.job()), [picture(ROWS, 2)])
+        await answers.until(of(ItemFailed, 1))
+        assert (answers.seen[-1].dispatch, answers.seen[-1].kind) == (2, FailureKind.RANK_LOST)
+        assert not drained.done()
+        gate.open.set()
+        await drained
+        await answers.until(of(ItemEncoded, 1))
+
+    in_world(sockets, test)
+
+
+def test_an_encoder_takes_no_more_than_its_limit(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        await world.encoder(gate.tower(), limits=Limits(inflight=2))
+        router, answers = world.as_router()
+        for number in range(3):
+            router.send(EncodeItem(dispatch=number, job=world.job(number)), [picture(ROWS, number)])
+        await answers.until(of(ItemFailed, 1))
+        assert [(m.dispatch, m.kind) for m in answers.seen if isinstance(m, ItemFailed)] == [(2, FailureKind.FULL)]
+        gate.open.set()
+        await answers.until(of(ItemEncoded, 2))
+
+    in_world(sockets, test)
+
+
+def test_the_loss_of_the_router_frees_what_was_done_for_it(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        encoder = await world.encoder(gate.tower())
+        world.peers["encoder-router/0"] = make_peer("encoder-router/0")
+        world.tell()
+        router, answers = world.as_router()
+        router.send(EncodeItem(dispatch=1, job=world.job()), [picture(ROWS, 1)])
+        await answers.until(of(ItemSized, 1))
+        del world.peers["encoder-router/0"]
+        world.tell()
+        gate.open.set()
+        await encoder.drain()
+        assert world.prefill.landed.seen == []
+
+    in_world(sockets, test)
+
+
+def test_a_tower_that_fails_ends_the_rank(sockets: Path) -> None:
+    unhandled: list[BaseException] = []
+
+    async def test(world: World) -> None:
+        failed = Facts()
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: failed.add(context.get("exception")))
+        await world.encoder(ToyTower())
+        router, _ = world.as_router()
+        router.send(EncodeItem(dispatch=1, job=world.job()), [picture(ROWS, 666)])
+        (error,) = await failed.count(1)
+        assert str(error) == "a kernel failed"
+
+    in_world(sockets, test, unhandled)
+
+
+def test_a_capture_of_two_batches_is_a_chrome_trace(sockets: Path, tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        encoder = await world.encoder(ToyTower())
+        router, answers = world.as_router()
+        written = Facts()
+        loop = asyncio.get_running_loop()
+        path = tmp_path / "captures" / "encoder-0.1.json"
+
+        def done(error: str | None) -> None:
+            loop.call_soon_threadsafe(written.add, error)
+
+        encoder.start_capture(str(path), 2, done)
+        encoder.start_capture(str(tmp_path / "second.json"), 2, done)
+        assert await written.count(1) == [f"a capture to {path} is under way"]
+        for number in range(2):
+            router.send(EncodeItem(dispatch=number, job=world.job(number)), [picture(ROWS, number)])
+            await answers.until(of(ItemEncoded, number + 1))
+        assert (await written.count(2))[1] is None
+        assert [found.name for found in path.parent.iterdir()] == [path.name]
+        assert any("arange" in event.get("name", "") for event in json.loads(path.read_text())["traceEvents"])
+        blocked = tmp_path / "file"
+        blocked.touch()
+        encoder.start_capture(str(blocked / "trace.json"), None, done)
+        encoder.stop_capture()
+        error = (await written.count(3))[2]
+        assert "was not written" in error
+        encoder.stop_capture()
+
+    in_world(sockets, test)
+
+
+@pytest.mark.parametrize("module", ["epdctl.encoder.router", "epdctl.rank.process", "epdctl.rank.__main__"])
+def test_what_needs_no_model_imports_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(' '.join({{'torch', 'transformers', 'numpy'}} & set(sys.modules)) or None)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
