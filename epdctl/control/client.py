@@ -109,8 +109,8 @@ class Client:
         if holder is not None:
             _await_exit(holder)
 
-    def _ask(self, command: Command, kind: type[R], seconds: float = ANSWER_SECONDS) -> R:
-        for reply in self._replies(command, seconds):
+    def _ask(self, command: Command, kind: type[R], seconds: float | None = None) -> R:
+        for reply in self._replies(command, seconds or ANSWER_SECONDS):
             if isinstance(reply, kind):
                 return reply
             raise EpdError(f"the daemon answered {type(command).__name__} with {type(reply).__name__}")

@@ -43,6 +43,7 @@ __all__ = ["Backend", "ControlServer", "refusal"]
 log = logging.getLogger(__name__)
 
 COMMAND_SECONDS = 10.0  # from the connection to its command
+READ_SECONDS = 5.0  # for a client to take a reply
 MAX_CLIENTS = 64
 
 Client = Stream[Command, Reply]
@@ -118,7 +119,7 @@ class ControlServer:
         try:
             async with contextlib.aclosing(self._replies(command)) as replies:
                 async for reply in replies:
-                    await stream.send(reply)
+                    await stream.send(reply, seconds=READ_SECONDS)
         except WireError:
             raise
         except EpdError as error:

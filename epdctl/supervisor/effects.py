@@ -76,8 +76,9 @@ class Effects:
         life = member.life
         if life is None or life.stream is None or life.deaf:
             return
-        life.stream.post(message)
-        if life.stream.backlog > MAX_BACKLOG:
+        if life.stream.backlog <= MAX_BACKLOG:
+            life.stream.post(message)
+        else:
             life.deaf = True
             log.error("%s %s", member.name, _UNREAD)
             self._events.record("deaf", _UNREAD, rank=member.name, incarnation=life.incarnation)

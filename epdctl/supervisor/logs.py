@@ -103,7 +103,7 @@ def _chosen(directory: Path, ranks: Sequence[RankName], previous: bool) -> list[
     histories = [_of(directory, rank) for rank in ranks]
     chosen = [history[-back] for history in histories if len(history) >= back]
     if previous and not chosen:
-        raise SelectorError("none of these ranks has a previous incarnation: each has started only once")
+        raise SelectorError("no rank here has a previous incarnation: each has started only once")
     return chosen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,21 @@ from tests.support.leaks import no_leaks
 from tests.support.scripted import Cluster, Scripts, scripted_plan, start, with_facts
 
 Begin = Callable[..., Cluster]
+
+
+HANG_SECONDS = 120  # against a test that would never end; none is expected to come near it
+
+
+@pytest.fixture(autouse=True)
+def never_hangs() -> Iterator[None]:
+    def ring(number: int, frame: object) -> None:
+        raise AssertionError(f"the test did not end within {HANG_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(HANG_SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

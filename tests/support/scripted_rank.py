@@ -61,7 +61,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     restartable: bool = True
     wrong_token: bool = False
     bad_frames: int = 0
-    http: str | None = None  # the endpoint to report
+    endpoint_bytes: int = 0  # report an endpoint of this length
     exit_when_ready: int | None = None
     no_beats: bool = False
     unhealthy: str | None = None
@@ -110,7 +110,8 @@ class Actor:
         if not script.deaf:
             self.reading = asyncio.create_task(self.read())
         await self.load()
-        await self.line.send(Ready(endpoints=Endpoints(inbox=self.spec.endpoint("inbox"), http=script.http)))
+        http = "x" * script.endpoint_bytes or None
+        await self.line.send(Ready(endpoints=Endpoints(inbox=self.spec.endpoint("inbox"), http=http)))
         if script.exit_when_ready is not None:
             os._exit(script.exit_when_ready)
         await self.beat()
@@ -175,7 +176,7 @@ class Actor:
         capture, error = self.capture, self.script.capture_error
         self.capture = None
         if error is None:
-            Path(capture.path).write_text('{"traceEvents": []}')
+            write_trace(Path(capture.path))
         written = CaptureWritten(capture=capture.capture, path=None if error else capture.path, error=error)
         await self.line.send(written)
 
@@ -193,6 +194,10 @@ def record(script: Script, spec: RankSpec, name: str, text: str = "", pid: int |
 def write_garbage(line: Line, number: int) -> None:
     body = b"\xc1 not msgpack" if number % 2 else b"\x81\xa1t\xa7Unknown"
     line._writer.write(len(body).to_bytes(4, "big") + body)  # no message makes a frame that is none
+
+
+def write_trace(path: Path) -> None:
+    path.write_text('{"traceEvents": []}')
 
 
 def prepare(script: Script, spec: RankSpec) -> None:
