@@ -111,7 +111,8 @@ class Run:
     @classmethod
     def make(cls, language: LanguageModel, *, chunk_tokens: int = 512, pages: int = 512, max_batch: int = 64) -> Run:
         config = EngineConfig(page_size=16, chunk_tokens=chunk_tokens, max_batch=max_batch, kv_tokens=pages * 16)
-        return cls(Engine(language, KvPool(language.layout(16), pages), config), PageAllocator(pages))
+        pool = KvPool(language.layout(16), pages, language.device)
+        return cls(Engine(language, pool, config), PageAllocator(pages))
 
     def take_pages(self, name: str, tokens: int) -> tuple[int, ...]:
         self._pages[name] = self.allocator.take(pages_for(tokens, 16))

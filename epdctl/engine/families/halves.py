@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def load_half(half: type[Any], model: ModelConfig, *, attention: str, other: Seq
         )
     _refuse_gaps(directory, info)
     _mention_extras(directory, info, other)
+    _read_in(module)
     return module.eval().requires_grad_(False)
 
 
@@ -70,6 +72,15 @@ def load_refusals(directory: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().partition("\n")[0]
         raise LoadError(f"{directory} cannot be loaded: {type(error).__name__}: {first}") from error
+
+
+def _read_in(module: Any) -> None:
+    """On a CPU the weights are a mapped file, and ranks of one host share its pages. Touch each page now: ready means
+    that no request waits for the disk, and what a rank has loaded shows in its resident memory.
+    """
+    for parameter in module.parameters():
+        per_page = mmap.PAGESIZE // parameter.element_size()
+        parameter.detach().flatten()[::per_page].sum()
 
 
 @contextlib.contextmanager

@@ -20,6 +20,14 @@ from epdctl.families.base import Picture
 from epdctl.families.qwen2_5_vl import Qwen25VL
 
 IMAGE = 77
+DEFAULT_SIZE = dict(Qwen2VLImageProcessorPil.size)
+
+
+@pytest.fixture(autouse=True)
+def _own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 writes a checkpoint's sizes into the class, and so into every later processor's defaults."""
+    monkeypatch.setattr(Qwen2VLImageProcessorPil, "size", dict(DEFAULT_SIZE))
+
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "defaults": {},
