@@ -51,9 +51,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processor(checkpoint: Path) -> Any:
-    from transformers import AutoProcessor
+    """The family's own, with its PIL image processor and without the video half, which would need torchvision."""
+    from transformers import AutoTokenizer
+    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    return AutoProcessor.from_pretrained(checkpoint, backend="pil")
+    class WithoutVideo(Qwen2_5_VLProcessor):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
+            return type(argument)
+
+    return WithoutVideo(
+        Qwen2VLImageProcessorPil.from_pretrained(checkpoint),
+        AutoTokenizer.from_pretrained(checkpoint),
+        None,
+        chat_template=(checkpoint / "chat_template.jinja").read_text(),
+    )
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
