@@ -1,0 +1,141 @@
+"""The verdict from what ranks say, and from a real answer of the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from PIL import Image
+
+from epdctl.errors import RankError
+from epdctl.ids import Incarnation, RankName
+from epdctl.supervisor.health import ask, deep, question, verdict
+from epdctl.topology.plan import Plan
+from epdctl.wire.control import HealthReply, RankState, RankStatus
+from epdctl.wire.lifecycle import Endpoints
+from tests.support.scripted import scripted_plan
+from tests.support.scripted_rank import Script
+
+GOOD = {"choices": [{"finish_reason": "length", "message": {}}], "usage": {"completion_tokens": 4}, "id": "x"}
+
+
+def status(name: str, state: RankState, reason: str = "because") -> RankStatus:
+    rank = RankName(name)
+    return RankStatus(
+        rank=rank,
+        stage=rank.stage,
+        state=state,
+        reason=reason,
+        since=0.0,
+        pid=None,
+        incarnation=Incarnation(1),
+        restarts=0,
+        gpus=[],
+        rss_bytes=None,
+        inflight=None,
+        completed=None,
+        endpoints=Endpoints(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        ({"gateway/0": "ready", "encoder/0": "ready", "encoder/1": "ready"}, "healthy"),
+        ({"gateway/0": "ready", "encoder/0": "backoff", "encoder/1": "ready"}, "degraded"),
+        ({"gateway/0": "ready", "encoder/0": "unhealthy", "encoder/1": "failed"}, "unhealthy"),
+        ({"gateway/0": "starting", "encoder/0": "ready"}, "unhealthy"),
+        ({}, "unhealthy"),
+    ],
+)
+def test_a_stage_without_a_ready_rank_is_what_makes_a_cluster_unhealthy(states: dict[str, str], expected: str) -> None:
+    reply = verdict([status(name, RankState(state)) for name, state in states.items()])
+    assert reply.verdict == expected
+
+
+def test_every_problem_names_its_rank_and_its_reason() -> None:
+    reply = verdict([status("gateway/0", RankState.READY), status("decode/0", RankState.FAILED, "no memory")])
+    assert [(problem.rank, problem.text) for problem in reply.problems] == [
+        ("decode/0", "failed: no memory"),
+        (None, "no decode rank is ready"),
+    ]
+
+
+@contextmanager
+def gateway(code: int, body: object) -> Iterator[tuple[int, list[dict[str, object]]]]:
+    """A port where every POST gets this answer, and what was asked there."""
+    asked: list[dict[str, object]] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            data = json.dumps(body).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server.server_port, asked
+        server.shutdown()
+        thread.join()
+
+
+def plan_at(port: int, *others: str) -> Plan:
+    return scripted_plan({name: Script() for name in ("gateway/0", *others)}, port=port)
+
+
+def test_a_real_answer_is_healthy_and_says_how_long_it_took() -> None:
+    with gateway(200, GOOD) as (port, asked):
+        reply = asyncio.run(deep(plan_at(port, "encoder/0"), HealthReply(verdict="degraded", problems=[]), 30.0))
+    assert reply.verdict == "degraded", "a good answer mends no rank"
+    assert reply.deep_seconds is not None
+    assert asked[0]["max_tokens"] == 4
+    assert asked[0]["temperature"] == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "words"),
+    [
+        (503, {"error": {"message": "no decode rank"}}, "HTTP 503.*no decode rank"),
+        (200, {"error": "x"}, "something else than a completion"),
+        (200, {**GOOD, "usage": {"completion_tokens": 0}}, "single token"),
+        (200, {**GOOD, "choices": [{"finish_reason": None}]}, "finish_reason"),
+        (200, {**GOOD, "choices": []}, "finish_reason"),
+    ],
+)
+def test_any_other_answer_is_unhealthy(code: int, body: object, words: str) -> None:
+    with gateway(code, body) as (port, _), pytest.raises(RankError, match=words):
+        asyncio.run(ask(plan_at(port), 30.0))
+
+
+def test_no_answer_is_unhealthy() -> None:
+    shallow = HealthReply(verdict="healthy", problems=[])
+    with gateway(200, GOOD) as (port, _):
+        pass
+    reply = asyncio.run(deep(plan_at(port), shallow, 30.0))
+    assert reply.verdict == "unhealthy"
+    assert "did not get through" in reply.problems[0].text
+    assert "no gateway" in asyncio.run(deep(scripted_plan({}), shallow, 1.0)).problems[0].text
+
+
+def test_the_picture_is_one_and_goes_only_where_something_can_see_it() -> None:
+    content = json.dumps(question(plan_at(1, "encoder/0")))
+    url = json.loads(content)["messages"][0]["content"][0]["image_url"]["url"]
+    picture = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+    picture.load()
+    assert (picture.size, picture.mode) == ((32, 32), "RGB")
+    assert len(picture.getcolors(maxcolors=1024) or ()) > 500
+    assert "image_url" not in json.dumps(question(plan_at(1, "language/0")))
