@@ -50,14 +50,13 @@ class Desk:
     pool: Executor  # for what would hold up the loop: parsing, tokenising, reading headers of pictures
 
 
-def create_app(desk: Desk) -> FastAPI:
+def create_app(desk: Desk) -> ASGIApp:
     app = FastAPI(title="epdctl", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_Envelope, door=desk.door)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _our_fault)
     app.router.routes.append(Route("/v1/chat/completions", ChatCompletions(desk), methods=["POST"]))
     _add_reports(app, desk)
-    return app
+    return _Envelope(app, desk.door)  # outermost: what the error handlers send passes through it too
 
 
 def _add_reports(app: FastAPI, desk: Desk) -> None:
@@ -95,8 +94,13 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 async def _our_fault(_: Request, error: Exception) -> Response:
-    """The traceback goes to the log by way of the server; the client learns only that it is not to blame."""
-    return _refusal(RequestError(500, f"a defect of the gateway: {type(error).__name__}", code="internal"), None)
+    """The traceback goes to the log by way of the server."""
+    return _refusal(_defect(error), None)
+
+
+def _defect(error: Exception) -> RequestError:
+    """The client learns only that it is not to blame."""
+    return RequestError(500, f"a defect of the gateway: {type(error).__name__}; its log says more", code="internal")
 
 
 def _refusal(error: RequestError, headers: Mapping[str, str] | None) -> Response:
@@ -164,6 +168,9 @@ class ChatCompletions:
             status = await self._refuse(error, speaker, body)
         except HungUp:
             status = HUNG_UP
+        except Exception as error:
+            log.exception("%s met a defect", scope[REQUEST_ID])
+            status = await self._refuse(_defect(error), speaker, body)
         finally:
             self._desk.meters.requests.labels(str(status)).inc()
             self._desk.meters.latency.observe(self._desk.pipeline.now() - began)

@@ -84,13 +84,8 @@ def _size(data: bytes, param: str) -> tuple[int, int]:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """From what the header gave. Asking Pillow's getexif of a PNG without it would decode the pixels."""
-    raw = picture.info.get("exif")
-    if not isinstance(raw, bytes):
-        return 1
-    exif = Image.Exif()
-    exif.load(raw)
-    value = exif.get(ORIENTATION, 1)
+    """As Pillow's exif_transpose finds it. The base's method: a PNG's own would decode the pixels to look further."""
+    value = Image.Image.getexif(picture).get(ORIENTATION, 1)
     return value if isinstance(value, int) else 1
 
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from epdctl.errors import LoadError
+from epdctl.gateway.intake import Intake
 from epdctl.gateway.service import GatewayService
 from epdctl.wire.config import Limits
 from tests.support.fake_ranks import Answering
@@ -271,6 +272,22 @@ def test_metrics_count_what_happened() -> None:
                 "epdctl_request_seconds_count 2.0",
             ):
                 assert line in text, line
+
+    asyncio.run(scene())
+
+
+def test_a_defect_is_said_and_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("somebody was careless")
+
+    async def scene() -> None:
+        async with house(*EPD) as home:
+            monkeypatch.setattr(Intake, "order", broken)
+            response = await home.chat(**ask())
+            assert response.status_code == 500
+            assert assert_shape(response)["code"] == "internal"
+            assert "somebody was careless" in caplog.text
+            await home.idle()
 
     asyncio.run(scene())
 
