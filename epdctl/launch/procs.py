@@ -32,6 +32,7 @@ __all__ = [
 RUN_MARK = "EPDCTL_RUN"  # in the environment of every process of a cluster: the id of its run
 GUARD_MARK = "EPDCTL_GUARD"  # … and one id per launch
 
+_LOOK_AGAIN = 0.02  # seconds; only where the end of a process cannot be waited for
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_GET_CHILD_SUBREAPER = 37
 
@@ -173,17 +174,20 @@ def kill(ref: ProcessRef, number: signal.Signals = signal.SIGKILL) -> bool:
 
 
 def wait_gone(refs: Iterable[ProcessRef], seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-    """Return when all of ``refs`` ended or ``seconds`` passed. A zombie has ended: its parent has yet to reap it."""
+    """Return when all of ``refs`` ended or ``seconds`` passed. A zombie has ended: its parent has yet to reap it.
+
+    Without pidfds it returns after a short pause, and the caller looks again.
+    """
     deadline = clock() + seconds
+    poll = select.poll()
     with contextlib.ExitStack() as stack:
-        poll = select.poll()
         waiting = 0
         for ref in refs:
             with contextlib.suppress(ProcessLookupError):
                 fd = open_pidfd(ref.pid)
                 if fd is None:
-                    poll.poll(20)  # no pidfds here: the caller looks again soon
-                    continue
+                    time.sleep(min(_LOOK_AGAIN, seconds))
+                    return
                 stack.callback(os.close, fd)
                 poll.register(fd, select.POLLIN)
                 waiting += 1

@@ -321,9 +321,15 @@ def test_a_killed_owner_leaves_nothing(
     assert os.waitpid(guard, 0) == (guard, 0)
 
 
+@pytest.mark.parametrize("pidfd", [True, False])
 def test_what_outlives_both_owner_and_guard_is_found_by_the_sweep(
-    owner: Callable[..., tuple[subprocess.Popen[str], int]], report: Report
+    owner: Callable[..., tuple[subprocess.Popen[str], int]],
+    report: Report,
+    monkeypatch: pytest.MonkeyPatch,
+    pidfd: bool,
 ) -> None:
+    if not pidfd:
+        monkeypatch.setattr(procs, "open_pidfd", lambda pid: None)
     run_id = new_run_id()
     process, guard = owner(run_id, "--setsid-grandchild", "--setsid-grandchild", "--ignore-term")
     tree = report.wait_for(3)

@@ -233,6 +233,17 @@ def test_only_members_with_a_process_are_told() -> None:
     assert tells == [Tell(B, PeerLost("prefill/0.0 of its gang was lost: x"))]
 
 
+def test_the_one_that_faulted_is_not_told_of_itself() -> None:
+    gang = Gang("prefill/0", (A, B), GangState.RUNNING)
+    _, tells = gangs.step(gang, Faulted(A, "x", {A: RankState.STOPPING, B: READY}))
+    assert [tell.member for tell in tells] == [B]
+
+
+def test_none_starts_before_the_gang_knows_that_all_are_down() -> None:
+    assert gangs.may_start(Gang("prefill/0", (A, B)), {A: WAITING, B: WAITING})
+    assert not gangs.may_start(Gang("prefill/0", (A, B), GangState.BREAKING), {A: WAITING, B: WAITING})
+
+
 def test_every_pair_is_decided() -> None:
     missing = {
         (state, kind)
