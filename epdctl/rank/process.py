@@ -69,6 +69,7 @@ class RankProcess:
         self._spec = spec
         self._stream = stream
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.current_thread()
         self._leaving: asyncio.Future[Departure | Fatal] = self._loop.create_future()
         self._tasks = Tasks()
         self._service: Service | None = None
@@ -150,14 +151,21 @@ class RankProcess:
         module, _, attribute = name.partition(":")
         try:
             factory: ServiceFactory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"the service {name!r} cannot be imported: {error}") from error
         self._report("imports", 1, 1)
         return factory
 
     def _report(self, phase: str, done: int, total: int) -> None:
-        """A service's Progress; from any thread."""
-        self._loop.call_soon_threadsafe(self._loading.report, phase, done, total, self._loop.time())
+        """A service's Progress; from any thread. On the loop's own it is said in place, so never after Ready."""
+        if threading.current_thread() is self._thread:
+            self._loaded(phase, done, total)
+        else:
+            self._loop.call_soon_threadsafe(self._loaded, phase, done, total)
+
+    def _loaded(self, phase: str, done: int, total: int) -> None:
+        if not self._ready:
+            self._loading.report(phase, done, total, self._loop.time())
 
     async def _beat(self) -> None:
         while True:
