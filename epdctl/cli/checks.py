@@ -167,7 +167,10 @@ def check_runtime_dir(path: str, mode: int | None, mine: bool) -> Check:
     return ok(subject, path)
 
 
-def check_port(port: int, taken: bool) -> Check:
+def check_port(port: int, taken: bool, ours: str | None = None) -> Check:
+    """``ours``: the running cluster whose gateway listens there."""
+    if ours is not None:
+        return ok("port", f"{port} is the gateway of {ours}")
     if not taken:
         return ok("port", f"{port} is free")
     return Check(Level.WARN, "port", f"{port}, the gateway's default, is in use", "gateway: {port: …} in the topology")

@@ -1,4 +1,4 @@
-"""``epdctl events``: the daemon's own record of what happened, oldest first."""
+"""``epdctl events``: the daemon's own record of what happened, oldest first; of the last run when nothing runs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def events(
     cluster: options.Cluster = None,
 ) -> None:
     """Starts, deaths, restarts, changes of state, commands: one line each."""
-    from epdctl.cli import console, tables
+    from epdctl.cli import console, kept, tables
 
-    for event in options.client(ctx, cluster).events(follow=follow, tail=tail):
+    for event in kept.events(options.chosen_cluster(ctx, cluster), follow=follow, tail=tail):
         if json:
             console.show_json(event)
         else:

@@ -93,8 +93,9 @@ def _runtime_dir(path: Path) -> Check:
 
 
 def _port(environ: Mapping[str, str]) -> Check:
-    ours = any((cluster.record.gateway or "").endswith(f":{DEFAULT_PORT}") for cluster in list_clusters(environ))
-    return checks.check_port(DEFAULT_PORT, not ours and _taken(DEFAULT_PORT))
+    ending = f":{DEFAULT_PORT}"
+    ours = next((found.name for found in list_clusters(environ) if (found.record.gateway or "").endswith(ending)), None)
+    return checks.check_port(DEFAULT_PORT, _taken(DEFAULT_PORT), ours)
 
 
 def _taken(port: int) -> bool:

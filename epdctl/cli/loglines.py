@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from epdctl.cli.console import is_fancy, plain, rank_prefix
+from epdctl.cli.kept import newest_cluster
 from epdctl.control.cluster import find_cluster, last_run_logs
 from epdctl.control.logfiles import LogFile, tail
-from epdctl.control.paths import state_base
 from epdctl.control.select import select
 from epdctl.errors import NotRunning
 from epdctl.ids import RankName
@@ -44,7 +44,7 @@ def log_lines(cluster: str | None, wanted: FollowLogs) -> Iterator[LogLine]:
     except NotRunning:
         if wanted.follow:
             raise
-        return kept_lines(last_run_logs(cluster or _newest_cluster(), os.environ), wanted)
+        return kept_lines(last_run_logs(cluster or newest_cluster(os.environ), os.environ), wanted)
     return daemon.logs(wanted)
 
 
@@ -60,15 +60,3 @@ def kept_lines(files: list[LogFile], wanted: FollowLogs) -> Iterator[LogLine]:
 def _incarnation(files: list[LogFile], rank: RankName, *, previous: bool) -> LogFile | None:
     own = [file for file in files if file.rank == rank]  # sorted by incarnation
     return (own[-2] if len(own) > 1 else None) if previous else own[-1]
-
-
-def _newest_cluster() -> str:
-    """The cluster that ran last. Raises NotRunning when none ever did."""
-    base = state_base(os.environ)
-    try:
-        found = [entry for entry in os.scandir(base) if entry.is_dir(follow_symlinks=False)]
-    except OSError:
-        found = []
-    if not found:
-        raise NotRunning("no cluster is running, and none has left logs", hint="start one with: epdctl up FILE")
-    return max(found, key=lambda entry: entry.stat().st_mtime_ns).name

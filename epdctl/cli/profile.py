@@ -24,8 +24,12 @@ def start(
     json: options.Json = False,
     cluster: options.Cluster = None,
 ) -> None:
-    """Begin a recording: until `epdctl profile stop`, or for N engine steps (encoder: batches)."""
+    """Begin a recording: until `epdctl profile stop`, or, waiting for them, N engine steps (encoder: batches)."""
+    from epdctl.cli import console
+
     daemon = options.client(ctx, cluster)
+    if steps is not None:
+        console.say(f"recording {steps} steps of each rank; a rank without work waits for it")
     directory = None if output is None else str(output.absolute())
     _show(daemon.start_captures(ranks or [], steps=steps, output=directory), json=json)
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from epdctl.cli.attach import Interrupted, News, Session, longest_start
 from epdctl.cli.console import data, say
@@ -13,11 +14,21 @@ from epdctl.cli.inbox import Inbox
 from epdctl.cli.leftovers import Footprint, await_nothing
 from epdctl.cli.sweeping import clear, dead_runs
 from epdctl.cli.tables import event_line
-from epdctl.control.cluster import ClusterRef, find_cluster, start_daemon
-from epdctl.errors import EpdError, NotRunning, RankError
+from epdctl.control.cluster import ClusterRef, find_cluster, list_clusters, start_daemon
+from epdctl.errors import AlreadyRunning, EpdError, NotRunning, RankError
 from epdctl.topology.plan import Plan
 
-__all__ = ["detached", "foreground", "take_down"]
+__all__ = ["detached", "foreground", "refuse_second", "take_down"]
+
+
+def refuse_second(file: Path) -> None:
+    """Raises AlreadyRunning when a cluster of this very file is up: the truth behind "its port is taken"."""
+    for cluster in list_clusters(os.environ):
+        if Path(cluster.record.source).resolve() == file.resolve():
+            raise AlreadyRunning(
+                f"{file} is already up, as the cluster {cluster.name!r}",
+                hint=f"epdctl --cluster {cluster.name} status; a second one needs its own --name and gateway port",
+            )
 
 
 def detached(plan: Plan, wait_timeout: float | None) -> None:

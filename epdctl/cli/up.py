@@ -26,8 +26,13 @@ def up(
     nothing stays behind: exit 1 with its reason and last lines, or 5.
     """
     from epdctl.cli import console, raising
+    from epdctl.errors import UserError
 
-    plan = options.make_plan(ctx, file, name or cluster)
+    try:
+        plan = options.make_plan(ctx, file, name or cluster)
+    except UserError:
+        raising.refuse_second(options.topology_file(file))
+        raise
     for note in plan.notes:
         console.say(f"note: {note}")
     if detach:

@@ -14,7 +14,7 @@ import pytest
 from epdctl.cli.attach import all_ready, given_up, longest_start
 from epdctl.control.cluster import ClusterRef, DaemonProcess
 from epdctl.control.paths import ClusterDir
-from epdctl.errors import DeadlineExceeded
+from epdctl.errors import DeadlineExceeded, UserError
 from epdctl.ids import Incarnation, RankName
 from epdctl.topology.plan import Deadlines, Plan, RestartPolicy
 from epdctl.wire.control import Down, FollowLogs, LogLine, RankState
@@ -140,6 +140,20 @@ def test_a_terminal_that_closes_before_the_address_is_told_is_a_wish_to_stop(
     monkeypatch.setattr("epdctl.cli.attach.hush", lambda stream: None)
     assert run("up", "demo.yaml").exit_code == 0
     assert cluster.script.asked[-1] == Down()
+
+
+def test_a_second_up_of_the_same_file_says_so_and_not_that_its_port_is_taken(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError("port 8000 is in use")
+
+    monkeypatch.setattr("epdctl.adapters.make_plan", refuse)
+    with running(base, Script()):
+        second, other = run("up", "demo.yaml"), run("up", "other.yaml")
+    assert (second.exit_code, other.exit_code) == (2, 2)
+    assert "demo.yaml is already up, as the cluster 'demo'" in second.stderr
+    assert "port 8000 is in use" in other.stderr
 
 
 def test_up_takes_its_file_from_the_environment(

@@ -21,14 +21,17 @@ from epdctl.ids import Incarnation, RankName
 from epdctl.wire.control import (
     CaptureResult,
     Down,
+    Event,
     FollowLogs,
     GetHealth,
     HealthReply,
     LogLine,
     Problem,
+    RankState,
     Restart,
     StartCaptures,
 )
+from epdctl.wire.message import to_json
 from tests.unit.cli.conftest import Run
 from tests.unit.cli.fake_daemon import Script, running
 from tests.unit.cli.replies import BROKEN
@@ -97,6 +100,22 @@ def test_logs_of_the_last_run_when_nothing_runs(run: Run, base: Path) -> None:
     assert run("logs", "encoder/0", "--previous").stdout == "encoder/0        | first\n"
     assert run("logs", "-f").exit_code == 3
     assert run("logs", "decoder").exit_code == 2
+
+
+def test_events_of_the_last_run_when_nothing_runs(run: Run, base: Path) -> None:
+    state = base.parent / "state" / "demo" / "run1"
+    state.mkdir(parents=True)
+    events = [
+        Event(at=1.0, wall=1.0, kind="state", rank=RankName("encoder/0"), state=RankState.READY),
+        Event(at=2.0, wall=2.0, kind="command", text="down"),
+    ]
+    (state / "events.jsonl").write_bytes(b"".join(to_json(event) + b"\n" for event in events) + b'{"at":3.0,"wa')
+    assert [line.split(" ", 1)[1] for line in run("events").stdout.splitlines()] == [
+        "encoder/0#0 ready",
+        "cluster command: down",
+    ]
+    assert len(run("events", "--tail", "1").stdout.splitlines()) == 1
+    assert run("events", "-f").exit_code == 3
 
 
 def test_restart_and_events(run: Run, base: Path) -> None:
@@ -234,3 +253,15 @@ def test_down_asks_for_what_was_said(run: Run, base: Path, monkeypatch: pytest.M
         "encoder/0#1 stopped",
     ]
     assert result.stderr.splitlines()[-1] == "demo: down, nothing is left"
+
+
+@pytest.mark.parametrize("verb", [*["up", "down", "status", "health", "logs", "restart", "events", "plan", "init", "schema", "doctor", "version"]])
+def test_every_verb_explains_itself(run: Run, verb: str) -> None:
+    result = run(verb, "--help")
+    assert result.exit_code == 0
+    assert f" {verb} [OPTIONS]" in result.stdout
+
+
+@pytest.mark.parametrize("words", ["profile start", "profile stop", "bench supervisor"])
+def test_every_verb_below_another_explains_itself(run: Run, words: str) -> None:
+    assert f" {words} [OPTIONS]" in run(*words.split(), "--help").stdout
