@@ -1,0 +1,112 @@
+"""``kill -9`` of any one process: it comes back, the others serve on, and no request is lost or wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.cluster import GUARD_SECONDS, Cluster, Part, parse
+from tests.support.leaks import no_leaks
+from tests.support.reference import picture_bytes
+
+PARTS: list[Part] = ["Compare ", picture_bytes(11, 64, 64), " with ", picture_bytes(12, 84, 56), "."]
+MODEL_RANKS = ["encoder/0", "encoder/1", "prefill/0", "decode/0", "encoder-router/0"]
+
+
+def inflight(cluster: Cluster) -> int:
+    for line in httpx.get(f"{cluster.url}/metrics", timeout=GUARD_SECONDS).text.splitlines():
+        if line.startswith("epdctl_requests_in_flight "):
+            return int(float(line.split()[1]))
+    raise AssertionError("no such metric")
+
+
+def post(cluster: Cluster) -> httpx.Response:
+    body = cluster.body(PARTS)
+    return httpx.post(f"{cluster.url}/v1/chat/completions", json=body, timeout=GUARD_SECONDS)
+
+
+@pytest.mark.parametrize("rank", MODEL_RANKS)
+def test_a_killed_rank_comes_back_and_no_request_is_lost(epd: Cluster, rank: str) -> None:
+    expected = epd.ask(PARTS)
+    before = epd.rank(rank)
+    os.kill(before["pid"], signal.SIGSTOP)  # holds what it has in flight, so that the kill surely meets some
+    with ThreadPoolExecutor(4) as pool:
+        replies: list[Future[httpx.Response]] = [pool.submit(post, epd) for _ in range(4)]
+        while inflight(epd) < 4 and not any(reply.done() for reply in replies):
+            pass
+        os.kill(before["pid"], signal.SIGKILL)
+        for reply in [future.result() for future in replies]:
+            assert reply.status_code in (200, 502, 503), reply.text
+            if reply.status_code == 200:
+                assert parse(reply.json()) == expected
+    after = epd.wait_ready(rank, incarnation=before["incarnation"] + 1)
+    assert after["incarnation"] == before["incarnation"] + 1
+    assert after["restarts"] == before["restarts"] + 1
+    assert epd.ask(PARTS) == expected
+
+
+def test_a_stream_goes_on_after_decode_was_killed(epd: Cluster) -> None:
+    options = {"max_tokens": 48, "ignore_eos": True}
+    expected = epd.ask(PARTS, **options)
+    before = epd.rank("decode/0")
+    chunks = epd.stream(PARTS, **options)
+    ids: list[int] = []
+    for chunk in chunks:
+        if not ids and any(choice.get("token_ids") for choice in chunk["choices"]):
+            os.kill(before["pid"], signal.SIGKILL)
+        assert "error" not in chunk
+        ids += [token for choice in chunk["choices"] for token in choice.get("token_ids") or []]
+    assert tuple(ids) == expected.token_ids
+    epd.wait_ready("decode/0", incarnation=before["incarnation"] + 1)
+
+
+def test_a_killed_gateway_comes_back(epd: Cluster) -> None:
+    expected = epd.ask(PARTS)
+    before = epd.rank("gateway/0")
+    chunks = epd.stream(PARTS, max_tokens=48, ignore_eos=True)
+    next(chunks)
+    os.kill(before["pid"], signal.SIGKILL)
+    with pytest.raises(httpx.TransportError):
+        list(chunks)
+    epd.wait_ready("gateway/0", incarnation=before["incarnation"] + 1)
+    assert epd.ask(PARTS) == expected
+
+
+def test_a_killed_guard_takes_its_rank_along_and_both_come_back(epd: Cluster) -> None:
+    expected = epd.ask(PARTS)
+    before = epd.rank("decode/0")
+    process = psutil.Process(before["pid"])
+    guard = process.parent()
+    assert guard is not None
+    guard.kill()
+    after = epd.wait_ready("decode/0", incarnation=before["incarnation"] + 1)
+    assert not process.is_running()
+    assert after["restarts"] == before["restarts"] + 1
+    assert epd.ask(PARTS) == expected
+
+
+def test_a_killed_daemon_leaves_nothing_and_up_works_again(tmp_path: Path, epd_topology: str) -> None:
+    cluster = Cluster(tmp_path, epd_topology, name="daemonkill")
+    with no_leaks(cluster.env):
+        kill_the_daemon(cluster)
+        cluster.up()
+        assert cluster.ask(["Hello"], max_tokens=2).completion_tokens > 0
+        cluster.down()
+
+
+def kill_the_daemon(cluster: Cluster) -> None:
+    """Return when nothing that it had started is there any more."""
+    cluster.up()
+    ranks = [psutil.Process(rank["pid"]) for rank in cluster.status()["ranks"]]
+    guards = [rank.parent() for rank in ranks]
+    daemon = guards[0].parent() if guards[0] else None
+    assert daemon is not None
+    daemon.kill()
+    _, alive = psutil.wait_procs([*ranks, *[guard for guard in guards if guard]], timeout=GUARD_SECONDS)
+    assert not alive
