@@ -17,7 +17,7 @@ from epdctl.wire.lifecycle import SPEC
 
 __all__ = ["main"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("epdctl.rank")  # not "__main__"
 
 
 def main() -> NoReturn:

@@ -6,7 +6,6 @@ Used between a rank and its supervisor and between the CLI and the daemon; both 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import struct
 from collections.abc import Awaitable, Callable
@@ -83,9 +82,15 @@ class Stream(Generic[In, Out]):
         self._writer.transport.abort()
 
     async def close(self) -> None:
+        """Send what is queued, then close; drop it when the other end does not take it in time."""
         self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await self._writer.wait_closed()
+        except TimeoutError:
+            self.abort()
+        except OSError:  # it was closed from the other side, which is closed too
+            return
 
 
 async def connect(
