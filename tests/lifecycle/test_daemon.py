@@ -143,6 +143,8 @@ def test_every_rank_is_told_who_is_routable_and_who_no_longer_is(begin: Begin) -
     tables = [set(text.partition(":")[2].split(",")) for text in told]
     both = tables.index({"decode/0", "encoder/0"})
     assert {"decode/0"} in tables[both:]
+    second = [fact.text for fact in cluster.facts("encoder/0", "peers") if fact.incarnation == 2]
+    assert second[0].endswith(":decode/0"), "a newcomer is told at once"
     versions = [int(text.partition(":")[0]) for text in told]
     assert versions == sorted(set(versions))
 

@@ -191,7 +191,8 @@ def test_a_gang_dies_and_starts_together_and_nobody_else_with_it(begin: Begin) -
     assert cluster.rank("decode/0").incarnation == 1
     cluster.client.restart([GANG[1]])
     for name in GANG:
-        cluster.until_rank(name, READY, incarnation=3)
+        again = cluster.until_rank(name, READY, incarnation=3)
+        assert again.reason == "ready; last restart: restart asked for"
 
 
 def test_frames_that_are_not_messages_are_dropped_and_the_rank_goes_on(begin: Begin) -> None:

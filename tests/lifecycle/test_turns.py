@@ -1,0 +1,194 @@
+"""The daemon's turns with a launcher that only pretends: orders of events that real processes show once in a while."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from epdctl.control.paths import RunState
+from epdctl.errors import UserError
+from epdctl.ids import Incarnation, RankName, RunId
+from epdctl.launch.base import Command, Exit
+from epdctl.supervisor.daemon import Daemon
+from epdctl.supervisor.member import RankStream
+from epdctl.supervisor.rundir import claim
+from epdctl.topology.plan import Plan
+from epdctl.wire.config import RankSpec
+from epdctl.wire.control import RankState
+from epdctl.wire.lifecycle import SPEC, Endpoints, Fatal, FatalKind, Hello, Ready, SupervisorToRank
+from epdctl.wire.message import PROTOCOL
+from tests.support.scripted import scripted_plan
+from tests.support.scripted_rank import Script
+
+DECODE = RankName("decode/0")
+
+
+class Pretended:
+    """A process that is not there."""
+
+    pid = None
+
+    def __init__(self, command: Command, ended: Callable[[Exit], None]) -> None:
+        self.spec: RankSpec = SPEC.decode(command.spec)
+        self.command = command
+        self.ended = ended
+        self.signals: list[signal.Signals] = []
+
+    def signal(self, number: signal.Signals) -> None:
+        self.signals.append(number)
+
+
+class Launcher:
+    def __init__(self) -> None:
+        self.launched: list[Pretended] = []
+
+    def launch(self, command: Command, ended: Callable[[Exit], None]) -> Pretended:
+        self.launched.append(Pretended(command, ended))
+        return self.launched[-1]
+
+    async def close(self) -> None:
+        pass
+
+
+class Ear:
+    """A rank's connection that takes everything."""
+
+    backlog = 0
+
+    def __init__(self) -> None:
+        self.heard: list[SupervisorToRank] = []
+
+    def post(self, message: SupervisorToRank) -> None:
+        self.heard.append(message)
+
+
+class Scene:
+    """A daemon whose ranks are moved by hand."""
+
+    def __init__(self, plan: Plan, place: dict[str, str]) -> None:
+        self.launcher = Launcher()
+        state = RunState(Path(place["EPDCTL_STATE_DIR"]) / plan.cluster / "run")
+        rundir = claim(state, plan.cluster, place, lambda run: None, [rank.rank for rank in plan.ranks])
+        self.daemon = Daemon(plan, rundir, self.launcher)
+        self.daemon.start()
+
+    def hello(self, process: Pretended, **changes: Any) -> Hello:
+        spec = process.spec
+        fields = {"run": spec.run, "rank": spec.rank, "incarnation": spec.incarnation, "token": spec.token}
+        return Hello(**{"protocol": PROTOCOL, "pid": 1, **fields, **changes})
+
+    def connect(self, process: Pretended) -> Hello:
+        hello = self.hello(process)
+        assert self.greet(hello) is None
+        return hello
+
+    def greet(self, hello: Hello) -> str | None:
+        return self.daemon.greet(hello, cast("RankStream", Ear()))
+
+    def state(self, rank: str = DECODE) -> RankState:
+        return self.daemon.members[RankName(rank)].rank.state
+
+    def close(self) -> None:
+        self.daemon.events.close()
+        self.daemon.rundir.release()
+
+
+def play(place: dict[str, str], act: Callable[[Scene], Coroutine[Any, Any, None]], *ranks: str) -> None:
+    async def run() -> None:
+        scene = Scene(scripted_plan({rank: Script() for rank in ranks or (DECODE,)}), place)
+        try:
+            await act(scene)
+        finally:
+            scene.close()
+
+    asyncio.run(run())
+
+
+def test_last_words_read_after_the_end_of_the_process_still_decide(place: dict[str, str]) -> None:
+    async def act(scene: Scene) -> None:
+        process = scene.launcher.launched[0]
+        hello = scene.connect(process)
+        process.ended(Exit(1))
+        scene.daemon.hear(hello, Fatal(kind=FatalKind.CHECKPOINT, text="no such file", restartable=False))
+        scene.daemon.hung_up(hello)
+        assert scene.state() is RankState.FAILED
+        assert len(scene.launcher.launched) == 1
+        assert "no such file" in scene.daemon.status().ranks[0].reason
+
+    play(place, act)
+
+
+def test_a_process_that_ended_before_it_was_let_in_may_still_say_why(place: dict[str, str]) -> None:
+    async def act(scene: Scene) -> None:
+        process = scene.launcher.launched[0]
+        process.ended(Exit(1))
+        hello = scene.connect(process)
+        scene.daemon.hear(hello, Fatal(kind=FatalKind.CONFIG, text="bad share", restartable=False))
+        scene.daemon.hung_up(hello)
+        assert scene.daemon.status().ranks[0].reason.endswith("config: bad share")
+
+    play(place, act)
+
+
+def test_only_the_incarnation_that_is_expected_is_let_in(place: dict[str, str]) -> None:
+    async def act(scene: Scene) -> None:
+        process = scene.launcher.launched[0]
+        strangers: list[tuple[dict[str, Any], str]] = [
+            ({"token": "0" * 64}, "token"),
+            ({"token": ""}, "token"),
+            ({"protocol": PROTOCOL + 1}, "protocol"),
+            ({"run": RunId("other")}, "not of this cluster"),
+            ({"rank": RankName("decode/1")}, "not of this cluster"),
+            ({"incarnation": Incarnation(2)}, "incarnation"),
+        ]
+        for changes, why in strangers:
+            assert why in (scene.greet(scene.hello(process, **changes)) or "let in")
+        scene.connect(process)
+        assert "incarnation" in (scene.greet(scene.hello(process)) or "let in"), "nor the same one twice"
+
+    play(place, act)
+
+
+def test_what_cannot_happen_is_noted_and_changes_nothing(place: dict[str, str]) -> None:
+    async def act(scene: Scene) -> None:
+        hello = scene.connect(scene.launcher.launched[0])
+        for _ in range(2):
+            scene.daemon.hear(hello, Ready(endpoints=Endpoints()))
+        assert scene.state() is RankState.READY
+        assert [event.kind for event in scene.daemon.events.since(0)].count("illegal") == 1
+
+    play(place, act)
+
+
+def test_a_rank_gets_its_spec_and_the_mark_of_its_run(place: dict[str, str]) -> None:
+    async def act(scene: Scene) -> None:
+        process, directory = scene.launcher.launched[0], scene.daemon.rundir.directory
+        assert process.command.env["EPDCTL_RUN"] == process.spec.run == "run"
+        assert process.command.log.name == "decode-0.1.log"
+        assert (process.spec.supervisor, process.spec.sockets) == (str(directory.ranks), str(directory.sockets))
+        assert len(bytes.fromhex(process.spec.token)) == 32
+
+    play(place, act)
+
+
+def test_while_the_gateway_drains_nothing_new_is_started_and_nothing_restarted(place: dict[str, str]) -> None:
+    async def act(scene: Scene) -> None:
+        gateway, decode = scene.launcher.launched
+        scene.daemon.hear(scene.connect(gateway), Ready(endpoints=Endpoints()))
+        scene.daemon.stop()
+        assert scene.state("gateway/0") is RankState.DRAINING
+        assert scene.state() is RankState.STARTING
+        with pytest.raises(UserError, match="going down"):
+            scene.daemon.restart([DECODE])
+        assert decode.signals == []
+        gateway.ended(Exit(0))
+        scene.daemon.hung_up(scene.hello(gateway))
+        assert decode.signals == [signal.SIGTERM]
+        assert not scene.daemon.settled.is_set()
+
+    play(place, act, "gateway/0", DECODE)
