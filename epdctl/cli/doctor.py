@@ -14,7 +14,9 @@ def doctor(
     sweep: Annotated[bool, typer.Option("--sweep", help="Also remove what is left of runs whose daemon died.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Check Python, libraries, GPUs, kernel, limits, directories and leftovers; each finding with its remedy.
+    """Check this machine, and what dead runs left on it.
+
+    Python, libraries, GPUs, kernel, limits, directories, leftovers: each finding with its remedy.
 
     Exit 1 when something must be mended before a cluster can run.
     """

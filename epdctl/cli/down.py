@@ -17,7 +17,7 @@ def down(
     force: Annotated[bool, typer.Option("--force", help="Kill at once; requests in flight are lost.")] = False,
     cluster: options.Cluster = None,
 ) -> None:
-    """Drain, stop and remove a cluster, then prove that nothing of it is left. Fine when nothing runs."""
+    """Drain, stop and remove a cluster, then prove that nothing is left. Fine when nothing runs."""
     from epdctl.cli import raising
 
     raising.take_down(options.chosen_cluster(ctx, cluster), drain_s=timeout, force=force)

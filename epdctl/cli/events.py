@@ -16,7 +16,7 @@ def events(
     json: options.Json = False,
     cluster: options.Cluster = None,
 ) -> None:
-    """Starts, deaths, restarts, changes of state, commands: one line each."""
+    """Print what happened: starts, deaths, states, commands. Of the last run when nothing runs."""
     from epdctl.cli import console, kept, tables
 
     for event in kept.events(options.chosen_cluster(ctx, cluster), follow=follow, tail=tail):

@@ -18,7 +18,7 @@ def health(
     json: options.Json = False,
     cluster: options.Cluster = None,
 ) -> None:
-    """Does it serve? Exit 0 when healthy; 1 when degraded or unhealthy, with the reasons; 3 when nothing runs."""
+    """Say whether it serves, and why not. Exit 0 when healthy; 1 when degraded or unhealthy; 3 when nothing runs."""
     from epdctl.cli import console, tables
 
     reply = options.client(ctx, cluster).health(deep=deep, budget_s=timeout)

@@ -18,7 +18,7 @@ def logs(
     previous: Annotated[bool, typer.Option("--previous", help="Of the process before the present one.")] = False,
     cluster: options.Cluster = None,
 ) -> None:
-    """The log lines of ranks, each with its rank's name in front."""
+    """Print what ranks wrote, each line with its rank's name. Of the last run when nothing runs."""
     from epdctl.cli.loglines import LogPrinter, log_lines
     from epdctl.wire.control import FollowLogs
 

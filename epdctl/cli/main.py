@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import tempfile
-import traceback
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from epdctl import __version__
 from epdctl.cli import (
     bench,
     doctor,
@@ -28,18 +27,31 @@ from epdctl.cli import (
     up,
     version,
 )
-from epdctl.cli.console import hush, say, show_error
+from epdctl.cli.console import data, hush, say, show_error
 from epdctl.cli.options import LOOK, MEASURE, RUN, WRITE, Globals, complete_clusters
 from epdctl.errors import EpdError
 
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130
+SHORT_HELP = 100  # columns
 NOBODY_READS = (errno.EPIPE, errno.EIO)  # a pipe whose reader left; a terminal that was closed
 
 
 class Verbs(TyperGroup):
-    """Runs the verb; whatever it raises leaves as a message on stderr and an exit status, never as a traceback."""
+    """Runs the verb; whatever it raises leaves as a message on stderr and an exit status, never as a traceback.
+
+    Help is plain text, in sections: what Rich would add costs as much time as everything else that ``--help`` does.
+    """
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            verb: Any = self.get_command(ctx, name)
+            sections.setdefault(verb.rich_help_panel, []).append((name, verb.get_short_help_str(SHORT_HELP)))
+        for title, verbs in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(verbs)
 
     def invoke(self, ctx: Any) -> Any:  # Typer has its own copy of click: its Context has no public name
         try:
@@ -62,10 +74,16 @@ class Verbs(TyperGroup):
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        data(f"epdctl {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -81,6 +99,9 @@ def root(
             help="Which cluster, when several run; may also follow the verb.",
         ),
     ] = None,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """Multimodal language models as supervised encode, prefill and decode processes, from one YAML file.
 
@@ -123,6 +144,9 @@ def main() -> None:
 
 
 def _kept_traceback() -> str:
+    import tempfile
+    import traceback
+
     with tempfile.NamedTemporaryFile("w", prefix="epdctl-", suffix=".traceback", delete=False) as file:
         traceback.print_exc(file=file)
     return file.name

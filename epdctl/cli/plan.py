@@ -16,7 +16,7 @@ def plan(
     json: options.Json = False,
     cluster: options.Cluster = None,
 ) -> None:
-    """What `up` would run: for each rank its command, environment, GPUs and threads; ports; choices made for you."""
+    """Print exactly what `up` would run. Each rank's command, environment, GPUs, threads and ports; starts nothing."""
     from epdctl.cli import console, plans
 
     made = options.make_plan(ctx, file, name or cluster)

@@ -17,7 +17,7 @@ def restart(
     ],
     cluster: options.Cluster = None,
 ) -> None:
-    """Drain the named ranks, stop them and start them anew; the others serve on. A failed rank gets a new budget."""
+    """Drain ranks and start them anew; the others serve on. A failed rank gets a new budget."""
     from epdctl.cli import console
 
     for rank in options.client(ctx, cluster).restart(ranks).ranks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def schema() -> None:
-    """The JSON Schema of a topology file; editors complete and check with it."""
+    """Print the JSON Schema of a topology, for editors."""
     import json
 
     from epdctl.cli import console

@@ -21,7 +21,7 @@ def status(
     json: options.Json = False,
     cluster: options.Cluster = None,
 ) -> None:
-    """Every rank: its state and the reason for it, since when, its process, GPUs, memory and work."""
+    """Show every rank: state, reason, process, GPUs, memory, work."""
     daemon = options.client(ctx, cluster)
     if not watch:
         _show_one(daemon.status(), json=json)

@@ -6,7 +6,7 @@ from epdctl.cli import options
 
 
 def version(json: options.Json = False) -> None:
-    """The versions of epdctl, Python, torch, transformers, Mooncake and the NVIDIA driver."""
+    """Print the versions of all that changes numbers."""
     from epdctl.cli import console
     from epdctl.cli.machine import versions
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from epdctl import __version__
 from epdctl.errors import (
     EpdError,
     LoadError,
@@ -35,6 +36,10 @@ from epdctl.wire.message import to_json
 from tests.unit.cli.conftest import Run
 from tests.unit.cli.fake_daemon import Script, running
 from tests.unit.cli.replies import BROKEN
+
+VERBS = (
+    "up", "down", "status", "health", "logs", "restart", "events", "plan", "init", "schema", "doctor", "version",
+)  # fmt: skip
 
 
 def test_status_json_has_the_documented_fields(run: Run, base: Path) -> None:
@@ -236,6 +241,11 @@ def test_up_without_a_file_says_what_to_do(run: Run) -> None:
     assert "epdctl init" in result.stderr
 
 
+def test_version(run: Run) -> None:
+    assert run("--version").stdout == f"epdctl {__version__}\n"
+    assert json.loads(run("version", "--json").stdout)["epdctl"] == __version__
+
+
 def test_bad_usage_is_2(run: Run) -> None:
     for words in (["upp"], ["status", "--nope"], ["restart"], ["logs", "--tail", "many"]):
         assert run(*words).exit_code == 2
@@ -255,7 +265,7 @@ def test_down_asks_for_what_was_said(run: Run, base: Path, monkeypatch: pytest.M
     assert result.stderr.splitlines()[-1] == "demo: down, nothing is left"
 
 
-@pytest.mark.parametrize("verb", [*["up", "down", "status", "health", "logs", "restart", "events", "plan", "init", "schema", "doctor", "version"]])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(run: Run, verb: str) -> None:
     result = run(verb, "--help")
     assert result.exit_code == 0
