@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from epdctl.gateway.detokenize import TextStream
 from epdctl.gateway.flight import Flight
@@ -18,27 +20,38 @@ from epdctl.gateway.schema import (
 )
 from epdctl.wire.serve import FinishReason
 
-__all__ = ["Answer"]
+__all__ = ["Answer", "Piece"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens that came, and the text that they made certain: what is held back comes with a later piece."""
+
+    text: str
+    tokens: list[int]
 
 
 class Answer:
     """Read ``pieces()`` to the end; then ``finish_reason`` and ``usage`` are known."""
 
-    def __init__(self, flight: Flight, text: TextStream, *, model: str, created: int) -> None:
+    def __init__(self, flight: Flight, text: TextStream, *, model: str, with_ids: bool) -> None:
         self._flight = flight
         self._text = text
         self._model = model
-        self._created = created
+        self._with_ids = with_ids
+        self._created = int(time.time())
 
-    async def pieces(self) -> AsyncGenerator[str, None]:
-        """Text, as soon as it is certain; may be empty while it is not. Raises RequestError."""
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Raises RequestError."""
         async with aclosing(self._flight.tokens()) as batches:
             async for tokens in batches:
-                yield self._text.push(tokens)
+                before = self._text.used
+                text = self._text.push(tokens)
+                yield Piece(text, tokens[: self._text.used - before])
                 if self._text.stopped:
                     self._flight.stop()
                     return
-        yield self._text.flush()
+        yield Piece(self._text.flush(), [])
 
     @property
     def finish_reason(self) -> str:
@@ -62,8 +75,10 @@ class Answer:
             prompt_tokens_details={"cached_tokens": cached},
         )
 
-    def response(self, content: str) -> ChatResponse:
-        choice = Choice(message=AnswerMessage(content=content), finish_reason=self.finish_reason)
+    def response(self, pieces: Sequence[Piece]) -> ChatResponse:
+        content = "".join(piece.text for piece in pieces)
+        ids = [token for piece in pieces for token in piece.tokens] if self._with_ids else None
+        choice = Choice(message=AnswerMessage(content=content), finish_reason=self.finish_reason, token_ids=ids)
         return ChatResponse(
             id=self._flight.request,
             created=self._created,
@@ -76,8 +91,10 @@ class Answer:
     def first_chunk(self) -> ChatChunk:
         return self._chunk([ChunkChoice(delta=Delta(role="assistant", content=""))])
 
-    def text_chunk(self, content: str) -> ChatChunk:
-        return self._chunk([ChunkChoice(delta=Delta(content=content))])
+    def piece_chunk(self, piece: Piece) -> ChatChunk | None:
+        """None when there is nothing to tell yet."""
+        ids = piece.tokens if self._with_ids else None
+        return self._chunk([ChunkChoice(delta=Delta(content=piece.text), token_ids=ids)]) if piece.text or ids else None
 
     def last_chunk(self) -> ChatChunk:
         return self._chunk([ChunkChoice(delta=Delta(), finish_reason=self.finish_reason)])

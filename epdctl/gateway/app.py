@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from epdctl.errors import RequestError
-from epdctl.gateway.answer import Answer
+from epdctl.gateway.answer import Answer, Piece
 from epdctl.gateway.budget import Door, Ticket
 from epdctl.gateway.detokenize import TextStream
 from epdctl.gateway.http import Body, HungUp, Speaker, error_headers, unless_hung_up
@@ -197,9 +197,8 @@ class ChatCompletions:
             {"x-epdctl-ignored": ",".join(map(_header_text, request.ignored_fields))} if request.ignored_fields else {}
         )
         flight = desk.pipeline.start(visit.request, order, visit.began + self._seconds)
-        answer = Answer(
-            flight, TextStream(desk.intake.decode, request.stops), model=desk.intake.model, created=int(time.time())
-        )
+        text = TextStream(desk.intake.decode, request.stops)
+        answer = Answer(flight, text, model=desk.intake.model, with_ids=bool(request.return_token_ids))
         try:
             if request.stream:
                 await self._stream(visit, request, answer, headers)
@@ -211,13 +210,13 @@ class ChatCompletions:
         desk.meters.completion_tokens.inc(answer.usage.completion_tokens)
 
     async def _whole(self, visit: Visit, answer: Answer, headers: Mapping[str, str]) -> None:
-        texts: list[str] = []
+        read: list[Piece] = []
         async with aclosing(answer.pieces()) as pieces:
             async for piece in pieces:
-                if not texts:
+                if not read:
                     self._note_first(visit)
-                texts.append(piece)
-        await visit.speaker.whole(200, answer.response("".join(texts)).model_dump_json().encode(), headers)
+                read.append(piece)
+        await visit.speaker.whole(200, answer.response(read).model_dump_json().encode(), headers)
 
     async def _stream(self, visit: Visit, request: ChatRequest, answer: Answer, headers: Mapping[str, str]) -> None:
         """Nothing is sent before the first token, so that an error until then has a status of its own."""
@@ -232,8 +231,8 @@ class ChatCompletions:
                     self._note_first(visit)
                     await visit.speaker.begin(headers)
                     await say(answer.first_chunk())
-                if piece:
-                    await say(answer.text_chunk(piece))
+                if (chunk := answer.piece_chunk(piece)) is not None:
+                    await say(chunk)
         await say(answer.last_chunk())
         if request.include_usage:
             await say(answer.usage_chunk())

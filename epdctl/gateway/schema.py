@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
     model_serializer,
@@ -177,6 +178,7 @@ class ChatRequest(_In):
     stop: Stop | None = None
     ignore_eos: bool | None = None
     n: int | None = Field(default=None, ge=1, le=1)
+    return_token_ids: bool | None = None  # vLLM's extension: the ids beside the text
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -267,7 +269,20 @@ class AnswerMessage(_Out):
     refusal: None = None
 
 
-class Choice(_Out):
+class _Ids(_Out):
+    """``token_ids``, end token excluded; left out of the JSON unless asked for."""
+
+    token_ids: list[int] | None = None
+
+    @model_serializer(mode="wrap")
+    def _asked(self, plain: SerializerFunctionWrapHandler) -> dict[str, object]:
+        fields: dict[str, object] = plain(self)
+        if self.token_ids is None:
+            del fields["token_ids"]
+        return fields
+
+
+class Choice(_Ids):
     index: int = 0
     message: AnswerMessage
     logprobs: None = None
@@ -284,7 +299,7 @@ class Delta(_Out):
         return {name: value for name, value in (("role", self.role), ("content", self.content)) if value is not None}
 
 
-class ChunkChoice(_Out):
+class ChunkChoice(_Ids):
     index: int = 0
     delta: Delta
     logprobs: None = None
