@@ -6,6 +6,7 @@ A gateway and an encoder of the test's own speak to them over real sockets.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 import threading
@@ -323,6 +324,14 @@ class World:
         for rank in self.ranks:
             rank.service.peers_changed(peers)
 
+    def describe(self) -> str:
+        """Where everybody stands: read when a test hangs."""
+        lines = [f"sockets: {sorted(os.listdir(self.directory))}"]
+        for rank in self.ranks:
+            lines.append(f"{rank.peer.rank}: {rank.service.pulse()}, early {getattr(rank.service, '_early', None)}")
+            lines += [f"  {stay}" for stay in rank.service._stays.values()]
+        return "\n".join(lines)
+
     def encoder(self, backend: str) -> Encoder:
         spec = self.spec(Stage.ENCODER, Setup(backend=backend), incarnation=1 + len(self._senders))
         transport = self.transport(spec)
@@ -352,6 +361,7 @@ def peer_of(stage: Stage, incarnation: int, endpoints: Endpoints) -> Peer:
 class Encoder:
     transport: Transport
     world: World
+    links: dict[str, Link[Any, Any]] = field(default_factory=dict)
 
     async def deliver(self, question: Question, granted: Granted, which: Sequence[int] | None = None) -> None:
         """Write the embeddings of the items (by place) into their slots, and say so."""
@@ -373,8 +383,10 @@ class Encoder:
         ))  # fmt: skip
 
     def say(self, granted: Granted, message: EmbeddingLanded) -> None:
-        link = self.world.link(granted.notify, ENCODER_TO_LANGUAGE, ENCODER_TO_LANGUAGE, lambda _: None)
-        link.send(message)
+        if granted.notify not in self.links:
+            codec = ENCODER_TO_LANGUAGE
+            self.links[granted.notify] = self.world.link(granted.notify, codec, codec, lambda _: None)
+        self.links[granted.notify].send(message)
 
 
 class Gateway:
@@ -382,12 +394,24 @@ class Gateway:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._news = asyncio.Event()
         self.heard: list[RankToGateway] = []
+
+    def _hear(self, message: RankToGateway) -> None:
+        self.heard.append(message)
+        self._news.set()
+
+    async def _until(self, fact: Callable[[], bool]) -> None:
+        """Waits without spinning: a loop that spins takes the interpreter from an engine at work."""
+        async with asyncio.timeout(GUARD_SECONDS):
+            while not fact():
+                self._news.clear()
+                await self._news.wait()
 
     def to(self, rank: Rank) -> Link[Any, Any]:
         codecs: dict[Stage, Codec[Any]] = {Stage.PREFILL: TO_PREFILL, Stage.DECODE: TO_DECODE}
         codec = codecs.get(rank.peer.stage, TO_LANGUAGE)
-        link: Link[Any, Any] = self._world.link(rank.inbox, RANK_TO_GATEWAY, codec, self.heard.append)
+        link: Link[Any, Any] = self._world.link(rank.inbox, RANK_TO_GATEWAY, codec, self._hear)
         return link
 
     async def hear(self, kind: type[T], name: str = "r1", attempt: int = 1) -> T:
@@ -398,7 +422,7 @@ class Gateway:
             found[:] = [m for m in self.about(name, attempt) if isinstance(m, kind)]
             return bool(found)
 
-        await until(look)
+        await self._until(look)
         return found[0]
 
     async def outcome(self, name: str = "r1", attempt: int = 1) -> Finished | Failed:
@@ -408,7 +432,7 @@ class Gateway:
             ends[:] = [m for m in self.about(name, attempt) if isinstance(m, Finished | Failed)]
             return bool(ends)
 
-        await until(look)
+        await self._until(look)
         return ends[0]
 
     def about(self, name: str, attempt: int = 1) -> list[RankToGateway]:
@@ -499,6 +523,9 @@ async def world() -> AsyncIterator[World]:
     scene = World(directory)
     try:
         yield scene
+    except TimeoutError as error:
+        error.add_note(scene.describe())
+        raise
     finally:
         await scene.close()
         shutil.rmtree(directory)
