@@ -12,7 +12,7 @@ import pytest
 from epdctl.ids import Incarnation
 from epdctl.wire.config import Limits
 from epdctl.wire.encode import FailureKind
-from epdctl.wire.serve import Failed, Finished, Granted, Token
+from epdctl.wire.serve import Abort, Failed, Finished, Granted, Token
 from epdctl.wire.sockets import Buffer
 from epdctl.wire.transfer import Write
 from tests.support.language_ranks import Pair, Question, Rank, Setup, alone, item, pair, run, until
@@ -303,3 +303,34 @@ def test_an_error_of_the_engine_ends_the_rank_and_not_in_silence() -> None:
 
     with pytest.raises(RuntimeError, match="the device is gone"):
         run(scene())
+
+
+@pytest.mark.parametrize("point", [lease_alone, granted, one_embedding, prompt_step, write_under_way])
+def test_a_room_that_decode_gives_up_is_freed_on_prefill(point: Point) -> None:
+    async def scene() -> None:
+        async with pair(Setup(backend="memory")) as ranks:
+            held = await point(ranks)
+            ranks.to_decode.send(Abort(request=QUESTION.request, attempt=QUESTION.attempt))
+            await until(lambda: not going_on(ranks.prefill) and not ranks.prefill.service._early)  # type: ignore[attr-defined]
+            held.let_go()
+            await ranks.idle()
+            assert not any(isinstance(message, Failed) for message in ranks.gateway.heard)
+
+    run(scene())
+
+
+def test_a_draining_prefill_rank_sends_leases_without_a_prompt_back() -> None:
+    async def scene() -> None:
+        async with pair() as ranks:
+            await lease_alone(ranks)
+            await ranks.prefill.service.drain()
+            early = await ranks.gateway.outcome("mine")
+            assert isinstance(early, Failed)
+            assert early.text == "prefill/0 is draining"
+            ranks.send_decode(NEXT)
+            late = await ranks.gateway.outcome("next")
+            assert isinstance(late, Failed)
+            assert late.kind is FailureKind.RANK_LOST
+            await ranks.idle()
+
+    run(scene())
