@@ -132,7 +132,7 @@ class Effects:
         if member.life is not life:  # buried already
             return
         member.life = None
-        reason = _UNREAD if life.deaf else None
+        reason = _UNREAD if life.deaf else exit_.error
         self._post(member, Exited(life.incarnation, exit_.code, exit_.by, reason))
 
     def _arm(self, member: Member, timer: Timer, seconds: float) -> None:
