@@ -1,0 +1,98 @@
+"""What is learnt when: stages of a training run, and how many pictures a question has by then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from epdctl.bench.shapes.questions import MOST_PICTURES, Task
+
+__all__ = ["COURSE", "Course", "Progress", "Stage"]
+
+LEARNT = 0.9  # of all answers at the present number of pictures: time for more of them
+MEMORY = 0.97  # of the running average
+LEVELS: Mapping[Task, tuple[int, ...]] = {Task.COLOURS: (2, 4, MOST_PICTURES), Task.WHICH: (2, 4)}
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """``tasks`` with how often each comes; none: the tower learns alone. The rate goes in a line between its ends."""
+
+    name: str
+    steps: int
+    rate: tuple[float, float]
+    tasks: Mapping[Task, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    warmup: int = 100  # steps
+    weight_decay: float = 0.02
+    longest_gradient: float = 1.0
+    lessons: int = 2  # per step
+    sequences: int = 24  # per lesson
+    lookout: int = 32  # pictures per step while the tower learns alone
+    describing: float = 0.5  # weight of the tower's own losses beside an answer's
+    average: float = 0.998  # of the weights, per step: what is kept is their running average
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage(self, step: int) -> tuple[Stage, float]:
+        """The stage of a step, and the learning rate."""
+        start = 0
+        for stage in self.stages:
+            if step < start + stage.steps:
+                first, last = stage.rate
+                rate = first + (last - first) * (step - start) / stage.steps
+                return stage, rate * min(1.0, (step + 1) / self.warmup)
+            start += stage.steps
+        raise IndexError(f"step {step} is beyond the last of {start}")
+
+
+@dataclass(slots=True)
+class Progress:
+    """Running averages of what was right, by task and number of pictures."""
+
+    right: dict[str, float] = field(default_factory=dict)
+
+    def note(self, task: Task, pictures: int, right: float) -> None:
+        key = f"{task} {pictures}"
+        self.right[key] = MEMORY * self.right.get(key, 0.0) + (1 - MEMORY) * right
+
+    def pictures(self, task: Task, rng: np.random.Generator) -> int:
+        """Half of the questions have as many as the task has come to, the others fewer."""
+        if task not in LEVELS:
+            return 2 if task is Task.SAME else 1
+        level = self._level(task)
+        return level if rng.random() < 0.5 else int(rng.integers(2, level + 1))
+
+    def _level(self, task: Task) -> int:
+        levels = LEVELS[task]
+        learnt = (level for level in levels if self.right.get(f"{task} {level}", 0.0) < LEARNT)
+        return next(learnt, levels[-1])
+
+
+FIRST = {Task.COLOUR: 1.0, Task.PLACE: 0.5, Task.COLOURS: 3.0}
+ALL = {
+    Task.COLOUR: 1.0,
+    Task.SHAPE: 1.0,
+    Task.COUNT: 1.5,
+    Task.PLACE: 1.0,
+    Task.COLOURS: 3.0,
+    Task.WHICH: 2.0,
+    Task.SAME: 2.0,
+}
+COURSE = Course(
+    stages=(
+        Stage("tower", 1500, (1.5e-3, 1.5e-3)),
+        Stage("colours", 800, (1.5e-3, 1.5e-3), FIRST),
+        Stage("all", 3000, (1.5e-3, 1.0e-3), ALL),
+        Stage("rest", 700, (1.0e-3, 1e-5), ALL),
+    )
+)

@@ -1,0 +1,153 @@
+"""Batches to train on: questions of one layout, so that nothing is padded, and what the tower alone should see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from epdctl.bench.shapes.draw import Colour, Place, Scene, Shape, coverage, render
+from epdctl.bench.shapes.model import MEAN, MERGE, PATCH, STD
+from epdctl.bench.shapes.questions import Question, Task, ask, colours, which
+from epdctl.bench.shapes.scenes import COUNTS, Composer
+
+__all__ = ["IGNORED", "Lesson", "Sight", "Writer", "look", "lookout", "patches", "study"]
+
+IGNORED = -100  # as cross_entropy has it
+CELL = PATCH * MERGE
+SEEN, UNSEEN = 0.2, 0.04  # shares of a cell from which, and up to which, a figure is called there, or not
+COLOURS, SHAPES, PLACES = list(Colour), list(Shape), list(Place)
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """Pictures of one size, and what is in them. Classes are int64; IGNORED is where there is no telling."""
+
+    pixels: torch.Tensor  # [pictures * patches, values]
+    grids: torch.Tensor  # [pictures, 3]
+    colours: torch.Tensor  # [pictures, tokens]: 0 is background
+    shapes: torch.Tensor  # [pictures, tokens]: IGNORED is background
+    counts: torch.Tensor  # [pictures]
+    places: torch.Tensor  # [pictures]
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Sequences over some pictures; ``shown[i]`` are those of sequence i, in order."""
+
+    sight: Sight
+    shown: torch.Tensor  # [sequences, pictures]
+    tokens: torch.Tensor  # [sequences, length], answers and their end included
+    answer: int  # where the answer starts
+
+
+def study(task: Task, composer: Composer, writer: Writer, pictures: int, sequences: int) -> Lesson:
+    """Questions of several pictures share them: a picture is worth many questions, and drawing and seeing cost most."""
+    size = composer.size()
+    if task in (Task.COLOURS, Task.WHICH):
+        scenes = [composer.one(size) for _ in range(max(16, 2 * pictures))]
+        shown = [_pick(task, scenes, composer.rng, pictures) for _ in range(sequences)]
+        questions = [_question(task, [scenes[index] for index in row]) for row in shown]
+    else:
+        questions = [ask(task, composer, size) for _ in range(sequences)]
+        scenes = [scene for question in questions for scene in question.scenes]
+        shown = np.arange(len(scenes)).reshape(sequences, -1).tolist()
+    tokens, answer = writer.write(questions)
+    return Lesson(look(scenes), torch.tensor(shown), tokens, answer)
+
+
+def lookout(composer: Composer, pictures: int) -> Sight:
+    """For the tower alone: single figures anywhere, single ones at a side, several."""
+    size = composer.size()
+    scenes = [
+        (composer.one(size), composer.placed(size), composer.several(size, int(composer.rng.choice(COUNTS))))[index % 3]
+        for index in range(pictures)
+    ]
+    return look(scenes)
+
+
+def look(scenes: Sequence[Scene]) -> Sight:
+    ((rows, columns),) = {(scene.height // CELL, scene.width // CELL) for scene in scenes}
+    colours, shapes = zip(*map(_cells, scenes), strict=True)
+    return Sight(
+        pixels=patches(np.stack([render(scene) for scene in scenes])),
+        grids=torch.tensor([[1, rows * MERGE, columns * MERGE]] * len(scenes)),
+        colours=torch.from_numpy(np.stack(colours)),
+        shapes=torch.from_numpy(np.stack(shapes)),
+        counts=torch.tensor([len(scene.figures) - 1 for scene in scenes]),
+        places=torch.tensor([IGNORED if scene.place is None else PLACES.index(scene.place) for scene in scenes]),
+    )
+
+
+def patches(pictures: NDArray[np.uint8]) -> torch.Tensor:
+    """[pictures, height, width, 3] to what the family's processor gives for them, where it need not scale."""
+    many, height, width, _ = pictures.shape
+    values = (torch.from_numpy(pictures).float() / 255 - MEAN) / STD
+    rows, columns = height // CELL, width // CELL
+    cut = values.reshape(many, rows, MERGE, PATCH, columns, MERGE, PATCH, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
+    twice = cut.unsqueeze(6).expand(*cut.shape[:6], 2, PATCH, PATCH)  # a still picture is two frames
+    return twice.reshape(many * rows * columns * MERGE * MERGE, -1)
+
+
+def _pick(task: Task, scenes: Sequence[Scene], rng: np.random.Generator, pictures: int) -> list[int]:
+    if task is Task.COLOURS:
+        return [int(index) for index in rng.choice(len(scenes), pictures, replace=False)]
+    target = int(rng.integers(len(scenes)))
+    others = [index for index, scene in enumerate(scenes) if _shape(scene) is not _shape(scenes[target])]
+    picked = [int(index) for index in rng.choice(others, pictures - 1, replace=len(others) < pictures)]
+    picked.insert(int(rng.integers(pictures)), target)
+    return picked
+
+
+def _question(task: Task, scenes: Sequence[Scene]) -> Question:
+    if task is Task.COLOURS:
+        return colours(scenes)
+    shapes = [_shape(scene) for scene in scenes]
+    return which(scenes, next(shape for shape in shapes if shapes.count(shape) == 1))
+
+
+def _shape(scene: Scene) -> Shape:
+    return scene.figures[0].shape
+
+
+def _cells(scene: Scene) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Per token of the picture: the colour and the shape of the figure that covers most of it."""
+    rows, columns = scene.height // CELL, scene.width // CELL
+    shares = np.stack([it.reshape(rows, CELL, columns, CELL).mean((1, 3)).ravel() for it in coverage(scene)])
+    most, share = shares.argmax(0), shares.max(0)
+    colours = np.array([COLOURS.index(figure.colour) for figure in scene.figures])[most] + 1
+    shapes = np.array([SHAPES.index(figure.shape) for figure in scene.figures])[most]
+    elsewhere = np.where(share > UNSEEN, IGNORED, 0)
+    return np.where(share >= SEEN, colours, elsewhere), np.where(share >= SEEN, shapes, IGNORED)
+
+
+class Writer:
+    """Questions as token ids, in the frame that the chat template gives them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.prompt = cache(self._prompt)
+
+    def write(self, questions: Sequence[Question]) -> tuple[torch.Tensor, int]:
+        """[questions, length], and where their answers start. Raises ValueError when lengths differ."""
+        prompts = [self.prompt(question.prompt, _tokens_of(question)) for question in questions]
+        answers = [self._tokenizer.encode(f"{question.answer}<|im_end|>").ids for question in questions]
+        (length,) = {len(prompt) for prompt in prompts}
+        return torch.tensor([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]), length
+
+    def _prompt(self, prompt: str, rows: tuple[int, ...]) -> list[int]:
+        pictures = (
+            f"Picture {number}: <|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>"
+            for number, tokens in enumerate(rows, 1)
+        )
+        text = f"<|im_start|>user\n{''.join(pictures)}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        return self._tokenizer.encode(text).ids
+
+
+def _tokens_of(question: Question) -> tuple[int, ...]:
+    return tuple((scene.height // CELL) * (scene.width // CELL) for scene in question.scenes)

@@ -1,0 +1,112 @@
+"""What the model is asked about pictures, and what it should answer; free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from epdctl.bench.shapes.draw import Scene, Shape
+from epdctl.bench.shapes.scenes import COUNTS, Composer, Size
+
+__all__ = ["MOST_PICTURES", "Question", "Task", "ask", "colours", "messages", "which"]
+
+MOST_PICTURES = 8
+
+
+class Task(StrEnum):
+    COLOUR = "colour"
+    SHAPE = "shape"
+    COUNT = "count"
+    PLACE = "place"
+    COLOURS = "colours"
+    WHICH = "which"
+    SAME = "same"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """``prompt`` follows the pictures; ``answer`` is the whole of the right one."""
+
+    task: Task
+    prompt: str
+    answer: str
+    scenes: tuple[Scene, ...]
+
+
+def ask(task: Task, composer: Composer, size: Size, pictures: int = 1) -> Question:
+    """A new question. ``pictures`` matters for the ordered colours and for which one."""
+    return _ASK[task](composer, size, pictures)
+
+
+def messages(question: Question) -> list[dict[str, Any]]:
+    """As a chat template reads them: the pictures first."""
+    pictures: list[dict[str, Any]] = [{"type": "image"} for _ in question.scenes]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": question.prompt}]}]
+
+
+def colours(scenes: Sequence[Scene]) -> Question:
+    """Of single figures, in their order."""
+    named = (f"{number} {scene.figures[0].colour}" for number, scene in enumerate(scenes, 1))
+    return Question(Task.COLOURS, "Which colour is in each picture?", ", ".join(named), tuple(scenes))
+
+
+def which(scenes: Sequence[Scene], shape: Shape) -> Question:
+    """One of ``scenes`` shows that shape."""
+    (number,) = (number for number, scene in enumerate(scenes, 1) if scene.figures[0].shape is shape)
+    return Question(Task.WHICH, f"Which picture shows the {shape}?", str(number), tuple(scenes))
+
+
+def _ask_colour(composer: Composer, size: Size, pictures: int) -> Question:
+    scene = composer.one(size)
+    return Question(Task.COLOUR, "What colour is the shape?", str(scene.figures[0].colour), (scene,))
+
+
+def _ask_shape(composer: Composer, size: Size, pictures: int) -> Question:
+    scene = composer.one(size)
+    return Question(Task.SHAPE, "What shape is it?", str(scene.figures[0].shape), (scene,))
+
+
+def _ask_count(composer: Composer, size: Size, pictures: int) -> Question:
+    count = int(composer.rng.choice(COUNTS))
+    return Question(Task.COUNT, "How many shapes are there?", str(count), (composer.several(size, count),))
+
+
+def _ask_place(composer: Composer, size: Size, pictures: int) -> Question:
+    scene = composer.placed(size)
+    return Question(Task.PLACE, "Where is the shape?", str(scene.place), (scene,))
+
+
+def _ask_colours(composer: Composer, size: Size, pictures: int) -> Question:
+    return colours([composer.one(size) for _ in range(pictures)])
+
+
+def _ask_which(composer: Composer, size: Size, pictures: int) -> Question:
+    shape, at = composer.shape(), int(composer.rng.integers(pictures))
+    shapes = [shape if index == at else composer.shape(but=shape) for index in range(pictures)]
+    return which([composer.one(size, each) for each in shapes], shape)
+
+
+def _ask_same(composer: Composer, size: Size, pictures: int) -> Question:
+    """No more often than yes; then colour, shape or both differ."""
+    shape, colour = composer.shape(), composer.colour()
+    other = int(composer.rng.choice(6))  # 0: the shape, 1: the colour, 2: both, from 3: nothing
+    left = composer.one(size, shape, colour)
+    right = composer.one(
+        size,
+        composer.shape(but=shape) if other in (0, 2) else shape,
+        composer.colour(but=colour) if other in (1, 2) else colour,
+    )
+    return Question(Task.SAME, "Are both pictures the same?", "yes" if other > 2 else "no", (left, right))
+
+
+_ASK: Mapping[Task, Callable[[Composer, Size, int], Question]] = {
+    Task.COLOUR: _ask_colour,
+    Task.SHAPE: _ask_shape,
+    Task.COUNT: _ask_count,
+    Task.PLACE: _ask_place,
+    Task.COLOURS: _ask_colours,
+    Task.WHICH: _ask_which,
+    Task.SAME: _ask_same,
+}

@@ -1,0 +1,113 @@
+"""The model while it learns: forwards without padding, and heads that help the tower and are thrown away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from epdctl.bench.shapes.draw import Colour, Place, Shape
+from epdctl.bench.shapes.lessons import IGNORED, Lesson, Sight
+from epdctl.bench.shapes.scenes import COUNTS
+
+__all__ = ["Score", "Student"]
+
+SHAPE_WEIGHT = 2.0  # shapes are the slowest to be learnt
+EVEN = "shapes_flash_even"  # with "flash" in it: that word makes transformers' towers pass the borders
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """``right``: the share of sequences, or of tokens for the tower, that are wholly right."""
+
+    loss: torch.Tensor
+    right: float
+
+
+class Student(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        width = model.config.vision_config.out_hidden_size
+        self.cells = nn.Linear(width, len(Colour) + 1 + len(Shape))
+        self.wholes = nn.Linear(width, len(COUNTS) + len(Place))
+        self._image = int(model.config.image_token_id)
+        self._positions: dict[tuple[int, ...], torch.Tensor] = {}
+        _register()
+        model.model.visual.config._attn_implementation = EVEN
+
+    def see(self, sight: Sight) -> torch.Tensor:
+        """[pictures, tokens, width]"""
+        features = self.model.model.visual(sight.pixels, sight.grids).pooler_output
+        return cast("torch.Tensor", features).view(len(sight.grids), -1, features.shape[-1])
+
+    def describe(self, features: torch.Tensor, sight: Sight) -> Score:
+        """How well the heads can tell from the tower's output what is where."""
+        colours, shapes = self.cells(features).split([len(Colour) + 1, len(Shape)], -1)
+        counts, places = self.wholes(features.mean(1)).split([len(COUNTS), len(Place)], -1)
+        losses = [
+            cross_entropy(colours.flatten(0, 1), sight.colours.flatten(), ignore_index=IGNORED),
+            SHAPE_WEIGHT * cross_entropy(shapes.flatten(0, 1), sight.shapes.flatten(), ignore_index=IGNORED),
+            cross_entropy(counts, sight.counts),
+        ]
+        if (sight.places != IGNORED).any():
+            losses.append(cross_entropy(places, sight.places, ignore_index=IGNORED))
+        there = sight.shapes != IGNORED
+        right = (shapes.argmax(-1) == sight.shapes) & (colours.argmax(-1) == sight.colours)
+        return Score(torch.stack(losses).sum(), float(right[there].float().mean()))
+
+    def answer(self, features: torch.Tensor, lesson: Lesson) -> Score:
+        tokens = lesson.tokens
+        embeds = self.model.get_input_embeddings()(tokens[:, :-1])
+        places = (tokens[0] == self._image).nonzero()[:, 0]
+        embeds = embeds.index_copy(1, places, features[lesson.shown].flatten(1, 2))
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=self._places(lesson)[:, None, :-1].expand(-1, len(tokens), -1),
+            attention_mask={"full_attention": None},
+            use_cache=False,
+        ).last_hidden_state
+        logits = self.model.lm_head(hidden[:, lesson.answer - 1 :])
+        wanted = tokens[:, lesson.answer :]
+        right = (logits.argmax(-1) == wanted).all(1).float().mean()
+        return Score(cross_entropy(logits.flatten(0, 1), wanted.flatten()), float(right))
+
+    def _places(self, lesson: Lesson) -> torch.Tensor:
+        """[3, length], the library's own; the same for all of one layout."""
+        tokens, grid = lesson.tokens[:1], lesson.sight.grids[:1]
+        layout = (lesson.shown.shape[1], tokens.shape[1], *grid[0].tolist())
+        if layout not in self._positions:
+            grids = grid.expand(lesson.shown.shape[1], -1)
+            kinds = (tokens == self._image).int()
+            found, _ = self.model.model.get_rope_index(tokens, mm_token_type_ids=kinds, image_grid_thw=grids)
+            self._positions[layout] = found[:, 0]
+        return self._positions[layout]
+
+
+def _even_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface, for pictures of one size: [1, heads, patches, head_dim] in, and
+    [1, patches, heads, head_dim] out."""
+    borders = kwargs["cu_seq_lens_q"]
+    assert isinstance(borders, torch.Tensor)
+    _, heads, length, width = query.shape
+    query, key, value = (
+        states[0].view(heads, len(borders) - 1, -1, width).transpose(0, 1) for states in (query, key, value)
+    )
+    seen = scaled_dot_product_attention(query, key, value)
+    return seen.transpose(1, 2).reshape(1, length, heads, width), None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(EVEN, _even_attention)

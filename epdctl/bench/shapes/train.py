@@ -1,0 +1,160 @@
+"""Trains ``shapes-vl`` from nothing, on the CPU, from pictures it draws: ``python -m epdctl.bench.shapes.train RUN``
+
+RUN is a folder for the log and for what a later call goes on from. Equal courses and thread counts give equal weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epdctl.bench.shapes.course import COURSE, Course, Progress
+from epdctl.bench.shapes.lessons import Writer, lookout, study
+from epdctl.bench.shapes.model import build, pack
+from epdctl.bench.shapes.scenes import TRAINED, Composer
+from epdctl.bench.shapes.student import Student
+from epdctl.bench.shapes.tokens import make_tokenizer
+
+__all__ = ["Training"]
+
+SAVED = 250  # steps between two states on disk
+LOGGED = 25  # steps to a line of the log
+
+
+class Training:
+    """One run: the student, its optimiser, how far it has come."""
+
+    def __init__(self, course: Course) -> None:
+        self.course = course
+        self.tokenizer = make_tokenizer()
+        self.student = Student(build(self.tokenizer, course.seed))
+        self.average = copy.deepcopy(self.student)
+        self.step = 0
+        self.seconds = 0.0
+        self._progress = Progress()
+        self._writer = Writer(self.tokenizer)
+        self._optimizer = torch.optim.AdamW(
+            self.student.parameters(), betas=(0.9, 0.98), weight_decay=course.weight_decay, fused=True
+        )
+
+    def advance(self) -> dict[str, float]:
+        """One step. Returns losses and shares of right answers, by what was practised."""
+        stage, rate = self.course.stage(self.step)
+        composer = Composer(TRAINED, (self.course.seed, self.step))
+        seen: dict[str, float] = {}
+        if stage.tasks:
+            tasks, weights = list(stage.tasks), torch.tensor(list(stage.tasks.values())).double().numpy()
+            for chosen in composer.rng.choice(len(tasks), self.course.lessons, p=weights / weights.sum()):
+                seen |= self._practise(tasks[chosen], composer)
+        else:
+            seen |= self._look(composer)
+        self._learn(rate)
+        self.step += 1
+        return seen
+
+    def _look(self, composer: Composer) -> dict[str, float]:
+        sight = lookout(composer, self.course.lookout)
+        score = self.student.describe(self.student.see(sight), sight)
+        torch.autograd.backward(score.loss)
+        return {"tower loss": float(score.loss.detach()), "tower": score.right}
+
+    def _practise(self, task: Any, composer: Composer) -> dict[str, float]:
+        pictures = self._progress.pictures(task, composer.rng)
+        lesson = study(task, composer, self._writer, pictures, self.course.sequences)
+        features = self.student.see(lesson.sight)
+        described = self.student.describe(features, lesson.sight)
+        answered = self.student.answer(features, lesson)
+        loss = answered.loss + self.course.describing * described.loss
+        torch.autograd.backward(loss / self.course.lessons)
+        self._progress.note(task, pictures, answered.right)
+        name = f"{task} {pictures}"
+        return {"tower": described.right, f"{name} loss": float(answered.loss.detach()), name: answered.right}
+
+    def _learn(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.course.longest_gradient)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        slow = min(self.course.average, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.student.parameters()), 1 - slow)
+
+    def save(self, path: Path) -> None:
+        state = {
+            "student": self.student.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "right": self._progress.right,
+        }
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        self.student.load_state_dict(state["student"])
+        self.average.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self._progress = Progress(state["right"])
+
+
+def run(folder: Path, course: Course, say: Callable[[str], None]) -> None:
+    """Goes on from where the folder's last call was, to the end of the course."""
+    folder.mkdir(parents=True, exist_ok=True)
+    training, state = Training(course), folder / "state.pt"
+    if state.exists():
+        training.load(state)
+    before = time.monotonic() - training.seconds
+    lines: list[dict[str, float]] = []
+    while training.step < course.steps:
+        lines.append(training.advance())
+        training.seconds = time.monotonic() - before
+        if training.step % LOGGED == 0:
+            _log(folder / "log.jsonl", training, _means(lines), say)
+            lines.clear()
+        if training.step % SAVED == 0 or training.step == course.steps:
+            training.save(state)
+            pack(folder / "checkpoint", training.tokenizer, training.average.model)
+
+
+def _means(lines: list[dict[str, float]]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        for name, value in line.items():
+            found.setdefault(name, []).append(value)
+    return {name: round(sum(values) / len(values), 4) for name, values in sorted(found.items())}
+
+
+def _log(path: Path, training: Training, means: dict[str, float], say: Callable[[str], None]) -> None:
+    stage, rate = training.course.stage(training.step - 1)
+    line = {"step": training.step, "seconds": round(training.seconds), "stage": stage.name, "rate": rate, **means}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    say(f"{training.step:6} {line['seconds']:6} s {stage.name:8} " + "  ".join(f"{k} {v}" for k, v in means.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m epdctl.bench.shapes.train", description="Train shapes-vl.")
+    parser.add_argument("run", type=Path, help="folder for the log, the state and the checkpoint")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    (arguments.run / "course.json").write_text(json.dumps(asdict(COURSE), indent=2) + "\n", encoding="utf-8")
+    run(arguments.run, COURSE, print)
+
+
+if __name__ == "__main__":
+    main()
