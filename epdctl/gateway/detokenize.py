@@ -1,6 +1,7 @@
 """Tokens to text, piece by piece: never half a character, never a part of a stop string. Pure.
 
-The pieces put together are what decoding all tokens at once gives, cut before the first stop string.
+The pieces put together are what decoding all tokens at once gives, cut before the first stop string. One exception
+lies in the decoders with byte fallback: a stray byte behind whole characters takes them back there, after they are out.
 """
 
 from __future__ import annotations
@@ -31,15 +32,13 @@ class Detokenizer:
         """The text that these tokens made certain."""
         self._open += tokens
         text = self._open_text()
-        fresh = text[self._out :]
-        if not text.endswith(UNFINISHED):
-            self._out = len(text)
+        certain = len(text.rstrip(UNFINISHED))
+        fresh = text[self._out : certain]
+        self._out = max(self._out, certain)
+        if certain == len(text):
             self._settle(self._open)
-            return fresh
-        fresh = fresh[:-1]  # only the last mark can still become something else
-        self._out += len(fresh)
-        if len(self._open) > CUT_AFTER:
-            self._cut(text)
+        elif len(self._open) > CUT_AFTER:
+            fresh += self._cut(text)
         return fresh
 
     def flush(self) -> str:
@@ -59,15 +58,18 @@ class Detokenizer:
             self._given, self._given_text = tokens, text
         self._open, self._out = [], 0
 
-    def _cut(self, text: str) -> None:
-        """Keep the window short when characters never end: bytes this far back cannot change any more."""
+    def _cut(self, text: str) -> str:
+        """Keep the window short when characters never end, and give out its beginning: bytes that far back cannot
+        change any more."""
         for size in CUT_TAIL:
             head, tail = self._open[:-size], self._open[-size:]
             head_text, tail_text = self._decode(head), self._decode(tail)
             if head_text and len(tail_text) > LONGEST_PARTIAL and head_text + tail_text == text:
+                fresh = text[self._out : len(head_text)]
                 self._given, self._given_text = head, head_text
-                self._open, self._out = tail, self._out - len(head_text)
-                return
+                self._open, self._out = tail, max(0, self._out - len(head_text))
+                return fresh
+        return ""
 
 
 class StopFinder:

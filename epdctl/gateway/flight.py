@@ -214,6 +214,8 @@ class Flight:
                 self._on_encoded(attempt, message.index)
             case Finished():
                 self._on_finished(attempt, message)
+            case Failed() | EncodeFailed() if peer not in attempt.seats:
+                return False  # it had done its part
             case Failed() | EncodeFailed():
                 self._on_failed(attempt, peer, message)
         return True
@@ -275,8 +277,6 @@ class Flight:
         self._end(Step.FINISH, abort=False)
 
     def _on_failed(self, attempt: Attempt, peer: Peer, message: Failed | EncodeFailed) -> None:
-        if peer not in attempt.seats:
-            return  # it had done its part
         if message.kind is FailureKind.RANK_LOST:
             gone = next((seat for seat in attempt.route.peers if not self._director.ranks.routable(seat)), None)
             self._lose(f"{peer.rank}: {message.text}", gone.stage.value if gone else "reported")

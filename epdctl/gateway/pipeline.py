@@ -33,6 +33,10 @@ def new_request_id() -> RequestId:
     return RequestId(f"chatcmpl-{secrets.token_hex(12)}")
 
 
+def _stopping() -> RequestError:
+    return RequestError(503, "the gateway is stopping", code="stopping", retry_after=1)
+
+
 class Pipeline:
     """Implements flight.Director. Lives on one event loop; its clock is the loop's."""
 
@@ -44,6 +48,7 @@ class Pipeline:
         self._waiting: dict[RequestId, Flight] = {}  # in the order they came to wait
         self._alarms: dict[RequestId, asyncio.TimerHandle] = {}
         self._turn: asyncio.Handle | None = None
+        self._closed = False
         self.completed = 0
 
     @property
@@ -58,7 +63,9 @@ class Pipeline:
         return self._loop.time()
 
     def start(self, request: RequestId, order: Order, deadline: float) -> Flight:
-        """``deadline``: on this clock."""
+        """``deadline``: on this clock. Raises RequestError (503) once closed."""
+        if self._closed:
+            raise _stopping()
         flight = Flight(request, order, deadline, self)
         self._flights[request] = flight
         self._alarms[request] = self._loop.call_at(deadline, flight.expire)
@@ -84,8 +91,9 @@ class Pipeline:
 
     def close(self) -> None:
         """Every request still under way fails with 503; links are closed."""
+        self._closed = True
         for flight in list(self._flights.values()):
-            flight.fail(RequestError(503, "the gateway is stopping", code="stopping", retry_after=1))
+            flight.fail(_stopping())
         if self._turn is not None:
             self._turn.cancel()
         self._ranks.close()

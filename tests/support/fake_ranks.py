@@ -323,7 +323,8 @@ class FakeCluster:
         self._incarnations: dict[RankName, int] = {}
         self._prompts: dict[Room, Job] = {}
         self._exits: dict[Room, tuple[Job, Answering]] = {}
-        self._jobs: dict[tuple[str, int], Job] = {}  # where pictures land
+        self._jobs: dict[tuple[str, int], Job] = {}
+        self._landed: dict[tuple[str, int], dict[int, str]] = {}  # hashes of pictures, whether the job is there or not
         self._starts: dict[tuple[str, int], Callable[[], None]] = {}
         self._first_prompt: dict[str, int] = {}
 
@@ -373,7 +374,7 @@ class FakeCluster:
 
     def landed(self, message: Encode, digest: str) -> None:
         key = (message.request, message.attempt)
-        self._jobs[key].pictures[message.item.index] = digest
+        self._landed.setdefault(key, {})[message.item.index] = digest
         self._go(key)
 
     def over(self, message: Abort) -> None:
@@ -400,6 +401,7 @@ class FakeCluster:
         self._go(key)
 
     def _go(self, key: tuple[str, int]) -> None:
-        job = self._jobs[key]
-        if len(job.pictures) == len(job.items):
+        job = self._jobs.get(key)
+        if job is not None and len(self._landed.get(key, {})) == len(job.items):
+            job.pictures = self._landed.get(key, {})
             asyncio.get_running_loop().call_soon(self._starts[key])

@@ -119,6 +119,8 @@ class House:
 
 @asynccontextmanager
 async def house(*ranks: str, **limits: Any) -> AsyncIterator[House]:
+    defects: list[dict[str, Any]] = []  # what a callback raised; the loop would only log it
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: defects.append(context))
     with tempfile.TemporaryDirectory(prefix="epd") as name:  # short: socket paths end at 107 bytes
         directory = Path(name)
         tokenizer = write_model_files(directory)
@@ -135,3 +137,4 @@ async def house(*ranks: str, **limits: Any) -> AsyncIterator[House]:
                 await service.close()
                 cluster.close()
         service.check()
+    assert not defects, defects

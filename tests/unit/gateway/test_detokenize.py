@@ -61,7 +61,13 @@ def test_pieces_of_any_tokens_are_the_whole(tokens: list[int], step: int) -> Non
     assert "".join(pieces(decoding(BYTES), tokens, step)) == decoding(BYTES)(tokens)
 
 
-@given(tokens_of(SPACED), st.integers(1, 5))
+SPACED_WORDS = st.sampled_from([[0], [1], [2], [3], [4], [5], [6], [10], [7, 8, 9], [7, 8, 8]])  # bytes make characters
+
+
+@given(
+    st.lists(SPACED_WORDS, max_size=60).map(lambda words: [number for word in words for number in word]),
+    st.integers(1, 5),
+)
 @settings(max_examples=300, deadline=None)
 def test_pieces_with_a_decoder_that_strips(tokens: list[int], step: int) -> None:
     assert "".join(pieces(decoding(SPACED), tokens, step)) == decoding(SPACED)(tokens)
@@ -70,7 +76,7 @@ def test_pieces_with_a_decoder_that_strips(tokens: list[int], step: int) -> None
 @given(st.text(max_size=60))
 @settings(max_examples=200, deadline=None)
 def test_no_piece_of_a_real_text_shows_half_a_character(text: str) -> None:
-    text = text.replace("\ufffd", "")
+    text = text.replace("\ufffd", "").replace("<|", "")  # special tokens are skipped, as they should be
     tokens = BYTES.encode(text).ids
     found = pieces(decoding(BYTES), tokens, 1)
     assert "".join(found) == text

@@ -136,6 +136,27 @@ def test_a_prefill_rank_that_did_its_part_is_not_missed() -> None:
     asyncio.run(scene())
 
 
+def test_a_rank_that_fails_after_its_part_changes_nothing() -> None:
+    async def scene() -> None:
+        async with house(*EPD) as home:
+            decode, prefill = home.cluster["decode/0"], home.cluster["prefill/0"]
+            assert isinstance(decode, Answering)
+            decode.script.stop_after = 1
+            async with reading(home, **ask(max_tokens=6)) as reader:
+                await reader.until(1)
+                [asked] = prefill.all(Prefill)
+                failed = Failed(request=asked.request, attempt=1, kind=FailureKind.INTERNAL, text="too late to matter")
+                prefill.say(prefill.senders[0], failed)
+                async with asyncio.timeout(60):
+                    while count(home, "epdctl_late_messages_total") < 1:
+                        await home.http.get("/health")
+                decode.go_on()
+                assert len(await reader.rest()) == 6
+            await home.idle()
+
+    asyncio.run(scene())
+
+
 def test_everything_said_but_the_last_word() -> None:
     async def scene() -> None:
         async with house(*EPD) as home:

@@ -6,9 +6,12 @@ import asyncio
 
 import pytest
 
+from epdctl.gateway.flight import Flight
 from epdctl.gateway.intake import DEFAULT_ANSWER_TOKENS
+from epdctl.gateway.pipeline import Pipeline
+from epdctl.gateway.states import RequestState
 from epdctl.wire.encode import Encode
-from epdctl.wire.serve import Decode, Generate, Prefill
+from epdctl.wire.serve import Abort, Decode, Generate, Prefill
 from tests.support.fake_ranks import answer
 from tests.unit.gateway.harness import EPD, LANGUAGE, House, ask, events, house, image_part, picture, streamed_text
 
@@ -88,7 +91,16 @@ def test_a_stream_has_openai_s_shape() -> None:
     asyncio.run(scene())
 
 
-def test_stop_strings_cut_the_answer_and_free_the_ranks() -> None:
+def test_stop_strings_cut_the_answer_and_free_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[RequestState] = []
+    landed = Pipeline.landed
+
+    def noted(pipeline: Pipeline, flight: Flight) -> None:
+        ends.append(flight.state)
+        landed(pipeline, flight)
+
+    monkeypatch.setattr(Pipeline, "landed", noted)
+
     async def scene() -> None:
         async with house(*EPD) as home:
             whole = await home.text(**ask(max_tokens=40))
@@ -99,6 +111,8 @@ def test_stop_strings_cut_the_answer_and_free_the_ranks() -> None:
             assert response["usage"]["completion_tokens"] <= 8
             chunks = events((await home.chat(**ask(max_tokens=40, stop=stop, stream=True))).text)
             assert streamed_text(chunks) == whole[: whole.index(stop)]
+            await home.cluster["decode/0"].hears(Abort, 2)
+            assert ends == [RequestState.FINISHED] * 3
             await home.idle()
 
     asyncio.run(scene())
@@ -174,6 +188,27 @@ def test_many_at_once_each_get_their_own_answer() -> None:
                 )
                 assert got == text
             await home.idle()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("stop", [None, "zz"], ids=["whole", "stopped"])
+def test_token_ids_where_they_are_asked_for(stop: str | None) -> None:
+    """The ids, decoded, are the text, and those after a stop string are not given."""
+
+    async def scene() -> None:
+        async with house(*EPD) as home:
+            plain = (await home.chat(**ask(max_tokens=40))).json()
+            assert "token_ids" not in plain["choices"][0]
+            text = plain["choices"][0]["message"]["content"]
+            stop_at = None if stop is None else text[6:8]
+            asked = ask(max_tokens=40, return_token_ids=True, stop=stop_at)
+            choice = (await home.chat(**asked)).json()["choices"][0]
+            said = home.tokenizer.decode(choice["token_ids"])
+            assert said == (text if stop_at is None else text[: text.index(stop_at) + 2])
+            chunks = events((await home.chat(**{**asked, "stream": True})).text)
+            ids = [token for chunk in chunks[:-1] for token in chunk["choices"][0].get("token_ids", [])]
+            assert ids == choice["token_ids"]
 
     asyncio.run(scene())
 

@@ -7,6 +7,7 @@ import errno
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from epdctl.errors import LoadError
 from epdctl.gateway.intake import Intake
 from epdctl.gateway.service import GatewayService
 from epdctl.wire.config import Limits
+from epdctl.wire.serve import Prefill
 from tests.support.fake_ranks import Answering
 from tests.unit.gateway.harness import EPD, LANGUAGE, ask, data_url, house, image_part, picture, spec
 from tests.unit.gateway.model_files import write_model_files
@@ -327,11 +329,35 @@ def test_closing_answers_what_is_open() -> None:
         async with house(*EPD) as home:
             home.cluster["prefill/0"].script.mute = True
             asking = asyncio.create_task(home.chat(**ask()))
-            await home.open_requests(1)
+            await home.cluster["prefill/0"].hears(Prefill)
             await home.service.close()
             response = await asking
             assert response.status_code == 503
-            assert response.json()["error"]["code"] in ("stopping", "draining")
+            assert response.json()["error"]["code"] == "stopping"
+
+    asyncio.run(scene())
+
+
+def test_closing_answers_what_is_still_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request between body and pipeline when the gateway closes: it belongs to nobody's list yet."""
+    reading, go_on, order = threading.Event(), threading.Event(), Intake.order
+
+    def slow(intake: Intake, body: bytes) -> object:
+        reading.set()
+        go_on.wait(60)
+        return order(intake, body)
+
+    async def scene() -> None:
+        async with house(*EPD) as home:
+            monkeypatch.setattr(Intake, "order", slow)
+            asking = asyncio.create_task(home.chat(**ask()))
+            await asyncio.to_thread(reading.wait, 60)
+            closing = asyncio.create_task(home.service.close())
+            await asyncio.sleep(0)
+            go_on.set()
+            response = await asking
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "stopping")
+            await closing
 
     asyncio.run(scene())
 
