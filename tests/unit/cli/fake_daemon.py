@@ -43,13 +43,15 @@ HEALTHY = HealthReply(verdict="healthy", problems=[])
 
 @dataclass
 class Script:
-    """What the fake answers, and what it was asked. ``refuse``: raised by every command."""
+    """What the fake answers, and what it was asked. ``refuse``: raised by every command. ``drains_for_ever``: only a
+    forced ``down`` ends."""
 
     watched: Sequence[StatusReply] = (READY,)
     health: HealthReply = HEALTHY
     captures: Sequence[CaptureResult] = ()
     lines: Sequence[LogLine] = ()
     refuse: EpdError | None = None
+    drains_for_ever: bool = False
     asked: list[object] = field(default_factory=list)
 
 
@@ -89,6 +91,8 @@ class FakeDaemon:
             yield Event(
                 at=1.0, wall=1.0, kind="state", rank=RankName("encoder/0"), incarnation=Incarnation(1), state=state
             )
+            if self._script.drains_for_ever and not command.force:
+                await asyncio.Event().wait()
         shutil.rmtree(self._directory.path)
 
     async def logs(self, command: FollowLogs) -> AsyncGenerator[LogLine, None]:

@@ -141,6 +141,30 @@ def test_a_prefix_keeps_its_colour_and_has_none_off_a_terminal() -> None:
     assert rank_prefix("encoder/0", 12, colours=True) != rank_prefix("encoder/1", 12, colours=True).replace("1 ", "0 ")
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("out", "env", "coded"),
+    [
+        (Terminal(), {}, True),
+        (Terminal(), {"NO_COLOR": "1"}, False),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {"FORCE_COLOR": "1"}, False),
+    ],
+)
+def test_control_codes_only_where_they_are_welcome(
+    monkeypatch: pytest.MonkeyPatch, out: io.StringIO, env: dict[str, str], coded: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in ({"TERM": "xterm-256color"} | env).items():
+        monkeypatch.setenv(name, value)
+    show(tables.status_table(READY), out)
+    assert ("\x1b[" in out.getvalue()) == coded
+
+
 def test_off_a_terminal_a_table_is_plain_and_cut_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     out = io.StringIO()

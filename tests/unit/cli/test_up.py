@@ -116,6 +116,26 @@ def test_in_the_foreground_logs_follow_until_a_signal_drains_and_stops_it(
     assert signal.getsignal(number) is before
 
 
+def test_a_second_interrupt_kills(run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.script.drains_for_ever = True
+    cluster.script.lines = [LogLine(rank=RankName("encoder/0"), incarnation=Incarnation(1), text="busy")]
+    interrupts: list[int] = []
+
+    def interrupt_twice(*_: object) -> str:
+        if len(interrupts) < 2:
+            interrupts.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+        return "seen"
+
+    monkeypatch.setattr("epdctl.cli.loglines.LogPrinter.print", interrupt_twice)
+    monkeypatch.setattr("epdctl.cli.attach.event_line", interrupt_twice)
+    result = run("up", "demo.yaml")
+    assert result.exit_code == 0
+    assert cluster.script.asked[-2:] == [Down(), Down(force=True)]
+    assert "SIGINT: draining and stopping; once more to kill\nseen\nSIGINT: killing" in result.stderr
+    assert not cluster.directory.path.exists()
+
+
 def test_a_reader_that_closed_its_end_is_a_wish_to_stop(
     run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
