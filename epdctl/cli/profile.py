@@ -24,14 +24,13 @@ def start(
     json: options.Json = False,
     cluster: options.Cluster = None,
 ) -> None:
-    """Begin a recording: until `epdctl profile stop`, or, waiting for them, N engine steps (encoder: batches)."""
+    """Begin a recording. It ends at `epdctl profile stop`, or after N engine steps of each rank (encoder: batches)."""
     from epdctl.cli import console
 
-    daemon = options.client(ctx, cluster)
-    if steps is not None:
-        console.say(f"recording {steps} steps of each rank; a rank without work waits for it")
     directory = None if output is None else str(output.absolute())
-    _show(daemon.start_captures(ranks or [], steps=steps, output=directory), json=json)
+    reply = options.client(ctx, cluster).start_captures(ranks or [], steps=steps, output=directory)
+    console.say("recording; `epdctl profile stop` ends it, waits for the files and names them")
+    _show(reply, json=json)
 
 
 @app.command()

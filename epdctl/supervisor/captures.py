@@ -75,19 +75,17 @@ class Captures:
         self._told = True  # the newest recording's results were handed to somebody
         self._numbers = itertools.count(1)
 
-    async def start(self, command: StartCaptures, ranks: Sequence[RankName]) -> CaptureReply:
-        """With ``steps``: the results, when every rank is accounted for; without: at once, where the files will be."""
+    def start(self, command: StartCaptures, ranks: Sequence[RankName]) -> CaptureReply:
+        """Answers at once, with where the files will be; ranks end after ``steps``, at ``stop`` or at the deadline."""
         if self._recording is not None and not self._recording.finished.is_set():
             raise UserError("a capture is being recorded already", hint="end it with: epdctl profile stop")
         capture = f"{time.strftime('%Y%m%d-%H%M%S')}-{next(self._numbers)}"
         folder = _make(Path(command.output) if command.output else self._default / capture)
         recording = self._recording = _Recording(capture)
-        self._told = False
         self._studio.note(f"capture {capture} in {folder}")
         self._ask(recording, command, ranks, folder)
-        if command.steps is None and recording.pending:
-            return recording.reply()
-        return await self._results(recording)
+        self._told = not recording.pending
+        return recording.reply()
 
     async def stop(self) -> CaptureReply:
         recording = self._recording

@@ -68,7 +68,7 @@ class Commands:
 
     async def start_captures(self, command: StartCaptures) -> CaptureReply:
         ranks = select(command.ranks, self._daemon.ranks)
-        return await self._daemon.captures.start(command, ranks)
+        return self._daemon.captures.start(command, ranks)
 
     async def stop_captures(self) -> CaptureReply:
         return await self._daemon.captures.stop()

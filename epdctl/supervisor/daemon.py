@@ -187,9 +187,9 @@ class Daemon:
             case Ready(endpoints=endpoints):
                 life.endpoints = endpoints
                 self._post(member, ReadyReported(number))
-            case Heartbeat(unhealthy=unhealthy):
+            case Heartbeat():
                 life.beat = message
-                self._post(member, HeartbeatSeen(number, unhealthy))
+                self._post(member, HeartbeatSeen(number, message.unhealthy, message.standstill_s))
             case Drained():
                 self._post(member, DrainedReported(number))
             case CaptureWritten():

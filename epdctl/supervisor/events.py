@@ -44,6 +44,7 @@ class Timer(enum.Enum):
     KILL = "kill"
     BACKOFF = "backoff"
     STABLE = "stable"
+    SICK = "sick"
 
 
 # --- events: what happened -------------------------------------------------------------------------------------------
@@ -92,6 +93,7 @@ class ReadyReported:
 class HeartbeatSeen:
     incarnation: Incarnation
     unhealthy: str | None = None  # the rank's own reason
+    standstill: float = 0.0  # seconds that work is under way and nothing has come of it
 
 
 @dataclass(frozen=True, slots=True)

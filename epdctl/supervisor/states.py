@@ -193,12 +193,26 @@ def _beats(rules: Rules) -> tuple[Arm, Arm]:
 
 
 def _beat_ready(rank: Rank, event: HeartbeatSeen, now: float, rules: Rules) -> Outcome:
+    if event.standstill >= rules.deadlines.stuck:
+        return _stuck(rank, event, rules)
     if event.unhealthy is None:
         return rank, list(_beats(rules))
-    return _move(rank, UNHEALTHY, event.unhealthy, Arm(Timer.DEAD, rules.deadlines.dead))
+    return _move(rank, UNHEALTHY, event.unhealthy, Arm(Timer.DEAD, rules.deadlines.dead), _recovery(rules))
+
+
+def _recovery(rules: Rules) -> Arm:
+    """Not prolonged by heartbeats: whoever is unhealthy for so long does not get well by itself."""
+    return Arm(Timer.SICK, rules.deadlines.stuck)
+
+
+def _stuck(rank: Rank, event: HeartbeatSeen, rules: Rules) -> Outcome:
+    """It beats, so its loop lives; its work does not."""
+    return _overdue(rank, f"its work has stood still for {event.standstill:.3g} s", rules)
 
 
 def _beat_unhealthy(rank: Rank, event: HeartbeatSeen, now: float, rules: Rules) -> Outcome:
+    if event.standstill >= rules.deadlines.stuck:
+        return _stuck(rank, event, rules)
     if event.unhealthy is None:
         return _ready(rank, event, now, rules)
     return replace(rank, reason=event.unhealthy), [Arm(Timer.DEAD, rules.deadlines.dead)]
@@ -209,7 +223,7 @@ def _beat_draining(rank: Rank, event: HeartbeatSeen, now: float, rules: Rules) -
 
 
 def _silent(rank: Rank, event: TimerFired, now: float, rules: Rules) -> Outcome:
-    return _move(rank, UNHEALTHY, f"no heartbeat for {rules.deadlines.unhealthy:g} s")
+    return _move(rank, UNHEALTHY, f"no heartbeat for {rules.deadlines.unhealthy:g} s", _recovery(rules))
 
 
 # --- ending: by request ----------------------------------------------------------------------------------------------
@@ -305,6 +319,10 @@ def _dead(rank: Rank, event: TimerFired, now: float, rules: Rules) -> Outcome:
     return _overdue(rank, f"no heartbeat for {rules.deadlines.dead:g} s", rules)
 
 
+def _sick(rank: Rank, event: TimerFired, now: float, rules: Rules) -> Outcome:
+    return _overdue(rank, f"{rank.reason}; it was unhealthy for {rules.deadlines.stuck:g} s", rules)
+
+
 def _dead_draining(rank: Rank, event: TimerFired, now: float, rules: Rules) -> Outcome:
     reason = f"{rank.reason}; no heartbeat for {rules.deadlines.dead:g} s while draining"
     return _end(rank, reason, signal.SIGKILL, rules)
@@ -388,6 +406,7 @@ TIMERS: Mapping[tuple[RankState, Timer], Handler] = {
     (READY, Timer.DEAD): _dead,
     (READY, Timer.STABLE): _forgive,
     (UNHEALTHY, Timer.DEAD): _dead,
+    (UNHEALTHY, Timer.SICK): _sick,
     (DRAINING, Timer.DRAIN): _drained,
     (DRAINING, Timer.DEAD): _dead_draining,
     (STOPPING, Timer.KILL): _kill,

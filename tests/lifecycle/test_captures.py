@@ -19,12 +19,15 @@ class Studio:
 
     def __init__(self) -> None:
         self.told: list[tuple[RankName, SupervisorToRank]] = []
+        self.stopped = asyncio.Event()
 
     def connected(self, rank: RankName) -> Incarnation | None:
         return FIRST
 
     def tell(self, rank: RankName, message: SupervisorToRank) -> None:
         self.told.append((rank, message))
+        if isinstance(message, StopCapture):
+            self.stopped.set()
 
     def note(self, text: str) -> None:
         pass
@@ -37,9 +40,11 @@ def test_a_rank_that_never_answers_is_told_to_stop_and_then_given_up(tmp_path: P
     async def scenario() -> None:
         studio = Studio()
         captures = Captures(studio, tmp_path, Deadlines(record=0.01, write=0.01))
-        reply = await captures.start(StartCaptures(steps=5), [DECODE])
-        assert [result.error for result in reply.results] == ["did not write its trace within 0.01 s"]
+        captures.start(StartCaptures(steps=5), [DECODE])
+        await studio.stopped.wait()
         assert [type(message) for _, message in studio.told] == [StartCapture, StopCapture]
+        reply = await captures.stop()
+        assert [result.error for result in reply.results] == ["did not write its trace within 0.01 s"]
 
     asyncio.run(scenario())
 
@@ -48,7 +53,8 @@ def test_what_another_incarnation_or_another_capture_wrote_does_not_count(tmp_pa
     async def scenario() -> None:
         studio = Studio()
         captures = Captures(studio, tmp_path)
-        reply = asyncio.create_task(captures.start(StartCaptures(steps=5), [ENCODER, DECODE]))
+        captures.start(StartCaptures(steps=5), [ENCODER, DECODE])
+        reply = asyncio.create_task(captures.stop())
         await asyncio.sleep(0)
         written = CaptureWritten(capture=studio.capture(), path="/trace")
         captures.written(ENCODER, Incarnation(2), written)
@@ -68,7 +74,7 @@ def test_the_results_of_a_capture_that_ended_by_itself_are_told_once_at_stop(tmp
     async def scenario() -> None:
         studio = Studio()
         captures = Captures(studio, tmp_path)
-        await captures.start(StartCaptures(), [DECODE])
+        captures.start(StartCaptures(), [DECODE])
         captures.written(DECODE, FIRST, CaptureWritten(capture=studio.capture(), path="/trace"))
         assert [result.path for result in (await captures.stop()).results] == ["/trace"]
 

@@ -229,7 +229,8 @@ def test_a_capture_accounts_for_every_rank_one_that_dies_in_it_included(begin: B
     }
     cluster = begin(scripts)
     cluster.until_ready()
-    reply = cluster.client.start_captures(steps=3)
+    cluster.client.start_captures(steps=3)
+    reply = cluster.client.stop_captures()
     assert results(reply) == {
         "encoder/0": None,
         "prefill/0": "died while it was recording",
@@ -259,7 +260,8 @@ def test_a_capture_without_steps_lasts_until_it_is_stopped(begin: Begin) -> None
 def test_a_capture_of_ranks_by_name_tells_why_a_gateway_has_none(begin: Begin) -> None:
     cluster = begin({"gateway/0": Script(), "encoder/0": Script(), "encoder/1": Script()})
     cluster.until_ready()
-    reply = cluster.client.start_captures(["gateway/0", "encoder/1"], steps=1)
+    cluster.client.start_captures(["gateway/0", "encoder/1"], steps=1)
+    reply = cluster.client.stop_captures()
     assert results(reply) == {"gateway/0": "has no model to profile", "encoder/1": None}
     with pytest.raises(UserError, match="absolute"):
         cluster.client.start_captures(output="here")

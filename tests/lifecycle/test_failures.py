@@ -166,6 +166,22 @@ def test_a_rank_that_calls_itself_unhealthy_is_not_routed_to(begin: Begin) -> No
     assert cluster.client.health().verdict == "unhealthy"
 
 
+def test_a_rank_that_beats_while_its_work_stands_still_is_killed_and_restarted(begin: Begin) -> None:
+    scripts = {"encoder/0": [Script(standstill=61.0), Script()], "encoder/1": Script(standstill=59.0)}
+    cluster = begin(scripts, deadlines=shorter(stuck=60.0))
+    again = cluster.until_rank("encoder/0", READY, incarnation=2)
+    assert again.reason == "ready; last restart: its work has stood still for 61 s"
+    assert cluster.rank("encoder/1").incarnation == 1
+
+
+def test_a_rank_that_stays_unhealthy_is_killed_and_restarted(begin: Begin) -> None:
+    scripts = {"encoder/0": [Script(unhealthy="the canary was wrong"), Script()], "encoder/1": Script()}
+    cluster = begin(scripts, deadlines=shorter(stuck=0.3))
+    again = cluster.until_rank("encoder/0", READY, incarnation=2)
+    assert again.reason == "ready; last restart: the canary was wrong; it was unhealthy for 0.3 s"
+    assert cluster.rank("encoder/1").incarnation == 1
+
+
 def test_a_rank_that_does_not_read_is_killed_rather_than_buffered_for(begin: Begin) -> None:
     """Each restart of the other one tells everybody a table with its very long endpoint."""
     cluster = begin({"encoder/0": [Script(deaf=True), Script()], "encoder/1": Script(endpoint_bytes=900_000)})
