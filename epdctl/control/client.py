@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -89,17 +89,17 @@ class Client:
     def stop_captures(self) -> CaptureReply:
         return self._ask(StopCaptures(), CaptureReply, CAPTURE_SECONDS)
 
-    def watch(self) -> Iterator[StatusReply]:
+    def watch(self) -> Generator[StatusReply, None, None]:
         """The status now and on every change, until the cluster is gone or the iterator is closed."""
         return self._stream(Watch(), StatusReply, None)
 
-    def events(self, follow: bool = False, tail: int | None = None) -> Iterator[Event]:
+    def events(self, follow: bool = False, tail: int | None = None) -> Generator[Event, None, None]:
         return self._stream(GetEvents(follow=follow, tail=tail), Event, None if follow else ANSWER_SECONDS)
 
-    def logs(self, command: FollowLogs) -> Iterator[LogLine]:
+    def logs(self, command: FollowLogs) -> Generator[LogLine, None, None]:
         return self._stream(command, LogLine, None if command.follow else ANSWER_SECONDS)
 
-    def down(self, drain_s: float | None = None, force: bool = False) -> Iterator[Event]:
+    def down(self, drain_s: float | None = None, force: bool = False) -> Generator[Event, None, None]:
         """Events until the cluster has stopped. Ends when the daemon's process and its run directory are gone.
 
         Closing the iterator early does not call the command back.
@@ -116,7 +116,7 @@ class Client:
             raise EpdError(f"the daemon answered {type(command).__name__} with {type(reply).__name__}")
         raise Unreachable(f"the daemon closed the connection before it answered {type(command).__name__}", hint=_HINT)
 
-    def _stream(self, command: Command, kind: type[R], seconds: float | None) -> Iterator[R]:
+    def _stream(self, command: Command, kind: type[R], seconds: float | None) -> Generator[R, None, None]:
         for reply in self._replies(command, seconds):
             if isinstance(reply, Done):
                 return
@@ -125,7 +125,7 @@ class Client:
             yield reply
         raise Unreachable("the daemon ended in the middle of its answer", hint=_HINT)
 
-    def _replies(self, command: Command, seconds: float | None) -> Iterator[Reply]:
+    def _replies(self, command: Command, seconds: float | None) -> Generator[Reply, None, None]:
         """Each reply within ``seconds`` of the one before; raises what a Refused stands for."""
         with asyncio.Runner() as runner:
             stream = runner.run(self._connect())
