@@ -237,7 +237,7 @@ class EncoderService:
             log.info("the router left before its answer: %s", error)
 
     def pulse(self) -> Pulse:
-        return Pulse(inflight=len(self._items), completed=self._completed)
+        return Pulse(inflight=len(self._items), completed=self._completed, standstill=self._compute.job_seconds)
 
     async def drain(self) -> None:
         self._draining = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -26,9 +27,16 @@ class ComputeThread:
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_JOBS)
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._closed = False
+        self._since: float | None = None  # when the job under way began; written by the thread alone
         # A daemon thread: a forward that hangs must not keep a process alive that was told to leave.
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def job_seconds(self) -> float:
+        """How long the job under way has run; 0 between two jobs. A kernel that hangs is seen here."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
 
     async def run(self, job: Callable[[], T]) -> T:
         """The result of ``job``, or its exception. Cancelling the wait lets the job run to its end."""
@@ -78,7 +86,9 @@ class ComputeThread:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
+            self._since = time.monotonic()
             job()
+            self._since = None
         self._tell(self._settle_end, None)
 
     def _settle_end(self, _: None) -> None:

@@ -118,7 +118,11 @@ class LanguageRank(ABC, Generic[S, In]):
             return Pulse()
         pages = self._machine.pages
         return Pulse(
-            inflight=len(self._stays), completed=self._completed, free_pages=pages.free, total_pages=pages.total
+            inflight=len(self._stays),
+            completed=self._completed,
+            free_pages=pages.free,
+            total_pages=pages.total,
+            standstill=self._machine.compute.job_seconds,
         )
 
     async def drain(self) -> None:

@@ -182,6 +182,7 @@ class RankProcess:
             free_pages=pulse.free_pages,
             total_pages=pulse.total_pages,
             unhealthy=pulse.unhealthy,
+            standstill_s=pulse.standstill,
         )
 
     async def _stream_out(self, message: RankToSupervisor) -> None:

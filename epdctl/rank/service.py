@@ -22,6 +22,7 @@ class Pulse:
     free_pages: int = 0
     total_pages: int = 0
     unhealthy: str | None = None
+    standstill: float = 0.0  # seconds that the piece of work under way has run without an end
 
 
 class Service(Protocol):

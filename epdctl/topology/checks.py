@@ -170,6 +170,9 @@ def deadlines_are_in_order(file: TopologyFile) -> Iterator[Finding]:
     if deadlines.dead <= deadlines.unhealthy:
         problem = f"dead after {deadlines.dead:g} s, which is not later than unhealthy ({deadlines.unhealthy:g} s)"
         yield Finding(("deadlines", "dead"), problem, "write dead above unhealthy", (("deadlines", "unhealthy"),))
+    if deadlines.stuck <= deadlines.unhealthy:
+        problem = f"stuck after {deadlines.stuck:g} s, which is not later than unhealthy ({deadlines.unhealthy:g} s)"
+        yield Finding(("deadlines", "stuck"), problem, "write stuck above unhealthy", (("deadlines", "unhealthy"),))
 
 
 def restart_delays_are_in_order(file: TopologyFile) -> Iterator[Finding]:

@@ -39,6 +39,7 @@ class Deadlines:
     heartbeat: float = 1.0  # between two beats
     unhealthy: float = 5.0  # without a beat: UNHEALTHY, no longer routed to
     dead: float = 30.0  # without a beat: killed and restarted
+    stuck: float = 120.0  # one piece of work without an end, or unhealthy without recovery: killed and restarted
     drain: float = 30.0
     kill: float = 5.0  # from SIGTERM to SIGKILL
 

@@ -183,6 +183,10 @@ class DeadlinesSection(_Section):
     heartbeat: Seconds = Field(default=_DEADLINES.heartbeat, description="Between two heartbeats.")
     unhealthy: Seconds = Field(default=_DEADLINES.unhealthy, description="Without a heartbeat: no longer routed to.")
     dead: Seconds = Field(default=_DEADLINES.dead, description="Without a heartbeat: killed and restarted.")
+    stuck: Seconds = Field(
+        default=_DEADLINES.stuck,
+        description="One forward that does not end, or unhealthy without recovery: killed and restarted.",
+    )
     drain: Seconds = Field(default=_DEADLINES.drain, description="For requests in flight when a rank is to leave.")
     kill: Seconds = Field(default=_DEADLINES.kill, description="From SIGTERM to SIGKILL.")
 

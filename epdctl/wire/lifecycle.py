@@ -90,6 +90,7 @@ class Heartbeat(Message, frozen=True):
     free_pages: int = 0
     total_pages: int = 0
     unhealthy: str | None = None  # the rank's own reason, if it knows one
+    standstill_s: float = 0.0  # how long the piece of work under way has run without an end
 
 
 class Drained(Message, frozen=True):

@@ -65,6 +65,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     exit_when_ready: int | None = None
     no_beats: bool = False
     unhealthy: str | None = None
+    standstill: float = 0.0  # what every heartbeat says of the work under way, seconds
     deaf: bool = False  # read nothing after Hello
     drain_beats: int = 0  # heartbeats until Drained
     die_in_capture: bool = False
@@ -134,7 +135,13 @@ class Actor:
         completed = 0
         while not self.script.no_beats:
             completed += 1
-            await self.line.send(Heartbeat(inflight=1, completed=completed, unhealthy=self.script.unhealthy))
+            beat = Heartbeat(
+                inflight=1,
+                completed=completed,
+                unhealthy=self.script.unhealthy,
+                standstill_s=self.script.standstill,
+            )
+            await self.line.send(beat)
             if self.draining is not None:
                 self.draining -= 1
                 if self.draining < 0:

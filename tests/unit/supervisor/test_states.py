@@ -50,7 +50,7 @@ from epdctl.topology.plan import Deadlines, RestartMode, RestartPolicy
 from epdctl.wire.control import RankState
 
 POLICY = RestartPolicy(initial=1.0, maximum=8.0, budget=3, window=100.0, stable=60.0)
-DEADLINES = Deadlines(start=600.0, unhealthy=5.0, dead=30.0, drain=20.0, kill=4.0)
+DEADLINES = Deadlines(start=600.0, unhealthy=5.0, dead=30.0, stuck=90.0, drain=20.0, kill=4.0)
 RULES = Rules(POLICY, DEADLINES)
 FIRST = Incarnation(1)
 TERM, KILL = Signal(signal.SIGTERM), Signal(signal.SIGKILL)
@@ -209,7 +209,7 @@ def test_each_heartbeat_arms_both_watches_again() -> None:
 def test_silence_withdraws() -> None:
     life = unhealthy()
     assert (life.state, life.reason) == (RankState.UNHEALTHY, "no heartbeat for 5 s")
-    assert life.actions == [Withdraw(), Disarm(Timer.HEARTBEAT), Disarm(Timer.STABLE)]
+    assert life.actions == [Withdraw(), Disarm(Timer.HEARTBEAT), Disarm(Timer.STABLE), Arm(Timer.SICK, 90.0)]
 
 
 def test_a_ranks_own_complaint_withdraws_with_its_words() -> None:
@@ -229,6 +229,27 @@ def test_a_healthy_heartbeat_brings_it_back() -> None:
     assert life.state is RankState.READY
     assert life.actions[-1] == Advertise()
     assert Arm(Timer.HEARTBEAT, 5.0) in life.actions
+
+
+@pytest.mark.parametrize("before", [ready, unhealthy])
+def test_work_that_stands_still_kills_a_rank_that_beats(before: Make) -> None:
+    life = before().then(HeartbeatSeen(FIRST, standstill=89.9))
+    assert life.state is RankState.READY, "busy is not sick"
+    life = before().then(HeartbeatSeen(FIRST, standstill=90.0))
+    assert (life.state, life.reason) == (RankState.STOPPING, "its work has stood still for 90 s")
+    assert KILL in life.actions
+    assert life.crash().state is RankState.BACKOFF
+
+
+def test_a_rank_that_stays_unhealthy_by_its_own_word_is_killed_and_its_beats_do_not_save_it() -> None:
+    sick = HeartbeatSeen(FIRST, unhealthy="the canary was wrong")
+    life = ready().then(sick)
+    assert Arm(Timer.SICK, 90.0) in life.actions
+    assert life.then(sick).actions == [Arm(Timer.DEAD, 30.0)]
+    assert Disarm(Timer.SICK) in ready().then(sick, HeartbeatSeen(FIRST)).actions, "unless it recovers"
+    life.fires(Timer.SICK)
+    assert (life.state, life.reason) == (RankState.STOPPING, "the canary was wrong; it was unhealthy for 90 s")
+    assert life.crash().state is RankState.BACKOFF
 
 
 @pytest.mark.parametrize("before", [ready, unhealthy])

@@ -127,7 +127,7 @@ class World(RuleBasedStateMachine):
     def lose_a_peer(self) -> None:
         self.send(PeerLost("lost"))
 
-    @rule(behind=st.integers(0, 2), what=st.integers(0, 4))
+    @rule(behind=st.integers(0, 2), what=st.integers(0, 5))
     def hear(self, behind: int, what: int) -> None:
         """From the process, or late, from one before it."""
         number = Incarnation(self.rank.incarnation - behind)
@@ -135,6 +135,7 @@ class World(RuleBasedStateMachine):
             ReadyReported(number),
             HeartbeatSeen(number),
             HeartbeatSeen(number, "sick"),
+            HeartbeatSeen(number, standstill=DEADLINES.stuck),
             FatalReported(number, "fatal", restartable=True),
             DrainedReported(number),
         ]

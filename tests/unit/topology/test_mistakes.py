@@ -247,6 +247,13 @@ MISTAKES = [
         "several heartbeats",
     ),
     (
+        "stuck before unhealthy",
+        LANGUAGE + "deadlines: {stuck: «3s}",
+        "deadlines.stuck",
+        "stuck after 3 s, which is not later than unhealthy (5 s)",
+        "above unhealthy",
+    ),
+    (
         "dead before unhealthy",
         LANGUAGE + "deadlines: {dead: «3s}",
         "deadlines.dead",
