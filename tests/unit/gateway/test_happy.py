@@ -105,6 +105,7 @@ def test_stop_strings_cut_the_answer_and_free_the_ranks(monkeypatch: pytest.Monk
         async with house(*EPD) as home:
             whole = await home.text(**ask(max_tokens=40))
             stop = whole[5:8]
+            home.cluster["decode/0"].script.stop_after = 20  # it never ends by itself: only the stop string can
             response = (await home.chat(**ask(max_tokens=40, stop=[stop, "never said"]))).json()
             assert response["choices"][0]["message"]["content"] == whole[: whole.index(stop)]
             assert response["choices"][0]["finish_reason"] == "stop"
