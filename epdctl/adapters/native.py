@@ -21,6 +21,7 @@ SERVICES: Mapping[Stage, str] = {
     Stage.PREFILL: "epdctl.prefill.service:PrefillService",
     Stage.DECODE: "epdctl.decode.service:DecodeService",
     Stage.LANGUAGE: "epdctl.decode.language:LanguageService",
+    Stage.MONO: "epdctl.mono.service:MonoService",
 }
 
 _INHERITED = frozenset(

@@ -56,11 +56,12 @@ class _Job:
 
 
 class RouterService:
-    """A Service. Decisions are the Dispatcher's; here they become messages."""
+    """A Service. Decisions are the Dispatcher's; here they become messages. ``purpose``: of its endpoint."""
 
-    def __init__(self, spec: RankSpec) -> None:
+    def __init__(self, spec: RankSpec, *, purpose: str = "inbox") -> None:
         limits = spec.config.limits
         self._spec = spec
+        self._endpoint = spec.endpoint(purpose)
         self._clock = asyncio.get_running_loop().time
         self._dispatcher = Dispatcher(cap=limits.inflight, queue=limits.queue)
         self._jobs: dict[ItemKey, _Job] = {}
@@ -76,7 +77,7 @@ class RouterService:
         )
 
     async def start(self, progress: Progress) -> Endpoints:
-        self._inbox = Inbox(self._spec.endpoint("inbox"), CLIENT_TO_ROUTER, self._arrived)
+        self._inbox = Inbox(self._endpoint, CLIENT_TO_ROUTER, self._arrived)
         progress("sockets", 1, 1)
         return Endpoints(inbox=self._inbox.endpoint)
 
@@ -107,7 +108,7 @@ class RouterService:
 
     def _refusal(self, frames: list[memoryview]) -> tuple[FailureKind, str] | None:
         if self._draining:
-            return FailureKind.RANK_LOST, "the encoder router is being stopped"
+            return FailureKind.RANK_LOST, f"{self._spec.rank} is being stopped"
         if len(frames) != 1:
             return FailureKind.INTERNAL, f"an item came with {len(frames)} pictures"
         limit = self._spec.config.limits.media_bytes

@@ -23,6 +23,7 @@ from epdctl.errors import DeadlineExceeded, EpdError, PeerGone, RequestError, Tr
 from epdctl.ids import Stage
 from epdctl.rank.compute import ComputeThread
 from epdctl.rank.device import prepare_device
+from epdctl.rank.machine import Machine
 from epdctl.rank.peers import PeerTable
 from epdctl.rank.profile import Profiler
 from epdctl.rank.service import Progress, Pulse
@@ -88,12 +89,16 @@ class _Loaded:
 
 
 class EncoderService:
-    """A Service. ``load``: where its tower comes from."""
+    """A Service. ``load``: where its tower comes from.
 
-    def __init__(self, spec: RankSpec, *, load: LoadTower = load_tower) -> None:
+    ``beside``: the language model in the same process, whose compute thread and profiler it uses and leaves alone.
+    """
+
+    def __init__(self, spec: RankSpec, *, load: LoadTower = load_tower, beside: Machine | None = None) -> None:
         self._spec = spec
         self._load = load
-        self._compute = ComputeThread()
+        self._beside = beside
+        self._compute = ComputeThread() if beside is None else beside.compute
         self._preprocessing = ThreadPoolExecutor(spec.config.encoder.preprocess_threads, "preprocess")
         self._tasks = Tasks()
         self._notices = Notices()
@@ -109,7 +114,7 @@ class EncoderService:
         progress("weights", 0, 1)
         tower = await self._compute.run(self._load_tower)
         progress("weights", 1, 1)
-        profiler = Profiler(self._compute)
+        profiler = Profiler(self._compute) if self._beside is None else self._beside.profiler
         forward = Forward(tower, self._compute, profiler, self._spec.config.encoder.batch_patches)
         transport = open_transport(self._spec.config.transfer, self._spec)
         inbox = Inbox(self._spec.endpoint("inbox"), ROUTER_TO_WORKER, self._arrived)
@@ -256,7 +261,8 @@ class EncoderService:
         if self._loaded is not None:
             self._loaded.inbox.close()
             await self._loaded.transport.close()
-        await self._compute.close(seconds=0.2)
+        if self._beside is None:
+            await self._compute.close(seconds=0.2)
 
 
 def _landed(job: Encode, spec: TensorSpec) -> EmbeddingLanded:

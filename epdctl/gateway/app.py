@@ -75,7 +75,8 @@ def _add_reports(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        reasons = desk.pipeline.ranks.missing(pictures=True)
+        ranks = desk.pipeline.ranks
+        reasons = ranks.missing(pictures=ranks.sees)
         if desk.door.closed is not None:
             reasons.insert(0, desk.door.closed)
         status = "unavailable" if reasons else "ok"

@@ -10,7 +10,7 @@ from epdctl.errors import RequestError
 from epdctl.gateway.flight import Flight
 from epdctl.gateway.intake import Order
 from epdctl.gateway.ranks import Ranks, Reply
-from epdctl.ids import RequestId
+from epdctl.ids import RequestId, Stage
 from epdctl.telemetry.metrics import GatewayMeters
 from epdctl.wire.lifecycle import Peer
 
@@ -40,10 +40,10 @@ def _stopping() -> RequestError:
 class Pipeline:
     """Implements flight.Director. Lives on one event loop; its clock is the loop's."""
 
-    def __init__(self, meters: GatewayMeters) -> None:
+    def __init__(self, meters: GatewayMeters, planned: Sequence[Stage] = ()) -> None:
         self._loop = asyncio.get_running_loop()
         self._meters = meters
-        self._ranks = Ranks(self._receive, self._withdrawn)
+        self._ranks = Ranks(self._receive, self._withdrawn, planned)
         self._flights: dict[RequestId, Flight] = {}
         self._waiting: dict[RequestId, Flight] = {}  # in the order they came to wait
         self._alarms: dict[RequestId, asyncio.TimerHandle] = {}

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from epdctl.gateway.balance import Load, choose
 from epdctl.ids import RankName, Stage
 from epdctl.rank.peers import Links, PeerTable
 from epdctl.wire.encode import CLIENT_TO_ROUTER, ROUTER_TO_CLIENT, CancelEncode, ClientToRouter, RouterToClient
-from epdctl.wire.lifecycle import Peer
+from epdctl.wire.lifecycle import Endpoints, Peer
 from epdctl.wire.serve import (
     RANK_TO_GATEWAY,
     TO_DECODE,
@@ -31,7 +33,7 @@ Reply = RankToGateway | RouterToClient
 @dataclass(frozen=True, slots=True)
 class Route:
     """The ranks of one attempt. ``entry`` takes the prompt and grants slots, ``exit`` streams the tokens: a prefill
-    and a decode rank, or the same language rank twice."""
+    and a decode rank, or the same language or mono rank twice. ``router``: of a mono rank, its own."""
 
     entry: Peer
     exit: Peer
@@ -48,9 +50,17 @@ class Route:
 
 
 class Ranks:
-    """``received(peer, message)`` runs for each reply; ``lost(peer)`` once for each rank that is withdrawn."""
+    """``received(peer, message)`` runs for each reply; ``lost(peer)`` once for each rank that is withdrawn.
 
-    def __init__(self, received: Callable[[Peer, Reply], None], lost: Callable[[Peer], None]) -> None:
+    ``planned``: the model stages of the cluster; empty when that is not known.
+    """
+
+    def __init__(
+        self,
+        received: Callable[[Peer, Reply], None],
+        lost: Callable[[Peer], None],
+        planned: Collection[Stage] = (),
+    ) -> None:
         def from_rank(peer: Peer, message: RankToGateway, _: list[memoryview]) -> None:
             received(peer, message)
 
@@ -64,19 +74,21 @@ class Ranks:
             RANK_TO_GATEWAY, TO_DECODE, from_rank, stages=frozenset({Stage.DECODE}), lost=lost
         )
         self.language: Links[RankToGateway, ToLanguage] = Links(
-            RANK_TO_GATEWAY, TO_LANGUAGE, from_rank, stages=frozenset({Stage.LANGUAGE}), lost=lost
+            RANK_TO_GATEWAY, TO_LANGUAGE, from_rank, stages=frozenset({Stage.LANGUAGE, Stage.MONO}), lost=lost
         )
         self.router: Links[RouterToClient, ClientToRouter] = Links(
             ROUTER_TO_CLIENT, CLIENT_TO_ROUTER, from_router, stages=frozenset({Stage.ENCODER_ROUTER}), lost=lost
         )
         self._encoders = PeerTable(frozenset({Stage.ENCODER}))
+        self._planned = frozenset(planned)
         self._pending: Counter[Peer] = Counter()
         self._last: dict[Stage, RankName] = {}
 
     def peers_changed(self, peers: Sequence[Peer]) -> None:
         self._encoders.replace(peers)
-        for links in (self.prefill, self.decode, self.language, self.router):
+        for links in (self.prefill, self.decode, self.language):
             links.peers_changed(peers)
+        self.router.peers_changed([*peers, *(_own_router(peer) for peer in peers if peer.stage is Stage.MONO)])
 
     def close(self) -> None:
         for links in (self.prefill, self.decode, self.language, self.router):
@@ -87,54 +99,62 @@ class Ranks:
 
     # -- choosing --
 
+    @property
+    def sees(self) -> bool:
+        """Whether the cluster was made to take pictures."""
+        return not self._planned or not self._planned.isdisjoint({Stage.ENCODER, Stage.MONO})
+
     def missing(self, *, pictures: bool) -> list[str]:
         """What stands between a request and an answer; empty when a path exists."""
-        missing = []
-        if not self._pairs and not len(self.language.table):
-            missing += [f"no {stage} rank is ready" for stage, table in self._halves if not len(table)]
-        if pictures and not len(self.router.table):
-            missing.append("no encoder-router is ready")
-        if pictures and not len(self._encoders):
-            missing.append("no encoder rank is ready")
+        if self._exits(pictures=pictures):
+            return []
+        missing = [f"no {stage} rank is ready" for stage in self._model_stages if not self._ready(stage)]
+        if pictures and Stage.MONO not in self._planned:
+            if not self._routers:
+                missing.append("no encoder-router is ready")
+            if not len(self._encoders):
+                missing.append("no encoder rank is ready")
         return missing
 
     def route(self, *, pictures: bool, avoid: Collection[RankName] = ()) -> Route | None:
         """The least loaded ranks, or None while a stage has none. ``avoid``: taken only when there is no other."""
-        if self.missing(pictures=pictures):
+        exits = self._exits(pictures=pictures)
+        if not exits:
             return None
-        router = self._pick(self.router.table, Stage.ENCODER_ROUTER, avoid) if pictures else None
-        exits = [table for table in (self._exits_of_pairs, self.language.table) if table is not None and len(table)]
-        leaving = self._least(exits, avoid)
+        leaving = self._choose(exits, Stage.DECODE, avoid)
+        if leaving.stage is Stage.MONO:
+            return Route(leaving, leaving, _own_router(leaving) if pictures else None)
+        router = self._choose(self._routers, Stage.ENCODER_ROUTER, avoid) if pictures else None
         if leaving.stage is Stage.LANGUAGE:
             return Route(leaving, leaving, router)
-        return Route(self._pick(self.prefill.table, Stage.PREFILL, avoid), leaving, router)
+        return Route(self._choose(list(self.prefill.table), Stage.PREFILL, avoid), leaving, router)
+
+    def _exits(self, *, pictures: bool) -> list[Peer]:
+        """Every rank that could stream the answer, as things stand. A mono rank needs nobody else."""
+        halves = self.decode.table if len(self.prefill.table) else ()
+        encoded = not pictures or (self._routers and len(self._encoders))
+        return [peer for peer in (*halves, *self.language.table) if encoded or peer.stage is Stage.MONO]
 
     @property
-    def _halves(self) -> tuple[tuple[Stage, PeerTable], ...]:
-        return (Stage.PREFILL, self.prefill.table), (Stage.DECODE, self.decode.table)
+    def _routers(self) -> list[Peer]:
+        """Those that serve any rank."""
+        return [peer for peer in self.router.table if peer.rank.stage is Stage.ENCODER_ROUTER]
 
     @property
-    def _pairs(self) -> bool:
-        return all(len(table) for _, table in self._halves)
+    def _model_stages(self) -> tuple[Stage, ...]:
+        """Those whose ranks a prompt passes through, as planned."""
+        whole = tuple(stage for stage in (Stage.LANGUAGE, Stage.MONO) if stage in self._planned)
+        return whole or (Stage.PREFILL, Stage.DECODE)
 
-    @property
-    def _exits_of_pairs(self) -> PeerTable | None:
-        return self.decode.table if self._pairs else None
+    def _ready(self, stage: Stage) -> bool:
+        tables = (self.prefill.table, self.decode.table, self.language.table)
+        return any(table.of(stage) for table in tables)
 
-    def _least(self, tables: Sequence[PeerTable], avoid: Collection[RankName]) -> Peer:
-        """Of decode and language ranks together; both lead to an answer."""
-        peers = [peer for table in tables for peer in table]
-        return self._choose(peers, self._last.get(Stage.DECODE), Stage.DECODE, avoid)
-
-    def _pick(self, table: PeerTable, stage: Stage, avoid: Collection[RankName]) -> Peer:
-        return self._choose(list(table), self._last.get(stage), stage, avoid)
-
-    def _choose(
-        self, peers: Sequence[Peer], after: RankName | None, circle: Stage, avoid: Collection[RankName]
-    ) -> Peer:
+    def _choose(self, peers: Sequence[Peer], circle: Stage, avoid: Collection[RankName]) -> Peer:
+        """The least loaded; ``circle``: whose last choice the next tie goes on from."""
         loads = [Load(peer.rank, self._pending[peer]) for peer in peers]
-        chosen = choose(loads, after=after, avoid=avoid)
-        assert chosen is not None, "a table that route() had seen filled is empty"
+        chosen = choose(loads, after=self._last.get(circle), avoid=avoid)
+        assert chosen is not None, "nobody to choose from"
         self._last[circle] = chosen
         return next(peer for peer in peers if peer.rank == chosen)
 
@@ -160,7 +180,13 @@ class Ranks:
             self.prefill.send(peer, message)
         elif peer.stage is Stage.DECODE:
             self.decode.send(peer, message)
-        elif peer.stage is Stage.LANGUAGE:
+        elif peer.stage in (Stage.LANGUAGE, Stage.MONO):
             self.language.send(peer, message)
         else:
             self.router.send(peer, CancelEncode(request=message.request, attempt=message.attempt))
+
+
+def _own_router(mono: Peer) -> Peer:
+    """A mono rank's second inbox, as the encoder router that it is for its own requests."""
+    endpoints = Endpoints(inbox=mono.endpoints.encode)
+    return msgspec.structs.replace(mono, stage=Stage.ENCODER_ROUTER, endpoints=endpoints)

@@ -75,7 +75,7 @@ class GatewayService:
         self._meters = GatewayMeters(
             inflight=lambda: self._door.open_tickets, media_bytes=lambda: self._door.held_bytes
         )
-        self._pipeline = Pipeline(self._meters)
+        self._pipeline = Pipeline(self._meters, config.gateway.stages)
         self._pool = ThreadPoolExecutor(max(1, min(MOST_THREADS, config.threads)), thread_name_prefix="intake")
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None

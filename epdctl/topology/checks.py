@@ -40,7 +40,7 @@ def check(file: TopologyFile) -> list[Finding]:
 
 def something_is_served(file: TopologyFile) -> Iterator[Finding]:
     if not any(file.stages.present()):
-        remedy = "add encoder, prefill and decode, or encoder and language"
+        remedy = "add encoder, prefill and decode; or encoder and language; or mono"
         yield Finding(("stages",), "no stage is there", remedy, (("stages",),))
 
 
@@ -66,10 +66,18 @@ def encoder_has_a_reader(file: TopologyFile) -> Iterator[Finding]:
         yield Finding(("stages", "encoder"), problem, "add prefill and decode, or language")
 
 
-def mono_is_not_served(file: TopologyFile) -> Iterator[Finding]:
-    if file.stages.mono:
-        remedy = "use encoder and language, both with share, to put them on one GPU"
-        yield Finding(("stages", "mono"), "mono is not served yet", remedy)
+def mono_stands_alone(file: TopologyFile) -> Iterator[Finding]:
+    others = [name for name, _ in _stages(file) if name != "mono"]
+    if file.stages.mono and others:
+        problem = f"mono beside {' and '.join(others)}: mono is every stage, in one process"
+        yield Finding(("stages", "mono"), problem, "keep mono, or the other stages")
+
+
+def mono_moves_nothing(file: TopologyFile) -> Iterator[Finding]:
+    backend = file.transfer.backend
+    if file.stages.mono and backend != "auto":
+        problem = f"transfer over {backend}, but a mono rank keeps its embeddings in its own memory"
+        yield Finding(("transfer", "backend"), problem, "write auto, or remove it", (("stages", "mono"),))
 
 
 def tensor_parallel_is_not_served(file: TopologyFile) -> Iterator[Finding]:
@@ -194,7 +202,8 @@ CHECKS: tuple[Check, ...] = (
     prefill_and_decode_come_together,
     language_stands_alone,
     encoder_has_a_reader,
-    mono_is_not_served,
+    mono_stands_alone,
+    mono_moves_nothing,
     tensor_parallel_is_not_served,
     gpu_list_matches_ranks,
     gpu_is_listed_once,

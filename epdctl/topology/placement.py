@@ -91,9 +91,12 @@ def _port_complaints(topology: Topology, ports_in_use: Mapping[int, str]) -> lis
 
 
 def _attention_complaints(model: ModelConfig, on_cpu: set[Stage]) -> list[Complaint]:
-    if model.attention != "varlen" or (Stage.ENCODER not in on_cpu and model.dtype != "float32"):
+    towers = {Stage.ENCODER: "the encoder", Stage.MONO: "mono"}
+    where = next((f"{name} runs on the CPU" for stage, name in towers.items() if stage in on_cpu), None)
+    if model.dtype == "float32":
+        where = where or "dtype is float32"
+    if model.attention != "varlen" or where is None:
         return []
-    where = "the encoder runs on the CPU" if Stage.ENCODER in on_cpu else "dtype is float32"
     return [Complaint(("model", "attention"), f"varlen needs a GPU and 16-bit numbers, but {where}", "write auto")]
 
 
@@ -108,8 +111,12 @@ def _settle(topology: Topology, checkpoint: Checkpoint, hardware: Hardware, seat
     return _Settled(
         model=_model(topology, checkpoint, all_on_gpu=len(seating.seats) == ranks),
         limits=_limits(file.limits, [s for _, s in file.stages.present() if isinstance(s, LanguageStage)]),
-        transfer=TransferConfig(backend="zmq", embedding_bytes=file.transfer.embedding_pool),
-        gateway=GatewayConfig(host=file.gateway.host, port=file.gateway.port),
+        transfer=TransferConfig(
+            backend="memory" if file.stages.mono else "zmq", embedding_bytes=file.transfer.embedding_pool
+        ),
+        gateway=GatewayConfig(
+            host=file.gateway.host, port=file.gateway.port, stages=[stage for stage, _ in file.stages.present()]
+        ),
         heartbeat=file.deadlines.heartbeat,
         spare=max(1, hardware.cores // ranks),
     )

@@ -24,6 +24,7 @@ __all__ = [
     "LanguageStage",
     "LimitsSection",
     "ModelSection",
+    "MonoStage",
     "RestartSection",
     "StageSection",
     "Stages",
@@ -113,22 +114,27 @@ class LanguageStage(StageSection):
     max_batch: int = Field(default=_ENGINE.max_batch, ge=1, description="Sequences of one step.")
 
 
+class MonoStage(LanguageStage, EncoderStage):
+    """Vision tower and language model in one process."""
+
+
 def _defaults_when_empty(value: object) -> object:
     return {} if value is None else value
 
 
 _Encoder = Annotated[EncoderStage | None, BeforeValidator(_defaults_when_empty)]
 _Language = Annotated[LanguageStage | None, BeforeValidator(_defaults_when_empty)]
+_Mono = Annotated[MonoStage | None, BeforeValidator(_defaults_when_empty)]
 
 
 class Stages(_Section):
-    """encoder + prefill + decode, or encoder + language; without encoder the cluster answers text only."""
+    """encoder + prefill + decode, encoder + language, or mono. Without a vision tower the cluster answers text only."""
 
     encoder: _Encoder = Field(default=None, description="Pictures to embeddings.")
     prefill: _Language = Field(default=None, description="The prompt to a KV cache and a first token; needs decode.")
     decode: _Language = Field(default=None, description="One token at a time; needs prefill.")
     language: _Language = Field(default=None, description="Prefill and decode in one process, without a handoff.")
-    mono: _Language = Field(default=None, description="The tower too, in one process; not served yet.")
+    mono: _Mono = Field(default=None, description="All of them in one process; stands alone.")
 
     def present(self) -> Iterator[tuple[Stage, StageSection]]:
         """The stages written down, in the order of a request."""
@@ -158,7 +164,7 @@ class TransferSection(_Section):
 
     backend: Literal["auto", "zmq"] = Field(default="auto", description="auto: what this machine does best; now zmq.")
     embedding_pool: Bytes = Field(
-        default=_TRANSFER.embedding_bytes, description="Memory of each prefill or language rank for embeddings."
+        default=_TRANSFER.embedding_bytes, description="Memory of each prefill, language or mono rank for embeddings."
     )
 
 

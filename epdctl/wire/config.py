@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from epdctl.ids import Incarnation, LocalGpu, RankName, RunId, Stage
 from epdctl.wire.message import Message, Part
 
@@ -22,7 +24,7 @@ class ModelConfig(Part, frozen=True):
 
     path: str  # local directory
     name: str  # what the API calls it
-    family: str  # "qwen2_5_vl": the module names in families/ and engine/families/
+    family: str  # "qwen2_5_vl", …: the module names in families/ and engine/families/
     dtype: str = "float32"  # float32 | bfloat16 | float16
     attention: str = "auto"
     image_processor: str = "pil"  # pil | torchvision: they differ in pixels, so the plan pins one
@@ -64,6 +66,7 @@ class TransferConfig(Part, frozen=True):
 class GatewayConfig(Part, frozen=True):
     host: str = "127.0.0.1"
     port: int = 8000
+    stages: list[Stage] = []  # model stages of the plan, so that the gateway can say what is not there
 
 
 class RankConfig(Part, frozen=True):
@@ -97,6 +100,7 @@ class RankSpec(Message, frozen=True):
     supervisor: str  # path of the daemon's unix socket for ranks
     sockets: str  # directory for this rank's own endpoints; short, 0700
     config: RankConfig
+    part: str = ""  # a part of a rank's process, which the process's other parts reach and nobody else
 
     @property
     def rank(self) -> RankName:
@@ -104,4 +108,9 @@ class RankSpec(Message, frozen=True):
 
     def endpoint(self, purpose: str) -> str:
         """A ZMQ address that no other incarnation ever has: ``ipc://…/encoder-0.2.inbox``."""
-        return f"ipc://{self.sockets}/{self.rank.file_stem}.{self.incarnation}.{purpose}"
+        name = f"{self.sockets}/{self.rank.file_stem}.{self.incarnation}"
+        return f"inproc://{name}.{self.part}.{purpose}" if self.part else f"ipc://{name}.{purpose}"
+
+    def within(self, part: str) -> RankSpec:
+        """The spec of a service that is one part of this rank: the same in all but its endpoints."""
+        return msgspec.structs.replace(self, part=part)

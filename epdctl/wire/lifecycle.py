@@ -41,6 +41,7 @@ class Endpoints(Part, frozen=True):
     inbox: str | None = None  # ZMQ ROUTER: control messages of the data plane
     transfer: str | None = None  # where its transport listens
     http: str | None = None  # http://host:port
+    encode: str | None = None  # of a mono rank: a second inbox, which takes pictures as an encoder router's does
 
 
 class Peer(Part, frozen=True):

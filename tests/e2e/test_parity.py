@@ -73,7 +73,7 @@ def truth(checkpoint: Path) -> Truth:
     return Truth(checkpoint)
 
 
-@pytest.fixture(scope="module", params=["epd", "language"])
+@pytest.fixture(scope="module", params=["epd", "language", "mono"])
 def cluster(request: pytest.FixtureRequest) -> Cluster:
     found = request.getfixturevalue(request.param)
     assert isinstance(found, Cluster)

@@ -178,3 +178,11 @@ stages:
   encoder: {{dp: 1}}
   language: {{chunk_tokens: {chunk}, kv_tokens: 16384}}
 """
+
+MONO = """
+model: {{path: {model}, name: tiny}}
+gateway: {{port: ${{EPDCTL_PORT}}}}
+stages:
+  mono: {{chunk_tokens: {chunk}, kv_tokens: 16384}}
+restart: {{initial: 0.1, maximum: 1}}
+"""

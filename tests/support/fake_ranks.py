@@ -1,4 +1,4 @@
-"""Scripted prefill, decode, language and router ranks that speak the real protocol over real ipc sockets.
+"""Scripted prefill, decode, language, mono and router ranks that speak the real protocol over real ipc sockets.
 
 Their model is arithmetic: the next token follows from everything before it and from the pictures' bytes, so that a
 resumed answer can be compared with an undisturbed one. The handoff between prefill and decode stays in memory.
@@ -98,6 +98,8 @@ class Job:
 class FakeRank:
     """One rank: an inbox, what it heard, and a script."""
 
+    purpose = ""
+
     def __init__(self, cluster: FakeCluster, rank: RankName, incarnation: int, codec: Codec[Any]) -> None:
         self.cluster = cluster
         self.rank = rank
@@ -107,13 +109,16 @@ class FakeRank:
         self.senders: list[Sender] = []  # of each message heard
         self.stopped: list[Job] = []
         self.changed = asyncio.Event()
-        endpoint = f"ipc://{cluster.directory}/{rank.file_stem}.{incarnation}"
+        endpoint = f"ipc://{cluster.directory}/{rank.file_stem}.{incarnation}{self.purpose}"
         self.inbox: Inbox[Any] = Inbox(endpoint, codec, self._receive)
 
     @property
     def peer(self) -> Peer:
         endpoints = Endpoints(inbox=self.inbox.endpoint)
         return Peer(rank=self.rank, stage=self.rank.stage, incarnation=self.incarnation, endpoints=endpoints)
+
+    def close(self) -> None:
+        self.inbox.close()
 
     async def hears(self, kind: type[M], count: int = 1) -> list[M]:
         """Waits until ``count`` messages of this kind have come."""
@@ -302,12 +307,34 @@ class FakeLanguage(Answering):
         self.grant(job)
 
 
+class FakeOwnRouter(FakeRouter):
+    purpose = ".encode"
+
+
+class FakeMono(FakeLanguage):
+    """A language rank with a router of its own behind a second inbox."""
+
+    def __init__(self, cluster: FakeCluster, rank: RankName, incarnation: int, codec: Codec[Any]) -> None:
+        super().__init__(cluster, rank, incarnation, codec)
+        self.router = FakeOwnRouter(cluster, rank, incarnation, CLIENT_TO_ROUTER)
+
+    @property
+    def peer(self) -> Peer:
+        endpoints = Endpoints(inbox=self.inbox.endpoint, encode=self.router.inbox.endpoint)
+        return Peer(rank=self.rank, stage=self.rank.stage, incarnation=self.incarnation, endpoints=endpoints)
+
+    def close(self) -> None:
+        super().close()
+        self.router.close()
+
+
 CODECS: dict[Stage, tuple[type[FakeRank], Codec[Any]]] = {
     Stage.ENCODER: (FakeEncoder, CLIENT_TO_ROUTER),
     Stage.ENCODER_ROUTER: (FakeRouter, CLIENT_TO_ROUTER),
     Stage.PREFILL: (FakePrefill, TO_PREFILL),
     Stage.DECODE: (FakeDecode, TO_DECODE),
     Stage.LANGUAGE: (FakeLanguage, TO_LANGUAGE),
+    Stage.MONO: (FakeMono, TO_LANGUAGE),
 }
 
 
@@ -342,7 +369,7 @@ class FakeCluster:
         return made
 
     def kill(self, name: str) -> None:
-        self.ranks.pop(RankName(name)).inbox.close()
+        self.ranks.pop(RankName(name)).close()
         self.publish()
 
     def publish(self) -> None:
@@ -350,7 +377,7 @@ class FakeCluster:
 
     def close(self) -> None:
         for rank in self.ranks.values():
-            rank.inbox.close()
+            rank.close()
 
     def waiting(self, room: Room) -> Job:
         """What a decode rank has for a room whose prompt has not come."""

@@ -28,7 +28,7 @@ def complete(line: str) -> list[str]:
         ("epdctl logs enc", ["encoder-router/0", "encoder/0", "encoder", "encoder-router"]),
         ("epdctl restart dec", ["decode/0", "decode"]),
         ("epdctl status --cluster de", ["demo"]),
-        ("epdctl init cpu", ["cpu-demo"]),
+        ("epdctl init cpu", ["cpu-demo", "cpu-mono"]),
         ("epdctl heal", ["health"]),
     ],
 )

@@ -46,6 +46,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 SHAPES = {
     "cpu-demo": (0, {"encoder": 2, "prefill": 1, "decode": 1}),
+    "cpu-mono": (0, {"mono": 1}),
     "1gpu": (1, {"encoder": 1, "prefill": 1, "decode": 1}),
     "2gpu-e1-pd1": (2, {"encoder": 1, "language": 1}),
     "4gpu-e2-p1-d1": (4, {"encoder": 2, "prefill": 1, "decode": 1}),
@@ -61,7 +62,9 @@ def test_every_profile_is_planned_here() -> None:
 def test_profiles(profile: str, checkpoint: Path) -> None:
     gpus, stages = SHAPES[profile]
     made = planned(PROFILES / f"{profile}.yaml", checkpoint, machine(gpus))
-    assert Counter(one.stage.value for one in made.ranks) == {"gateway": 1, "encoder-router": 1, **stages}
+    front = {"gateway": 1, "encoder-router": 1} if "encoder" in stages else {"gateway": 1}
+    assert Counter(one.stage.value for one in made.ranks) == front | stages
+    assert {one.value for one in made.ranks[0].config.gateway.stages} == set(stages)
     assert made.cluster == profile
     used = {one.uuid for each in made.ranks for one in each.gpus}
     assert used == set(UUIDS[:gpus])
@@ -139,7 +142,7 @@ def test_a_cpu_rank_sees_no_gpu(checkpoint: Path) -> None:
 
 
 def test_every_served_stage_has_a_service(checkpoint: Path) -> None:
-    assert set(SERVICES) == (MODEL_STAGES | {Stage.GATEWAY, Stage.ENCODER_ROUTER}) - {Stage.MONO}
+    assert set(SERVICES) == MODEL_STAGES | {Stage.GATEWAY, Stage.ENCODER_ROUTER}
     made = planned(PROFILES / "cpu-demo.yaml", checkpoint, machine())
     assert all(one.config.service == SERVICES[one.stage] for one in made.ranks)
     assert made.adapter in ADAPTERS

@@ -202,11 +202,18 @@ MISTAKES = [
         "keep language, or",
     ),
     (
-        "mono",
-        "model: {path: x}\nstages: {mono: «{}}",
+        "mono and language",
+        "model: {path: x}\nstages: {encoder: {}, language: {}, mono: «{}}",
         "stages.mono",
-        "mono is not served yet",
-        "use encoder and language, both with share",
+        "mono beside encoder and language",
+        "keep mono, or",
+    ),
+    (
+        "a backend for mono",
+        "model: {path: x}\ntransfer: {backend: «zmq}\nstages: {mono: {}}",
+        "transfer.backend",
+        "a mono rank keeps its embeddings",
+        "remove it",
     ),
     (
         "tensor parallel",

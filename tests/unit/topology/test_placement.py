@@ -264,3 +264,20 @@ def test_no_gpu_is_ever_promised_twice(encoder: dict, prefill: dict, decode: dic
         assert wish.gpu is None or seating.seats[wish.rank].index == wish.gpu
     for shares in promised.values():
         assert len(shares) == 1 or sum(2.0 if share is None else share for share in shares) <= 1 + 1e-9
+
+
+def test_mono_takes_the_settings_of_both_models_and_needs_no_router() -> None:
+    mono = "{replicas: 2, threads: 3, batch_patches: 99, preprocess_threads: 5, kv_tokens: 640, chunk_tokens: 32}"
+    made = plan(MODEL + f"stages: {{mono: {mono}}}", machine(gpus=2))
+    assert seats(made) == {"mono/0": "0", "mono/1": "1"}
+    assert {str(one.rank) for one in made.ranks} == {"gateway/0", "mono/0", "mono/1"}
+    config = rank(made, "mono/1").config
+    assert (config.threads, config.encoder.batch_patches, config.encoder.preprocess_threads) == (3, 99, 5)
+    assert (config.engine.kv_tokens, config.engine.chunk_tokens, config.limits.max_context) == (640, 32, 640)
+    assert config.transfer.backend == "memory"
+    assert "transfer: backend: auto → memory" in made.notes
+
+
+def test_varlen_attention_of_a_mono_rank_on_the_cpu() -> None:
+    (line,) = refused("model: {path: x, attention: varlen, dtype: bfloat16}\nstages: {mono: {}}", machine())
+    assert "but mono runs on the CPU" in line
