@@ -17,17 +17,17 @@ from epdctl.wire.serve import FinishReason, KvLayout, PromptItem, Sampling
 if TYPE_CHECKING:
     from epdctl.engine.attention import PagedBatch
 
-__all__ = ["Advance", "LanguageModel", "NewSequence", "Prepared", "StepInput", "Tower"]
+__all__ = ["Advance", "LanguageModel", "NewSequence", "Prepared", "StepInput", "Tower", "Visual"]
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """One item after preprocessing, on the CPU."""
 
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int]  # families.base.Picture's
     rows: int  # embeddings to come
     patches: int  # what the forward costs
-    pixels: torch.Tensor  # [patches, values of a patch]
+    pixels: torch.Tensor  # [patches, values of a patch], or [tiles, 3, height, width]
 
 
 class Tower(Protocol):
@@ -49,6 +49,14 @@ class Tower(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Visual:
+    """What the rows of a step's items hold beyond the embedding of their placeholder."""
+
+    mask: torch.Tensor  # [tokens] bool: the placeholders of this step
+    beyond: torch.Tensor  # [placeholders, row_width - hidden]
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """One packed forward: the new tokens of several sequences, one behind the other."""
 
@@ -56,6 +64,7 @@ class StepInput:
     positions: torch.Tensor  # [3, tokens] int64: time, height, width
     paged: PagedBatch  # where each token's KV goes, and what it may look at
     wanted: torch.Tensor  # [n] int64: rows whose logits are needed
+    visual: Visual | None = None  # None too for a step without placeholders
 
 
 class LanguageModel(Protocol):
@@ -69,6 +78,11 @@ class LanguageModel(Protocol):
 
     @property
     def hidden_size(self) -> int: ...
+
+    @property
+    def row_width(self) -> int:
+        """Values of one row of an item, as the family's tower makes it: the placeholder's embedding comes first."""
+        ...
 
     def layout(self, page_size: int) -> KvLayout: ...
 
@@ -92,7 +106,7 @@ class NewSequence:
     ``computed`` tokens are in the pages already: 0 for a prompt to prefill; ``len(tokens) - 1`` on a decode rank, where
     ``tokens`` ends with the first token that prefill sampled, and ``rope_delta`` came with it.
     ``max_new_tokens``: tokens the engine samples before it finishes with LENGTH (a prefill rank asks for 1).
-    ``embeddings[index]``: [rows, width] of the item ``index``; views of slots, read until the prompt is computed.
+    ``embeddings[index]``: [rows, row_width] of the item ``index``; views of slots, read until the prompt is computed.
     """
 
     id: str

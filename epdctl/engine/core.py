@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 
-from epdctl.engine.api import Advance, LanguageModel, NewSequence, StepInput
+from epdctl.engine.api import Advance, LanguageModel, NewSequence, StepInput, Visual
 from epdctl.engine.attention import PagedBatch, Span
 from epdctl.engine.kv import KvPool
 from epdctl.engine.pages import pages_for
@@ -105,21 +105,30 @@ class Engine:
         device = self.language.device
         ends = torch.tensor([part.slice.count for part in parts]).cumsum(0) - 1
         positions = torch.cat([part.sequence.positions(part.slice.start, part.end) for part in parts], dim=1)
+        embeds, visual = self._embeds(parts)
         return StepInput(
-            embeds=self._embeds(parts),
+            embeds=embeds,
             positions=positions.to(device),
             paged=PagedBatch.build(self.kv, [part.span for part in parts]),
             wanted=ends[torch.tensor([part.samples for part in parts])].to(device),
+            visual=visual,
         )
 
-    def _embeds(self, parts: list[_Part]) -> torch.Tensor:
+    def _embeds(self, parts: list[_Part]) -> tuple[torch.Tensor, Visual | None]:
+        """Of the tokens, with the rows of items laid over their placeholders; and what those rows hold beyond that."""
         tokens = [token for part in parts for token in part.sequence.tokens[part.slice.start : part.end]]
         embeds = self.language.embed(tokens)
-        row = 0
+        hidden = self.language.hidden_size
+        beyond = embeds.new_zeros(len(tokens), self.language.row_width - hidden)
+        mask = torch.zeros(len(tokens), dtype=torch.bool)  # on the CPU, so that asking it does not wait for a GPU
+        start = 0
         for part in parts:
-            _lay_in(embeds[row : row + part.slice.count], part)
-            row += part.slice.count
-        return embeds
+            for at, rows in _placed(part):
+                place = slice(start + at, start + at + len(rows))
+                embeds[place], beyond[place] = rows.to(embeds).tensor_split([hidden], dim=1)
+                mask[place] = True
+            start += part.slice.count
+        return embeds, Visual(mask.to(embeds.device), beyond[mask]) if beyond.shape[1] and mask.any() else None
 
     def _advance(self, part: _Part, logits: torch.Tensor | None) -> Advance:
         sequence = part.sequence
@@ -168,7 +177,7 @@ class Engine:
             if item.offset < 0 or item.offset + item.rows > len(new.tokens):
                 raise RequestError(400, f"item {item.index} reaches beyond the prompt of {len(new.tokens)} tokens")
             if item.offset + item.rows > new.computed:
-                _check_rows(item.index, item.rows, new.embeddings, self.language.hidden_size)
+                _check_rows(item.index, item.rows, new.embeddings, self.language.row_width)
 
 
 def _check_rows(index: int, rows: int, embeddings: Mapping[int, torch.Tensor], width: int) -> None:
@@ -181,14 +190,13 @@ def _check_rows(index: int, rows: int, embeddings: Mapping[int, torch.Tensor], w
         )
 
 
-def _lay_in(embeds: torch.Tensor, part: _Part) -> None:
-    """Overwrite the placeholders of this slice with their items' rows. ``embeds``: [count, hidden] of this slice."""
+def _placed(part: _Part) -> Iterator[tuple[int, torch.Tensor]]:
+    """The items' rows that fall into this slice: where in it they begin, and [rows, row_width]."""
     start, end = part.slice.start, part.end
     for item in part.sequence.new.items:
         first, last = max(start, item.offset), min(end, item.offset + item.rows)
         if first < last:
-            rows = part.sequence.new.embeddings[item.index][first - item.offset : last - item.offset]
-            embeds[first - start : last - start] = rows.to(embeds)
+            yield first - start, part.sequence.new.embeddings[item.index][first - item.offset : last - item.offset]
 
 
 def build_engine(

@@ -12,7 +12,11 @@ from epdctl.families.files import read_json
 __all__ = ["SERVED", "open_family"]
 
 # model_type → the class of its torch-free half; the module's name is the family's
-SERVED: dict[str, str] = {"qwen2_5_vl": "Qwen25VL"}
+SERVED: dict[str, str] = {
+    "llava_onevision": "LlavaOnevision",
+    "qwen2_5_vl": "Qwen25VL",
+    "qwen3_vl": "Qwen3VL",
+}
 
 
 def open_family(directory: Path) -> Family:

@@ -20,7 +20,7 @@ __all__ = ["Family", "Picture", "Prompt"]
 class Picture:
     """What the family's processor makes of one picture."""
 
-    grid: tuple[int, int, int]  # (t, h, w) in patches, before merging
+    grid: tuple[int, int, int]  # the family's own three numbers, from which its tower and its positions know the rest
     rows: int  # embeddings, and so placeholder tokens
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from epdctl.errors import LoadError
 
-__all__ = ["read_json", "read_json_if_there"]
+__all__ = ["read_image_processor", "read_json", "read_json_if_there"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,3 +29,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_if_there(path: Path) -> dict[str, Any]:
     """Empty when there is no such file."""
     return read_json(path) if path.exists() else {}
+
+
+def read_image_processor(directory: Path) -> dict[str, Any]:
+    """The image processor's settings, looked for as transformers does: newer checkpoints keep those of all processors
+    in one file. Raises LoadError when there are none."""
+    nested = read_json_if_there(directory / "processor_config.json").get("image_processor")
+    return nested if isinstance(nested, dict) else read_json(directory / "preprocessor_config.json")

@@ -1,17 +1,15 @@
-"""Qwen2.5-VL without torch: how many tokens a picture becomes, and where they go in the prompt."""
+"""Qwen2.5-VL without torch: how many tokens a picture becomes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epdctl.errors import LoadError
-from epdctl.families.base import Picture, Prompt
-from epdctl.families.files import read_json, read_json_if_there
-from epdctl.wire.serve import PromptItem
+from epdctl.families.base import Picture
+from epdctl.families.files import read_image_processor
+from epdctl.families.pictures import PictureFamily, refuse_empty
 
 __all__ = ["PictureRule", "Qwen25VL"]
 
@@ -29,7 +27,7 @@ class PictureRule:
 
     @classmethod
     def read(cls, config: dict[str, Any]) -> PictureRule:
-        """From preprocessor_config.json: the old ``min_pixels`` wins over the new ``size.shortest_edge``, as there."""
+        """Of the image processor: the old ``min_pixels`` wins over the new ``size.shortest_edge``, as there."""
         size = config.get("size") or {}
         return cls(
             patch=config.get("patch_size", cls.patch),
@@ -40,8 +38,7 @@ class PictureRule:
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """(rows, columns) of patches. Raises ValueError for a shape that no scaling makes sense of."""
-        if width < 1 or height < 1:
-            raise ValueError(f"a picture of {width} x {height} pixels is empty")
+        refuse_empty(width, height)
         if max(width, height) / min(width, height) > MAX_ASPECT:
             raise ValueError(f"a picture of {width} x {height} pixels is longer than {MAX_ASPECT} times its breadth")
         scaled_height, scaled_width = self._scaled(height, width)
@@ -66,61 +63,14 @@ class PictureRule:
         return nearest
 
 
-class Qwen25VL:
-    """Implements families.base.Family."""
+class Qwen25VL(PictureFamily):
+    """Implements families.base.Family. A grid is (t, h, w) in patches, before merging."""
 
     def __init__(self, directory: Path) -> None:
-        config = read_json(directory / "config.json")
-        self.rule = PictureRule.read(read_json(directory / "preprocessor_config.json"))
-        self.image_token = _integer(config, "image_token_id", directory)
-        self._end = _end_tokens(read_json_if_there(directory / "generation_config.json"), config)
-        if not self._end:
-            raise LoadError(f"{directory} names no eos_token_id, neither in generation_config.json nor in config.json")
-
-    @property
-    def end_token_ids(self) -> Sequence[int]:
-        return self._end
+        self.rule = PictureRule.read(read_image_processor(directory))
+        super().__init__(directory)
 
     def picture_tokens(self, width: int, height: int, of: int) -> Picture:
         """``of`` changes nothing here: a lone picture is treated like one of many."""
         rows, columns = self.rule.grid(width, height)
         return Picture(grid=(1, rows, columns), rows=rows * columns // self.rule.merge**2)
-
-    def expand(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> Prompt:
-        found = sum(token == self.image_token for token in tokens)
-        if found != len(pictures):
-            raise ValueError(f"the prompt has {found} places for pictures, and there are {len(pictures)} pictures")
-        prompt = Prompt([], [])
-        for token in tokens:
-            if token == self.image_token:
-                self._place(prompt, pictures[len(prompt.items)])
-            else:
-                prompt.tokens.append(token)
-        return prompt
-
-    def _place(self, prompt: Prompt, picture: Picture) -> None:
-        item = PromptItem(
-            index=len(prompt.items),
-            modality="image",
-            grid=list(picture.grid),
-            offset=len(prompt.tokens),
-            rows=picture.rows,
-        )
-        prompt.items.append(item)
-        prompt.tokens.extend([self.image_token] * picture.rows)
-
-
-def _integer(config: dict[str, Any], key: str, directory: Path) -> int:
-    value = config.get(key)
-    if not isinstance(value, int):
-        raise LoadError(f"{directory}/config.json: {key} is {value!r}, not a token id")
-    return value
-
-
-def _end_tokens(generation: dict[str, Any], config: dict[str, Any]) -> list[int]:
-    """The first of the places where a checkpoint may name them that does."""
-    for source in (generation, config, config.get("text_config") or {}):
-        named = source.get("eos_token_id")
-        if named is not None:
-            return list(named) if isinstance(named, list) else [named]
-    return []

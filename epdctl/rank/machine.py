@@ -79,7 +79,7 @@ def _native_engine(config: RankConfig, progress: Progress) -> Loaded:
     from epdctl.engine.core import build_engine  # torch and transformers: seconds, and in the compute thread
 
     engine = build_engine(config.model, config.engine, prepare_device(config), progress)
-    return Loaded(engine, engine.kv, engine.language.hidden_size)
+    return Loaded(engine, engine.kv, engine.language.row_width)
 
 
 def _open_transport(spec: RankSpec) -> Transport:

@@ -52,7 +52,7 @@ class MediaItem(Part, frozen=True):
     modality: str  # "image"
     content_hash: str  # blake2b-128 of the bytes, hex
     of: int  # how many items the request has (some processors tile a lone picture)
-    grid: list[int]  # (t, h, w) in patches, from the header by families.picture_tokens; the encoder checks it
+    grid: list[int]  # three numbers of the family, from the header by families.picture_tokens; the encoder checks them
     rows: int  # embeddings that will come
 
 

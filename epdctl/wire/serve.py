@@ -82,7 +82,7 @@ class PromptItem(Part, frozen=True):
 
     index: int
     modality: str
-    grid: list[int]  # (t, h, w) in patches, before merging
+    grid: list[int]  # three numbers of the family: (t, h, w) in patches where positions follow from them
     offset: int
     rows: int
 

@@ -51,7 +51,7 @@ def numbered(number: int) -> Callable[[int], Case]:
 def setup(language: LanguageModel, pages: int, chunk_tokens: int = 32) -> Setup:
     kv = KvPool(language.layout(16), pages)
     config = EngineConfig(page_size=16, chunk_tokens=chunk_tokens, kv_tokens=pages * 16)
-    loaded = Loaded(Engine(language, kv, config), kv, language.hidden_size)
+    loaded = Loaded(Engine(language, kv, config), kv, language.row_width)
     return Setup(pages=pages, embedding_bytes=4 << 20, loaded=loaded)
 
 

@@ -28,6 +28,7 @@ class SumModel:
     device = torch.device("cpu")
     vocab_size = VOCAB
     hidden_size = 1
+    row_width = 1
 
     def layout(self, page_size: int) -> KvLayout:
         return KvLayout(page_size=page_size, layers=1, kv_heads=1, head_dim=1, dtype="float32")

@@ -1,0 +1,71 @@
+"""From the bytes of a picture to RGB pixels of the promised size, and to what the family's processor makes of them."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from epdctl.engine.families.halves import load_refusals
+from epdctl.errors import LoadError, RequestError
+from epdctl.families.base import Family
+from epdctl.wire.config import ModelConfig
+from epdctl.wire.encode import MediaItem
+
+__all__ = ["check_grid", "load_processor", "open_picture"]
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow knows more, and some of them start other programs
+
+# What Pillow raises over bytes that are no picture, or half of one.
+_BROKEN = (OSError, SyntaxError, ValueError, IndexError, KeyError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def open_picture(media: bytes | memoryview, item: MediaItem, family: Family) -> Image.Image:
+    """Upright, RGB, its alpha dropped: transformers' own treatment of alpha changes between versions, ours does not.
+
+    The pixels are decoded only once the header has the promised size, lying or standing. Raises RequestError (400).
+    """
+    try:
+        with Image.open(io.BytesIO(media), formats=_FORMATS) as picture:
+            _check_header(picture.size, item, family)
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except _BROKEN as error:
+        raise RequestError(400, f"picture {item.index} cannot be decoded: {error}", code="invalid_image") from error
+
+
+def check_grid(item: MediaItem, found: Sequence[int]) -> None:
+    """Raises RequestError (400) for a picture that is not what the request was sized for."""
+    if list(found) != list(item.grid):
+        text = f"picture {item.index} is {[*found]}, the request was sized for {[*item.grid]}"
+        raise RequestError(400, text, code="invalid_image")
+
+
+def load_processor(model: ModelConfig, kinds: dict[str, Callable[[], Any]]) -> Any:
+    """``kinds``: what image_processor may say, and how to get that class: they differ in pixels, so the plan pins one.
+
+    Raises LoadError.
+    """
+    if model.image_processor not in kinds:
+        raise LoadError(
+            f"no image processor {model.image_processor!r}", hint=f"image_processor: {' or '.join(sorted(kinds))}"
+        )
+    with load_refusals(Path(model.path)):
+        return kinds[model.image_processor]().from_pretrained(model.path, local_files_only=True)
+
+
+def _check_header(size: tuple[int, int], item: MediaItem, family: Family) -> None:
+    """Of the two ways in which the picture may be turned, one must be as promised."""
+    standing, lying = (family.picture_tokens(*each, item.of) for each in (size, size[::-1]))
+    for found in (lying, standing):
+        if (list(found.grid), found.rows) == (list(item.grid), item.rows):
+            return
+    check_grid(item, standing.grid)
+    raise RequestError(
+        400,
+        f"picture {item.index} makes {standing.rows} rows, the request was sized for {item.rows}",
+        code="invalid_image",
+    )

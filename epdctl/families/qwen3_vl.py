@@ -1,0 +1,11 @@
+"""Qwen3-VL without torch: its pictures are cut as Qwen2.5-VL's, into the larger patches that its checkpoint names."""
+
+from __future__ import annotations
+
+from epdctl.families.qwen2_5_vl import Qwen25VL
+
+__all__ = ["Qwen3VL"]
+
+
+class Qwen3VL(Qwen25VL):
+    """Implements families.base.Family. DeepStack makes a row wider, not the rows more: no token is added."""
