@@ -1,0 +1,184 @@
+"""Triton kernels between the matrix products: one pass over memory each, float32 inside.
+
+Sizes that differ from batch to batch are never compile-time constants, so each kernel is compiled once per model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from epdctl.engine.fast.ops import MAX_WINDOW, Angles, Places, Runs, Values
+from epdctl.engine.fast.parts import Norm
+
+__all__ = ["KernelOps"]
+
+
+class KernelOps:
+    """Implements ops.Ops for contiguous tensors on one GPU."""
+
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        out = torch.empty_like(x)
+        self._norm(x, None, norm, out)
+        return out
+
+    def add_norm(self, x: torch.Tensor, delta: torch.Tensor, norm: Norm) -> torch.Tensor:
+        self._norm(x, delta, norm, delta)  # the sum is read before it is written, row by row
+        return delta
+
+    def _norm(self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm, out: torch.Tensor) -> None:
+        width = norm.weight.shape[0]
+        _add_norm[(x.numel() // width,)](
+            x, delta if delta is not None else x, norm.weight, norm.bias if norm.bias is not None else norm.weight, out,
+            norm.eps, WIDTH=width, BLOCK=triton.next_power_of_2(width), ADD=delta is not None,
+            CENTRED=norm.centred, BIASED=norm.bias is not None, num_warps=4 if width <= 2048 else 8,
+        )  # fmt: skip
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        rows, width = x.shape[0], x.shape[1] // 2
+        out = x.new_empty(rows, width)
+        _gate[(rows,)](x, out, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=8)
+        return out
+
+    def rotate(self, qkv: torch.Tensor, angles: Angles) -> None:
+        patches, _, heads, width = qkv.shape
+        half = width // 2
+        _rotate[(patches,)](
+            qkv, angles.cos, angles.sin, HEADS=2 * heads, ALL=3 * heads, HALF=half,
+            BLOCK_HEADS=triton.next_power_of_2(2 * heads), BLOCK=triton.next_power_of_2(half), num_warps=4,
+        )  # fmt: skip
+
+    def windows(self, qkv: torch.Tensor, angles: Angles, runs: Runs, scale: float) -> torch.Tensor:
+        patches, _, heads, width = qkv.shape
+        out = qkv.new_empty(patches, heads * width)
+        _windows[(heads, runs.count)](
+            qkv, angles.cos, angles.sin, runs.borders, out, scale * 1.4426950408889634, HEADS=heads, HALF=width // 2,
+            ROWS=MAX_WINDOW, BLOCK=triton.next_power_of_2(width // 2), BLOCK_WIDTH=triton.next_power_of_2(width),
+            num_warps=4,
+        )  # fmt: skip
+        return out
+
+    def attend(self, qkv: torch.Tensor, runs: Runs, scale: float) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        query, key, value = qkv.unbind(1)
+        attention: Any = varlen_attn  # its signature grew between releases
+        found = attention(query, key, value, runs.borders, runs.borders, runs.longest, runs.longest, scale=scale)
+        assert isinstance(found, torch.Tensor)
+        return found.flatten(1)
+
+    def cut(self, pixels: torch.Tensor, places: Places, values: Values) -> torch.Tensor:
+        patches, side = places.starts.shape[0], values.side
+        out = torch.empty(patches, 3 * values.frames * side * side, dtype=values.dtype, device=pixels.device)
+        _cut[(patches,)](
+            pixels, places.starts, places.strides, values.table, out, SIDE=side, FRAMES=values.frames,
+            BLOCK=triton.next_power_of_2(3 * side * side), num_warps=4,
+        )  # fmt: skip
+        return out
+
+
+@triton.jit
+def _add_norm(
+    x, delta, weight, bias, out, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, CENTRED: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    there = columns < WIDTH
+    at = tl.program_id(0).to(tl.int64) * WIDTH + columns
+    value = tl.load(x + at, there, 0).to(tl.float32)
+    if ADD:
+        value += tl.load(delta + at, there, 0).to(tl.float32)
+        tl.store(x + at, value.to(x.dtype.element_ty), there)
+    if CENTRED:
+        value = tl.where(there, value - tl.sum(value, 0) / WIDTH, 0.0)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
+    value *= tl.load(weight + columns, there, 0).to(tl.float32)
+    if BIASED:
+        value += tl.load(bias + columns, there, 0).to(tl.float32)
+    tl.store(out + at, value.to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _gate(x, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    there = columns < WIDTH
+    gate = tl.load(x + row * (2 * WIDTH) + columns, there, 0).to(tl.float32)
+    up = tl.load(x + row * (2 * WIDTH) + WIDTH + columns, there, 0).to(tl.float32)
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * WIDTH + columns, value.to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _rotate(
+    qkv, cos, sin,
+    HEADS: tl.constexpr, ALL: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, BLOCK)
+    heads = tl.arange(0, BLOCK_HEADS)[:, None]
+    there = (heads < HEADS) & (within < HALF)[None, :]
+    turn = tl.load(cos + row * HALF + within, within < HALF, 0)[None, :]
+    lift = tl.load(sin + row * HALF + within, within < HALF, 0)[None, :]
+    at = qkv + row * (ALL * 2 * HALF) + heads * (2 * HALF) + within[None, :]
+    left = tl.load(at, there, 0).to(tl.float32)
+    right = tl.load(at + HALF, there, 0).to(tl.float32)
+    tl.store(at, (left * turn - right * lift).to(qkv.dtype.element_ty), there)
+    tl.store(at + HALF, (right * turn + left * lift).to(qkv.dtype.element_ty), there)
+
+
+@triton.jit
+def _windows(
+    qkv, cos, sin, borders, out, scale,
+    HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One head of one window. ``scale`` is for powers of two."""
+    head = tl.program_id(0)
+    start = tl.load(borders + tl.program_id(1))
+    end = tl.load(borders + tl.program_id(1) + 1)
+    rows = start + tl.arange(0, ROWS)
+    here = (rows < end)[:, None]
+    rows = rows.to(tl.int64)[:, None]
+    within = tl.arange(0, BLOCK)[None, :]
+    half = here & (within < HALF)
+    turn = tl.load(cos + rows * HALF + within, half, 0)
+    lift = tl.load(sin + rows * HALF + within, half, 0)
+    kind = qkv.dtype.element_ty
+    query = qkv + rows * (6 * HEADS * HALF) + head * (2 * HALF)
+    left = tl.load(query + within, half, 0).to(tl.float32)
+    right = tl.load(query + HALF + within, half, 0).to(tl.float32)
+    query_left = (left * turn - right * lift).to(kind)
+    query_right = (right * turn + left * lift).to(kind)
+    key = query + 2 * HEADS * HALF
+    left = tl.load(key + within, half, 0).to(tl.float32)
+    right = tl.load(key + HALF + within, half, 0).to(tl.float32)
+    scores = tl.dot(query_left, tl.trans((left * turn - right * lift).to(kind)))
+    scores += tl.dot(query_right, tl.trans((right * turn + left * lift).to(kind)))
+    scores = tl.where((start + tl.arange(0, ROWS))[None, :] < end, scores * scale, float("-inf"))
+    weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
+    total = tl.sum(weights, 1)[:, None]
+    across = tl.arange(0, BLOCK_WIDTH)[None, :]
+    whole = here & (across < 2 * HALF)
+    value = tl.load(query + 4 * HEADS * HALF + across, whole, 0)
+    found = tl.dot(weights.to(kind), value) / total
+    tl.store(out + rows * (2 * HEADS * HALF) + head * (2 * HALF) + across, found.to(kind), whole)
+
+
+@triton.jit
+def _cut(pixels, starts, strides, table, out, SIDE: tl.constexpr, FRAMES: tl.constexpr, BLOCK: tl.constexpr):
+    patch = tl.program_id(0).to(tl.int64)
+    start = tl.load(starts + patch)
+    stride = tl.load(strides + patch)
+    area: tl.constexpr = SIDE * SIDE
+    at = tl.arange(0, BLOCK)
+    there = at < 3 * area
+    channel = at // area
+    place = at % area
+    byte = tl.load(pixels + start + (place // SIDE) * stride + (place % SIDE) * 3 + channel, there, 0)
+    value = tl.load(table + channel * 256 + byte.to(tl.int32), there, 0).to(out.dtype.element_ty)
+    first = out + patch * (3 * FRAMES * area) + channel * (FRAMES * area) + place
+    for frame in tl.static_range(FRAMES):
+        tl.store(first + frame * area, value, there)
