@@ -36,6 +36,7 @@ class Forward:
         self._waiting: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self.batches = 0
+        self.made = 0  # items
 
     async def encode(self, prepared: Prepared) -> torch.Tensor:
         """[rows, width]. Cancelling the wait takes the item out, unless its forward has begun."""
@@ -53,6 +54,7 @@ class Forward:
                 continue
             embeddings = await self._compute.run(lambda batch=batch: self._forward(batch))  # type: ignore[misc]
             self.batches += 1
+            self.made += len(batch)
             for item, embedding in zip(batch, embeddings, strict=True):
                 if not item.result.done():
                     item.result.set_result(embedding)

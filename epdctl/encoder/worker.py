@@ -15,11 +15,13 @@ from typing import Protocol, assert_never
 
 import torch
 
+from epdctl.encoder.canary import Canary, Watch, picture_canary
 from epdctl.encoder.forward import Forward
+from epdctl.encoder.making import Makings, Refused, Size
 from epdctl.encoder.notices import Notices
 from epdctl.engine.api import Prepared, Tower
 from epdctl.engine.loading import load_tower
-from epdctl.errors import DeadlineExceeded, EpdError, PeerGone, RequestError, TransferError
+from epdctl.errors import DeadlineExceeded, PeerGone, RequestError, TransferError
 from epdctl.ids import Stage
 from epdctl.rank.compute import ComputeThread
 from epdctl.rank.device import prepare_device
@@ -43,6 +45,7 @@ from epdctl.wire.encode import (
     ItemEncoded,
     ItemFailed,
     ItemSized,
+    MediaItem,
     RouterToWorker,
     WorkerToRouter,
 )
@@ -57,14 +60,6 @@ log = logging.getLogger(__name__)
 
 class LoadTower(Protocol):
     def __call__(self, model: ModelConfig, device: torch.device) -> Tower: ...
-
-
-class _Refused(EpdError):
-    """This item ends here, and ``kind`` says why."""
-
-    def __init__(self, kind: FailureKind, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +78,30 @@ class _Loaded:
 
     tower: Tower
     forward: Forward
+    makings: Makings
+    watch: Watch
     profiler: Profiler
     transport: Transport
     inbox: Inbox[RouterToWorker]
 
 
 class EncoderService:
-    """A Service. ``load``: where its tower comes from.
+    """A Service. ``load``: where its tower comes from; ``canary``: what it proves itself with.
 
     ``beside``: the language model in the same process, whose compute thread and profiler it uses and leaves alone.
     """
 
-    def __init__(self, spec: RankSpec, *, load: LoadTower = load_tower, beside: Machine | None = None) -> None:
+    def __init__(
+        self,
+        spec: RankSpec,
+        *,
+        load: LoadTower = load_tower,
+        canary: Callable[[ModelConfig], Canary] = picture_canary,
+        beside: Machine | None = None,
+    ) -> None:
         self._spec = spec
         self._load = load
+        self._canary = canary
         self._beside = beside
         self._compute = ComputeThread() if beside is None else beside.compute
         self._preprocessing = ThreadPoolExecutor(spec.config.encoder.preprocess_threads, "preprocess")
@@ -116,10 +121,16 @@ class EncoderService:
         progress("weights", 1, 1)
         profiler = Profiler(self._compute) if self._beside is None else self._beside.profiler
         forward = Forward(tower, self._compute, profiler, self._spec.config.encoder.batch_patches)
+        config = self._spec.config.encoder
+        makings = Makings(self._prepared, forward.encode, self._tasks, config.cache_bytes)
+        watch = Watch(self._measure, lambda: forward.made, config)
         transport = open_transport(self._spec.config.transfer, self._spec)
         inbox = Inbox(self._spec.endpoint("inbox"), ROUTER_TO_WORKER, self._arrived)
-        self._loaded = _Loaded(tower, forward, profiler, transport, inbox)
+        self._loaded = _Loaded(tower, forward, makings, watch, profiler, transport, inbox)
         self._tasks.start(forward.run(), "forward")
+        await watch.calibrate()
+        progress("canary", 1, 1)
+        self._tasks.start(watch.run(), "canary")
         return Endpoints(inbox=inbox.endpoint, transfer=transport.endpoint)
 
     def _load_tower(self) -> Tower:
@@ -182,9 +193,8 @@ class EncoderService:
         """The whole way of one item. An error that is not listed ends the rank."""
         try:
             async with asyncio.timeout(work.job.budget_s):
-                spec = await self._produce(work)
-            answer: WorkerToRouter = ItemEncoded(dispatch=work.dispatch, spec=spec)
-        except _Refused as error:
+                answer: WorkerToRouter = await self._produce(work)
+        except Refused as error:
             answer = ItemFailed(dispatch=work.dispatch, kind=error.kind, text=error.message)
         except (TimeoutError, DeadlineExceeded):
             text = f"not encoded within {work.job.budget_s:.1f} s"
@@ -193,47 +203,59 @@ class EncoderService:
             answer = ItemFailed(dispatch=work.dispatch, kind=FailureKind.RANK_LOST, text=error.message)
         self._tell(work.router, answer)
 
-    async def _produce(self, work: _Work) -> TensorSpec:
+    async def _produce(self, work: _Work) -> ItemEncoded:
         loop = asyncio.get_running_loop()
         budget = loop.time() + work.job.budget_s
-        prepared = await loop.run_in_executor(self._preprocessing, self._prepare, work)
-        spec = self._sized(work, prepared)
-        self._tell(work.router, ItemSized(dispatch=work.dispatch, spec=spec))
-        embedding = await self._here.forward.encode(prepared)
+        with self._here.makings.open(work.media, work.job.item) as reading:
+            spec = self._sized(work, await reading.size())
+            self._tell(work.router, ItemSized(dispatch=work.dispatch, spec=spec))
+            embedding = await reading.embedding()
         if spec_of(embedding) != spec:
-            raise _Refused(FailureKind.INTERNAL, f"the tower made {list(embedding.shape)}, {spec.shape} was planned")
+            raise Refused(FailureKind.INTERNAL, f"the tower made {list(embedding.shape)}, {spec.shape} was planned")
         slot = work.job.slot
         pieces = spread(as_bytes(embedding), slot.extents)
         await self._here.transport.write(slot, pieces, seconds=max(0.0, budget - loop.time()))
         self._notices.send(work.job.notify, _landed(work.job, spec))
-        return spec
+        kept = self._here.makings.cache.bytes
+        return ItemEncoded(dispatch=work.dispatch, spec=spec, source=reading.source, cache_bytes=kept)
 
-    def _prepare(self, work: _Work) -> Prepared:
+    async def _measure(self) -> float:
+        """The norm of the canary's embedding, made as every item's is."""
+        canary = self._canary(self._spec.config.model)
+        embedding = await self._here.forward.encode(await self._prepared(memoryview(canary.media), canary.item))
+        return await self._compute.run(lambda: float(torch.linalg.vector_norm(embedding.float())))
+
+    async def _prepared(self, media: memoryview, item: MediaItem) -> Prepared:
+        """Raises Refused, for one too that is not what the prompt and the slot were made for."""
+        loop = asyncio.get_running_loop()
+        prepared = await loop.run_in_executor(self._preprocessing, self._prepare, media, item)
+        if (list(prepared.grid), prepared.rows) != (item.grid, item.rows):
+            text = f"the picture makes {prepared.rows} rows of grid {list(prepared.grid)}"
+            raise Refused(FailureKind.BAD_MEDIA, f"{text}, and its header promised {item.rows} of {item.grid}")
+        return prepared
+
+    def _prepare(self, media: memoryview, item: MediaItem) -> Prepared:
         """On a preprocessing thread. What goes wrong with one picture is that picture's end, not the rank's."""
         try:
-            return self._here.tower.prepare(work.media, work.job.item)
+            return self._here.tower.prepare(media, item)
         except RequestError as error:
             kind = FailureKind.TOO_LARGE if error.status == 413 else FailureKind.BAD_MEDIA
-            raise _Refused(kind, error.message) from error
+            raise Refused(kind, error.message) from error
         except MemoryError:
             raise
         except Exception as error:
-            log.exception("preprocessing failed for item %d of %s", work.job.item.index, work.job.request)
-            raise _Refused(FailureKind.INTERNAL, f"preprocessing failed: {error}") from error
+            log.exception("preprocessing failed for item %d", item.index)
+            raise Refused(FailureKind.INTERNAL, f"preprocessing failed: {error}") from error
 
-    def _sized(self, work: _Work, prepared: Prepared) -> TensorSpec:
-        """What will be written, once it is sure that this is what the prompt and the slot were made for."""
-        item, slot = work.job.item, work.job.slot
-        if (list(prepared.grid), prepared.rows) != (item.grid, item.rows):
-            text = f"the picture makes {prepared.rows} rows of grid {list(prepared.grid)}"
-            raise _Refused(FailureKind.BAD_MEDIA, f"{text}, and its header promised {item.rows} of {item.grid}")
+    def _sized(self, work: _Work, size: Size) -> TensorSpec:
+        """What will be written, once it is sure that the slot has room for it."""
         tower = self._here.tower
         dtype = str(tower.dtype).removeprefix("torch.")
-        nbytes = prepared.rows * tower.width * tower.dtype.itemsize
-        room = sum(extent.nbytes for extent in slot.extents)
+        nbytes = size.rows * tower.width * tower.dtype.itemsize
+        room = sum(extent.nbytes for extent in work.job.slot.extents)
         if nbytes > room:
-            raise _Refused(FailureKind.INTERNAL, f"{nbytes} bytes of embeddings do not fit a slot of {room}")
-        return TensorSpec(dtype=dtype, shape=[prepared.rows, tower.width], nbytes=nbytes)
+            raise Refused(FailureKind.INTERNAL, f"{nbytes} bytes of embeddings do not fit a slot of {room}")
+        return TensorSpec(dtype=dtype, shape=[size.rows, tower.width], nbytes=nbytes)
 
     def _tell(self, router: Sender, message: WorkerToRouter) -> None:
         try:
@@ -242,7 +264,12 @@ class EncoderService:
             log.info("the router left before its answer: %s", error)
 
     def pulse(self) -> Pulse:
-        return Pulse(inflight=len(self._items), completed=self._completed, standstill=self._compute.job_seconds)
+        return Pulse(
+            inflight=len(self._items),
+            completed=self._completed,
+            standstill=self._compute.job_seconds,
+            unhealthy=None if self._loaded is None else self._loaded.watch.reason,
+        )
 
     async def drain(self) -> None:
         self._draining = True

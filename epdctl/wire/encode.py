@@ -29,6 +29,7 @@ __all__ = [
     "MediaItem",
     "RouterToClient",
     "RouterToWorker",
+    "Source",
     "WorkerToRouter",
 ]
 
@@ -43,6 +44,14 @@ class FailureKind(enum.StrEnum):
     RANK_LOST = "rank-lost"  # 503: retried first
     DEADLINE = "deadline"  # 504
     INTERNAL = "internal"  # 502
+
+
+class Source(enum.StrEnum):
+    """Where an embedding came from."""
+
+    MADE = "made"
+    SHARED = "shared"  # an identical item was in flight
+    CACHED = "cached"
 
 
 class MediaItem(Part, frozen=True):
@@ -113,6 +122,8 @@ class ItemEncoded(Message, frozen=True):
 
     dispatch: int
     spec: TensorSpec
+    source: Source = Source.MADE
+    cache_bytes: int = 0  # what the rank remembers by now
 
 
 class ItemFailed(Message, frozen=True):

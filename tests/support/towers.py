@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from epdctl.encoder.canary import Canary
 from epdctl.engine.api import Prepared
 from epdctl.errors import RequestError
 from epdctl.wire.config import ModelConfig
 from epdctl.wire.encode import MediaItem
 
 WIDTH = 6
+CANARY_SEED = 77
 
 
 def picture(rows: int, seed: int) -> bytes:
@@ -25,8 +27,16 @@ def embedding(rows: int, seed: int) -> torch.Tensor:
     return torch.arange(rows * WIDTH, dtype=torch.float32).view(rows, WIDTH) + 1000 * seed
 
 
+def toy_canary(model: ModelConfig) -> Canary:
+    item = MediaItem(index=0, modality="image", content_hash="", of=1, grid=[1, 2, 2], rows=1)
+    return Canary(picture(1, CANARY_SEED), item)
+
+
 class ToyTower:
-    """``gate`` holds every forward until it is set; ``batches`` are the seeds of each forward that began."""
+    """``gate`` holds every forward until it is set; ``batches`` are the seeds of each forward that began.
+
+    The canary passes by the gate and the batches; ``canary`` is what is made of it, or raises.
+    """
 
     width = WIDTH
     dtype = torch.float32
@@ -35,6 +45,7 @@ class ToyTower:
         self.gate = gate
         self.began = began
         self.batches: list[list[int]] = []
+        self.canary: Callable[[], torch.Tensor] = lambda: embedding(1, CANARY_SEED)
 
     def prepare(self, media: bytes | memoryview, item: MediaItem) -> Prepared:
         text = bytes(media).rstrip(b".").decode()
@@ -47,6 +58,8 @@ class ToyTower:
 
     def encode(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
         seeds = [int(item.pixels[0, 0]) for item in batch]
+        if seeds == [CANARY_SEED]:
+            return [self.canary()]
         self.batches.append(seeds)
         self.began()
         if self.gate is not None and not self.gate.wait(60):

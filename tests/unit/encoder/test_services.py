@@ -18,7 +18,7 @@ import torch
 
 from epdctl.encoder.router import RouterService
 from epdctl.encoder.worker import EncoderService
-from epdctl.errors import PoolExhausted
+from epdctl.errors import EpdError, PoolExhausted
 from epdctl.ids import Incarnation, RankName, RequestId
 from epdctl.rank.service import Service
 from epdctl.transfer.allocators import RangeAllocator
@@ -53,7 +53,7 @@ from epdctl.wire.lifecycle import Endpoints, Peer
 from epdctl.wire.sockets import Inbox, Link
 from epdctl.wire.transfer import WRITER_TO_RECEIVER, RemoteLease, TensorSpec, Write
 from tests.support.ranks import Facts, make_peer, make_spec, run
-from tests.support.towers import WIDTH, ToyTower, embedding, picture
+from tests.support.towers import WIDTH, ToyTower, embedding, picture, toy_canary
 
 ROWS = 5
 NBYTES = ROWS * WIDTH * 4
@@ -119,7 +119,7 @@ class World:
 
     async def encoder(self, tower: ToyTower, number: int = 0, **config: Any) -> EncoderService:
         spec = make_spec(f"encoder/{number}", self.sockets, **config)
-        service = EncoderService(spec, load=tower.load)
+        service = EncoderService(spec, load=tower.load, canary=toy_canary)
         await self.add(service, f"encoder/{number}")
         return service
 
@@ -160,6 +160,13 @@ def in_world(
 
 def of(kind: type, number: int) -> Callable[[list[Any]], bool]:
     return lambda seen: sum(isinstance(message, kind) for message in seen) >= number
+
+
+async def turns_until(fact: Callable[[], bool]) -> None:
+    while True:
+        if fact():
+            return
+        await asyncio.sleep(0)
 
 
 class Gate:
@@ -449,6 +456,119 @@ def test_the_loss_of_the_router_frees_what_was_done_for_it(sockets: Path) -> Non
         gate.open.set()
         await encoder.drain()
         assert world.prefill.landed.seen == []
+
+    in_world(sockets, test)
+
+
+def same(number: int, content: str = "h") -> Callable[[World], Encode]:
+    return lambda world: world.job(number, f"request {number}", content_hash=content)
+
+
+def test_identical_pictures_in_flight_are_encoded_once_and_each_lands_in_its_own_slot(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        tower = gate.tower()
+        await world.encoder(tower)
+        router, answers = world.as_router()
+        for number in range(4):
+            router.send(EncodeItem(dispatch=number, job=same(number)(world)), [picture(ROWS, 5)])
+        await answers.until(of(ItemSized, 4))
+        router.send(CancelItem(dispatch=0))  # the one that began it leaves: the others go on
+        gate.open.set()
+        await answers.until(of(ItemEncoded, 3))
+        assert tower.batches == [[5]]
+        for message in await world.prefill.landed.count(3):
+            assert torch.equal(world.prefill.read(message), embedding(ROWS, 5))
+        router.send(EncodeItem(dispatch=9, job=same(9)(world)), [picture(ROWS, 5)])
+        encoded = (await answers.until(of(ItemEncoded, 4)))[-1]
+        assert (tower.batches, encoded.source) == ([[5]], "cached")
+        assert encoded.cache_bytes == NBYTES
+
+    in_world(sockets, test)
+
+
+def test_when_the_last_one_leaves_nothing_is_encoded_and_the_next_begins_anew(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        tower = gate.tower()
+        await world.encoder(tower)
+        router, answers = world.as_router()
+        router.send(EncodeItem(dispatch=0, job=world.job()), [picture(ROWS, 1)])
+        await gate.began.count(1)
+        for number in (1, 2):
+            router.send(EncodeItem(dispatch=number, job=same(number)(world)), [picture(ROWS, 2)])
+        await answers.until(of(ItemSized, 3))
+        router.send(CancelItem(dispatch=1))
+        router.send(CancelItem(dispatch=2))
+        router.send(EncodeItem(dispatch=3, job=same(3)(world)), [picture(ROWS, 2)])
+        await answers.until(of(ItemSized, 4))
+        gate.open.set()
+        await answers.until(of(ItemEncoded, 2))
+        assert tower.batches == [[1], [2]]
+
+    in_world(sockets, test)
+
+
+def test_a_refusal_is_told_to_everyone_who_shares_it_and_not_remembered(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        tower = ToyTower()
+        await world.encoder(tower)
+        router, answers = world.as_router()
+        for number in range(3):
+            router.send(EncodeItem(dispatch=number, job=same(number)(world)), [b"torn"])
+        await answers.until(of(ItemFailed, 3))
+        assert {message.kind for message in answers.seen} == {FailureKind.BAD_MEDIA}
+        router.send(EncodeItem(dispatch=3, job=same(3)(world)), [picture(ROWS, 3)])
+        await answers.until(of(ItemEncoded, 1))
+
+    in_world(sockets, test)
+
+
+@pytest.mark.parametrize(("cache", "content"), [(0, "h"), (1 << 20, "")])
+def test_without_a_cache_or_a_name_every_picture_is_encoded(sockets: Path, cache: int, content: str) -> None:
+    async def test(world: World) -> None:
+        tower = ToyTower()
+        await world.encoder(tower, encoder=EncoderConfig(cache_bytes=cache))
+        router, answers = world.as_router()
+        for number in range(3):
+            job = same(number, content)(world)
+            router.send(EncodeItem(dispatch=number, job=job), [picture(ROWS, number)])
+            encoded = (await answers.until(of(ItemEncoded, number + 1)))[-1]
+            assert (encoded.source, encoded.cache_bytes) == ("made", 0)
+        assert tower.batches == [[0], [1], [2]]
+
+    in_world(sockets, test)
+
+
+def test_a_broken_device_shows_although_work_is_staged_on_it(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        tower = gate.tower()
+        encoder = await world.encoder(tower, encoder=EncoderConfig(canary_seconds=0.0, canary_deadline=0.05))
+        assert encoder.pulse().unhealthy is None
+        router, answers = world.as_router()
+        for number in range(3):
+            router.send(EncodeItem(dispatch=number, job=world.job(number)), [picture(ROWS, number)])
+        await answers.until(of(ItemSized, 3))  # staged, and the forward never ends
+        await turns_until(lambda: encoder.pulse().unhealthy is not None)
+        assert encoder.pulse().unhealthy == "the test picture was not encoded within 0.05 s"
+        assert encoder.pulse().standstill > 0.0, "and it is known since when"
+        gate.open.set()
+        await turns_until(lambda: encoder.pulse().unhealthy is None)
+        assert encoder.pulse().standstill < 60.0
+        tower.canary = lambda: torch.full((1, WIDTH), torch.nan)
+        await turns_until(lambda: encoder.pulse().unhealthy is not None)
+        assert "has norm nan" in str(encoder.pulse().unhealthy)
+
+    in_world(sockets, test)
+
+
+def test_a_rank_that_cannot_encode_its_canary_never_becomes_ready(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        tower = ToyTower()
+        tower.canary = lambda: torch.full((1, WIDTH), torch.inf)
+        with pytest.raises(EpdError, match="norm inf"):
+            await world.encoder(tower)
 
     in_world(sockets, test)
 

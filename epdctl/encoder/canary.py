@@ -1,0 +1,110 @@
+"""Readiness, proved: a small picture of our own goes the way of every item, and the values that come are checked."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import struct
+import zlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from epdctl.errors import EpdError
+from epdctl.families import open_family
+from epdctl.wire.config import EncoderConfig, ModelConfig
+from epdctl.wire.encode import MediaItem
+
+__all__ = ["PNG", "Canary", "Watch", "picture_canary"]
+
+log = logging.getLogger(__name__)
+
+SIDE = 32  # pixels
+BAND = 0.05  # how far the norm may be from the first one, as a part of it: batches change 16-bit numbers a little
+
+
+def _png() -> bytes:
+    """SIDE × SIDE pixels of a gradient, RGB."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (bytes(value for x in range(SIDE) for value in (8 * x, 8 * y, 128)) for y in range(SIDE))
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+PNG = _png()
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    media: bytes
+    item: MediaItem
+
+
+def picture_canary(model: ModelConfig) -> Canary:
+    """Raises LoadError for a checkpoint without its json files."""
+    expected = open_family(Path(model.path)).picture_tokens(SIDE, SIDE, 1)
+    item = MediaItem(
+        index=0, modality="image", content_hash="", of=1, grid=list(expected.grid), rows=expected.rows
+    )  # no hash: what is remembered proves nothing
+    return Canary(PNG, item)
+
+
+class Watch:
+    """``measure`` encodes the canary and returns the norm of what came; ``made`` counts the items encoded so far.
+
+    The canary is left out only while ``made`` advances: work that merely waits proves nothing, and a rank that is slow
+    because it is busy is not sick.
+    """
+
+    def __init__(self, measure: Callable[[], Awaitable[float]], made: Callable[[], int], config: EncoderConfig) -> None:
+        self.reason: str | None = None  # why the rank is unhealthy
+        self._measure = measure
+        self._made = made
+        self._every = config.canary_seconds
+        self._deadline = config.canary_deadline
+        self._norm = math.nan
+        self._seen = 0
+
+    async def calibrate(self) -> None:
+        """The first encode of this process: what the later ones are held against. Raises EpdError."""
+        self._norm = await self._measure()
+        self._seen = self._made()
+        if not math.isfinite(self._norm) or self._norm == 0.0:
+            raise EpdError(
+                f"the tower made an embedding of norm {self._norm} of the test picture",
+                hint="the checkpoint's weights, or the device's memory, are damaged",
+            )
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._every)
+            await self.check()
+
+    async def check(self) -> None:
+        before = self._made()
+        if self.reason is None and before != self._seen:
+            self._seen = before
+            return
+        reason = await self._examine(before)
+        if reason is not None and self.reason is None:
+            log.error("this rank is not fit to serve: %s", reason)
+        self.reason = reason
+        self._seen = self._made()
+
+    async def _examine(self, before: int) -> str | None:
+        try:
+            async with asyncio.timeout(self._deadline):
+                norm = await self._measure()
+        except TimeoutError:
+            busy = self._made() != before
+            return None if busy else f"the test picture was not encoded within {self._deadline:g} s"
+        except EpdError as error:
+            return f"the test picture was refused: {error.message}"
+        if abs(norm / self._norm - 1.0) <= BAND:  # false for nan too
+            return None
+        return f"the test picture's embedding has norm {norm:.6g}; at the start it was {self._norm:.6g}"
