@@ -20,6 +20,8 @@ EpdError (70: our fault)
 │   ├── PoolExhausted      no slot; the caller waits or answers 429
 │   ├── LeaseExpired       the right to a slot ended
 │   ├── RegistrationFailed a transport refused a pool's memory
+│   ├── SlotBusy           another writer has not left the slot
+│   ├── QuarantineFull     too many slots wait for writers of which nobody knows the end
 │   └── StaleGeneration    the slot belongs to somebody else by now
 └── RequestError           what a client is told; carries an HTTP status
 """
@@ -43,11 +45,13 @@ __all__ = [
     "PeerGone",
     "PlacementError",
     "PoolExhausted",
+    "QuarantineFull",
     "RankError",
     "RankFailed",
     "RegistrationFailed",
     "RequestError",
     "SelectorError",
+    "SlotBusy",
     "StaleGeneration",
     "TopologyError",
     "TransferError",
@@ -166,6 +170,14 @@ class LeaseExpired(TransferError):
 
 class RegistrationFailed(TransferError):
     """The transport cannot use this memory."""
+
+
+class SlotBusy(TransferError):
+    """Somebody else writes into the slot, or was never seen to stop."""
+
+
+class QuarantineFull(TransferError):
+    """More of a pool waits for the end of lost writers than it can spare: only a restart closes their mappings."""
 
 
 class StaleGeneration(TransferError):

@@ -48,6 +48,17 @@ class LandingPool(Protocol):
         """
         ...
 
+    def enter(self, lease: int, generation: int, writer: str) -> Sequence[Extent]:
+        """Like ``landing`` for a writer that writes by itself: until ``leave``, nobody else gets these bytes.
+
+        Raises SlotBusy too, when another writer is at work there.
+        """
+        ...
+
+    def leave(self, lease: int, writer: str) -> None:
+        """This writer of the lease has stopped, and will not write late."""
+        ...
+
 
 class Transport(Protocol):
     """Both ends of one way to move bytes. Used from one event loop."""
@@ -57,12 +68,33 @@ class Transport(Protocol):
         """Where this end listens."""
         ...
 
+    @property
+    def note(self) -> str:
+        """What it is and, where that was measured at start, how fast: for ``status`` and the log."""
+        ...
+
+    def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Memory for a pool that will be registered: 1-D uint8. Callable from any thread. Raises RegistrationFailed."""
+        ...
+
     def register(self, pool: LandingPool) -> PoolAddress:
         """Make ``pool`` writable by peers; once per pool, before Ready. Raises RegistrationFailed."""
         ...
 
     async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
         """Raises PeerGone, DeadlineExceeded, StaleGeneration or LeaseExpired; then nothing may be assumed landed."""
+        ...
+
+    async def open_slot(self, lease: RemoteLease, *, seconds: float) -> torch.Tensor | None:
+        """The first extent of the lease, to be written in place: 1-D uint8; None where that cannot be.
+
+        What was opened is ended by ``write`` with pieces of that tensor, or by ``drop_slot``; both once nobody writes
+        to it any more. Raises what ``write`` raises.
+        """
+        ...
+
+    def drop_slot(self, lease: RemoteLease) -> None:
+        """Nothing will come of the slot that was opened."""
         ...
 
     def withdraw(self, endpoint: str) -> None:

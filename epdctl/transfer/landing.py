@@ -4,31 +4,51 @@ from __future__ import annotations
 
 import hmac
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy
 import torch
 
-from epdctl.errors import LeaseExpired, RegistrationFailed, StaleGeneration, TransferError
+from epdctl.errors import LeaseExpired, RegistrationFailed, SlotBusy, StaleGeneration, TransferError
 from epdctl.ids import Incarnation, RankName
 from epdctl.transfer.base import LandingPool, Piece
 from epdctl.wire.sockets import Buffer
 from epdctl.wire.transfer import Extent, Landed, PieceHeader, PoolAddress, ReceiverToWriter, Rejected, Write
 
-__all__ = ["MAX_PAYLOAD_BYTES", "Landings", "Owner", "Parcel", "cut", "payload", "refused"]
+__all__ = [
+    "MAX_PAYLOAD_BYTES",
+    "Landings",
+    "Owner",
+    "Parcel",
+    "Refusal",
+    "cut",
+    "kind_of",
+    "payload",
+    "place_of",
+    "refused",
+    "same_token",
+    "sums_of",
+    "verify",
+]
 
 MAX_PAYLOAD_BYTES = 16 << 20  # of one message: what the receiving loop copies in one turn (about 3 ms)
+PARCEL_BYTES = 1 << 20  # of one message as we cut them: its memory stays warm between messages, a larger one's does not
 MAX_PIECES = 256  # of one message
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose memory it is, and the cluster's secret that its writers present."""
+    """Whose memory it is, and the cluster's secret that its writers present.
+
+    ``checksum``: what it writes carries a CRC-32 for the receiver to verify; about 1 s for each GB, at both ends.
+    """
 
     rank: RankName
     incarnation: Incarnation
     token: str
+    checksum: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +57,30 @@ class Parcel:
 
     pieces: Sequence[Piece]
 
-    @property
-    def headers(self) -> list[PieceHeader]:
-        return [PieceHeader(extent=p.extent, offset=p.offset, nbytes=p.data.numel()) for p in self.pieces]
+    def headers(self, *, checksum: bool = False) -> list[PieceHeader]:
+        sums = sums_of(self.pieces) if checksum else [None] * len(self.pieces)
+        return [
+            PieceHeader(extent=p.extent, offset=p.offset, nbytes=p.data.numel(), checksum=one)
+            for p, one in zip(self.pieces, sums, strict=True)
+        ]
+
+
+def sums_of(pieces: Sequence[Piece]) -> list[int]:
+    """The CRC-32 of each piece."""
+    return [zlib.crc32(payload(piece.data)) for piece in pieces]
 
 
 def _slices(piece: Piece) -> Iterator[Piece]:
-    for start in range(0, piece.data.numel(), MAX_PAYLOAD_BYTES):
-        yield Piece(piece.data[start : start + MAX_PAYLOAD_BYTES], piece.extent, piece.offset + start)
+    for start in range(0, piece.data.numel(), PARCEL_BYTES):
+        yield Piece(piece.data[start : start + PARCEL_BYTES], piece.extent, piece.offset + start)
 
 
 def cut(pieces: Sequence[Piece]) -> Iterator[Parcel]:
-    """Parcels of at most MAX_PAYLOAD_BYTES and MAX_PIECES, in order."""
+    """Parcels of at most PARCEL_BYTES and MAX_PIECES, in order."""
     batch: list[Piece] = []
     size = 0
     for piece in itertools.chain.from_iterable(map(_slices, pieces)):
-        if batch and (size + piece.data.numel() > MAX_PAYLOAD_BYTES or len(batch) == MAX_PIECES):
+        if batch and (size + piece.data.numel() > PARCEL_BYTES or len(batch) == MAX_PIECES):
             yield Parcel(batch)
             batch, size = [], 0
         batch.append(piece)
@@ -69,20 +97,31 @@ def payload(data: torch.Tensor) -> memoryview:
     return data.numpy().data
 
 
-class _Refusal(TransferError):
-    """``kind``: what the writer is told."""
+class Refusal(TransferError):
+    """Something is wrong with what a writer said. ``kind``: what it is told."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
 
 
-ERRORS: Mapping[str, type[TransferError]] = {"stale": StaleGeneration, "expired": LeaseExpired}
+ERRORS: Mapping[str, type[TransferError]] = {"stale": StaleGeneration, "expired": LeaseExpired, "busy": SlotBusy}
 
 
 def refused(answer: Rejected) -> TransferError:
     """The writer's error for what the receiver said."""
     return ERRORS.get(answer.kind, TransferError)(f"the receiver refused the bytes: {answer.text}")
+
+
+def kind_of(error: TransferError) -> str:
+    """The word by which a writer is told of ``error``."""
+    if isinstance(error, Refusal):
+        return error.kind
+    return next((kind for kind, known in ERRORS.items() if isinstance(error, known)), "failed")
+
+
+def same_token(theirs: str, ours: str) -> bool:
+    return hmac.compare_digest(theirs.encode(), ours.encode())
 
 
 class Landings:
@@ -107,22 +146,19 @@ class Landings:
         try:
             self._check_frames(write, frames)
             self._copy(write, frames)
-        except _Refusal as error:
-            return Rejected(write=write.write, kind=error.kind, text=error.message)
-        except StaleGeneration as error:
-            return Rejected(write=write.write, kind="stale", text=error.message)
-        except LeaseExpired as error:
-            return Rejected(write=write.write, kind="expired", text=error.message)
+        except TransferError as error:
+            return Rejected(write=write.write, kind=kind_of(error), text=error.message)
         return Landed(write=write.write)
 
     def _check_frames(self, write: Write, frames: Sequence[Buffer]) -> None:
-        if not hmac.compare_digest(write.token.encode(), self.owner.token.encode()):
-            raise _Refusal("token", "the writer belongs to another cluster")
+        if not same_token(write.token, self.owner.token):
+            raise Refusal("token", "the writer belongs to another cluster")
         if len(frames) != len(write.pieces):
-            raise _Refusal("frames", f"{len(frames)} frames for {len(write.pieces)} pieces")
+            raise Refusal("frames", f"{len(frames)} frames for {len(write.pieces)} pieces")
         for header, frame in zip(write.pieces, frames, strict=True):
             if len(frame) != header.nbytes or header.nbytes > MAX_PAYLOAD_BYTES:
-                raise _Refusal("frames", f"a frame of {len(frame)} bytes for a piece of {header.nbytes}")
+                raise Refusal("frames", f"a frame of {len(frame)} bytes for a piece of {header.nbytes}")
+            verify(header, frame)
 
     def _copy(self, write: Write, frames: Sequence[Buffer]) -> None:
         pool = self._pools.get(write.pool)
@@ -131,19 +167,27 @@ class Landings:
         extents = pool.landing(write.lease, write.generation)
         if not extents:
             return
-        places = [_place(header, extents) for header in write.pieces]
+        places = [place_of(header, extents) for header in write.pieces]
         for place, frame in zip(places, frames, strict=True):
             self._copiers[write.pool](place, frame)
 
 
-def _place(header: PieceHeader, extents: Sequence[Extent]) -> int:
-    """Where in the pool this piece begins."""
+def verify(header: PieceHeader, data: Buffer) -> None:
+    """Raises Refusal when a checksum was sent and the bytes have another."""
+    if header.checksum is not None and (found := zlib.crc32(data)) != header.checksum:
+        raise Refusal(
+            "checksum", f"{header.nbytes} bytes have the checksum {found:08x}, sent was {header.checksum:08x}"
+        )
+
+
+def place_of(header: PieceHeader, extents: Sequence[Extent]) -> int:
+    """Where in the pool this piece begins. Raises Refusal when it leaves its extent."""
     if not 0 <= header.extent < len(extents):
-        raise _Refusal("bounds", f"extent {header.extent} of {len(extents)}")
+        raise Refusal("bounds", f"extent {header.extent} of {len(extents)}")
     extent = extents[header.extent]
     if header.offset < 0 or header.offset + header.nbytes > extent.nbytes:
         end = header.offset + header.nbytes
-        raise _Refusal("bounds", f"bytes {header.offset} to {end} of an extent of {extent.nbytes}")
+        raise Refusal("bounds", f"bytes {header.offset} to {end} of an extent of {extent.nbytes}")
     return extent.offset + header.offset
 
 

@@ -9,6 +9,8 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 
+import torch
+
 from epdctl.errors import DeadlineExceeded, PeerGone, RegistrationFailed
 from epdctl.transfer.base import LandingPool, Piece
 from epdctl.transfer.landing import Landings, Owner, cut, payload, refused
@@ -64,6 +66,13 @@ class MemoryTransport:
     def endpoint(self) -> str:
         return self._endpoint
 
+    @property
+    def note(self) -> str:
+        return "memory"
+
+    def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
     def register(self, pool: LandingPool) -> PoolAddress:
         return self._landings.register(pool, "memory", self._endpoint)
 
@@ -90,13 +99,19 @@ class MemoryTransport:
                 pool=lease.pool.pool,
                 lease=lease.lease,
                 generation=lease.generation,
-                pieces=parcel.headers,
+                pieces=parcel.headers(checksum=self._landings.owner.checksum),
                 token=self._landings.owner.token,
             )
             frames: list[Buffer] = [payload(piece.data) for piece in parcel.pieces]
             answer = await self._exchange.deliver(lease.pool.endpoint, write, frames)
             if isinstance(answer, Rejected):
                 raise refused(answer)
+
+    async def open_slot(self, lease: RemoteLease, *, seconds: float) -> torch.Tensor | None:
+        return None
+
+    def drop_slot(self, lease: RemoteLease) -> None:
+        pass
 
     def withdraw(self, endpoint: str) -> None:
         for task in self._writing.pop(endpoint, ()):

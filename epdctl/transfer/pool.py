@@ -7,21 +7,27 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from epdctl.errors import PoolExhausted, TransferError
+from epdctl.errors import PoolExhausted, QuarantineFull, SlotBusy, TransferError
 from epdctl.transfer.allocators import Allocator
 from epdctl.transfer.leases import OPEN, Lease, LeaseTable, SlotEvent, SlotState
 from epdctl.transfer.tensors import view_as
 from epdctl.wire.transfer import Extent, TensorSpec
 
-__all__ = ["Pool"]
+__all__ = ["QUARANTINE_PART", "Pool"]
+
+QUARANTINE_PART = 4  # more than one part in so many waiting for lost writers, and the pool's owner must start anew
+
+
+def _nobody_waits() -> None:
+    """Memory that comes back is of interest to nobody."""
 
 
 class Pool:
     """A LandingPool. ``memory``: 1-D uint8 on any device; it is zeroed here, so that no page is faulted in later.
 
-    ``one_sided``: peers write without this process taking part, so a lease that ends before it is filled leaves its
-    slot quarantined until ``confirm``. With a transport that lands bytes in this process, a stale generation is refused
-    at the door and the slot is free at once.
+    A writer that writes by itself is let in by ``enter`` and out by ``leave``. A lease that ends while one is inside
+    leaves its slot quarantined until the last one has left; any other slot is free at once, since a transport that
+    lands bytes in this process refuses a stale generation at the door. ``freed`` is called when a quarantine ends.
     """
 
     def __init__(
@@ -30,7 +36,6 @@ class Pool:
         memory: torch.Tensor,
         allocator: Allocator,
         *,
-        one_sided: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if memory.dtype is not torch.uint8 or memory.dim() != 1 or not memory.is_contiguous():
@@ -38,8 +43,9 @@ class Pool:
         self.name = name
         self.memory = memory.zero_()
         self.allocator = allocator
-        self.one_sided = one_sided
+        self.freed: Callable[[], None] = _nobody_waits
         self.leases = LeaseTable(clock)
+        self._writers: dict[int, list[str]] = {}  # lease → who is inside, once per write
 
     def lease(self, amount: int, owner: str, *, seconds: float, incarnation: int = 0) -> Lease:
         """A slot of ``amount`` units of the allocator. Raises PoolExhausted."""
@@ -59,12 +65,35 @@ class Pool:
     def landing(self, lease: int, generation: int) -> Sequence[Extent]:
         return self.leases.landing(lease, generation)
 
+    def enter(self, lease: int, generation: int, writer: str) -> Sequence[Extent]:
+        """See LandingPool. A writer may be inside several times; two writers never are."""
+        self.leases.find(lease, generation)
+        inside = self._writers.get(lease, [])
+        if any(other != writer for other in inside):
+            raise SlotBusy(f"{inside[0]} has not stopped writing into lease {lease}")
+        extents = self.landing(lease, generation)
+        if extents:
+            self._writers.setdefault(lease, []).append(writer)
+        return extents
+
+    def leave(self, lease: int, writer: str) -> None:
+        inside = self._writers[lease]
+        inside.remove(writer)
+        if inside:
+            return
+        del self._writers[lease]
+        if self.leases.state(lease) is SlotState.QUARANTINED:
+            self._end(lease, SlotEvent.CONFIRM)
+            self.freed()
+
     def filled(self, lease: int, generation: int) -> Lease:
         """Every byte has landed: the slot may be read, and late writers are turned away. Fine to say twice.
 
-        Raises StaleGeneration.
+        Raises StaleGeneration, and SlotBusy while a writer is inside.
         """
         known = self.leases.find(lease, generation)
+        if inside := self._writers.get(lease):
+            raise SlotBusy(f"lease {lease} is said to be filled, and {inside[0]} is still writing")
         if self.leases.state(lease) in OPEN:
             self.leases.move(lease, SlotEvent.FILL)
         return known
@@ -82,16 +111,11 @@ class Pool:
         self.leases.move(lease, SlotEvent.LET_GO)
 
     def release(self, lease: int) -> None:
-        """End the lease. Its slot is free, or quarantined where a one-sided writer may still be at work.
+        """End the lease. Its slot is free, or quarantined while a writer is inside.
 
         Raises TransferError for a lease that is not live or is being read.
         """
-        unfinished = self.leases.state(lease) in OPEN
-        self._end(lease, SlotEvent.FENCE if self.one_sided and unfinished else SlotEvent.RELEASE)
-
-    def confirm(self, lease: int) -> None:
-        """The writer of this quarantined slot has stopped, or its mapping is closed."""
-        self._end(lease, SlotEvent.CONFIRM)
+        self._end(lease, SlotEvent.FENCE if lease in self._writers else SlotEvent.RELEASE)
 
     def _end(self, lease: int, event: SlotEvent) -> None:
         extents = next((known.extents for known in self.leases.live() if known.id == lease), ())
@@ -105,6 +129,16 @@ class Pool:
             self.release(lease.id)
         return overdue
 
+    def bound_quarantine(self) -> None:
+        """Raises QuarantineFull when too much of the pool waits for writers that were lost."""
+        waiting = self.quarantined_bytes
+        if waiting * QUARANTINE_PART > self.memory.numel():
+            lost = sorted({writer for inside in self._writers.values() for writer in inside})
+            raise QuarantineFull(
+                f"{waiting} of {self.memory.numel()} bytes of the {self.name} pool are quarantined: "
+                f"{', '.join(lost)} began to write there and was not seen to stop"
+            )
+
     @property
     def quarantined_bytes(self) -> int:
         return sum(lease.nbytes for lease in self.leases.live(SlotState.QUARANTINED))
@@ -112,6 +146,7 @@ class Pool:
     def check(self) -> None:
         """Raises AssertionError when two leases share a byte or one lies outside the memory."""
         self.leases.check()
+        assert all(self.leases.state(lease) is not SlotState.FREE for lease in self._writers), "a writer in a free slot"
         for lease in self.leases.live():
             for extent in lease.extents:
                 assert 0 <= extent.offset <= extent.offset + extent.nbytes <= self.memory.numel(), "outside the pool"

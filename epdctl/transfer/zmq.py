@@ -7,6 +7,8 @@ import itertools
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from epdctl.errors import DeadlineExceeded, PeerGone
 from epdctl.transfer.base import LandingPool, Piece
 from epdctl.transfer.landing import Landings, Owner, Parcel, cut, payload, refused
@@ -26,7 +28,7 @@ __all__ = ["ZmqTransport"]
 
 log = logging.getLogger(__name__)
 
-WINDOW = 4  # unanswered messages to one peer: what it may have to keep in memory for us is 4 x 16 MiB
+WINDOW = 32  # unanswered messages to one peer: what it may have to keep in memory for us is 32 x 1 MiB
 
 
 class ZmqTransport:
@@ -40,6 +42,13 @@ class ZmqTransport:
     @property
     def endpoint(self) -> str:
         return self._inbox.endpoint
+
+    @property
+    def note(self) -> str:
+        return "zmq"
+
+    def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def register(self, pool: LandingPool) -> PoolAddress:
         return self._landings.register(pool, "zmq", self.endpoint)
@@ -57,12 +66,18 @@ class ZmqTransport:
         endpoint = lease.pool.endpoint
         peer = self._peers.get(endpoint)
         if peer is None:
-            peer = self._peers[endpoint] = _Peer(endpoint, self._landings.owner.token)
+            peer = self._peers[endpoint] = _Peer(endpoint, self._landings.owner)
         try:
             async with asyncio.timeout(seconds):
                 await peer.write(lease, pieces)
         except TimeoutError as error:
             raise DeadlineExceeded(f"{lease.pool.owner} did not take the bytes within {seconds:.1f} s") from error
+
+    async def open_slot(self, lease: RemoteLease, *, seconds: float) -> torch.Tensor | None:
+        return None
+
+    def drop_slot(self, lease: RemoteLease) -> None:
+        pass
 
     def withdraw(self, endpoint: str) -> None:
         if (peer := self._peers.pop(endpoint, None)) is not None:
@@ -77,8 +92,8 @@ class ZmqTransport:
 class _Peer:
     """The writing half towards one endpoint."""
 
-    def __init__(self, endpoint: str, token: str) -> None:
-        self._token = token
+    def __init__(self, endpoint: str, owner: Owner) -> None:
+        self._owner = owner
         self._numbers = itertools.count(1)
         self._unanswered: dict[int, asyncio.Future[None]] = {}
         self._window = asyncio.Semaphore(WINDOW)
@@ -110,8 +125,8 @@ class _Peer:
             pool=lease.pool.pool,
             lease=lease.lease,
             generation=lease.generation,
-            pieces=parcel.headers,
-            token=self._token,
+            pieces=parcel.headers(checksum=self._owner.checksum),
+            token=self._owner.token,
         )
         try:
             self._link.send(write, frames)

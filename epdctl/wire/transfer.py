@@ -1,4 +1,8 @@
-"""Addresses of leased memory, and the messages of the ZMQ transport."""
+"""Addresses of leased memory, and what the two ends of a transport tell each other.
+
+Where the bytes travel in messages: Write → Landed or Rejected. Where the writer writes by itself: Attach → Attached
+once, then Begin → Admitted, the bytes, End → Landed. Nothing but a PoolAddress is known before the token was shown.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,22 @@ from epdctl.ids import Incarnation, RankName
 from epdctl.wire.message import Codec, Message, Part
 
 __all__ = [
+    "GUEST_TO_HOST",
+    "HOST_TO_GUEST",
     "RECEIVER_TO_WRITER",
     "WRITER_TO_RECEIVER",
+    "Admitted",
+    "Attach",
+    "Attached",
+    "Begin",
+    "End",
     "Extent",
+    "GuestToHost",
+    "HostToGuest",
     "Landed",
     "PieceHeader",
     "PoolAddress",
+    "PoolLocation",
     "ReceiverToWriter",
     "Rejected",
     "RemoteLease",
@@ -63,6 +77,7 @@ class PieceHeader(Part, frozen=True):
     extent: int
     offset: int
     nbytes: int
+    checksum: int | None = None  # CRC-32 of the bytes, where the plan asks for it
 
 
 class Write(Message, frozen=True):
@@ -82,8 +97,54 @@ class Landed(Message, frozen=True):
 
 class Rejected(Message, frozen=True):
     write: int
-    kind: str  # "stale", "expired", "bounds", "frames"
+    kind: str  # "stale", "expired", "bounds", "frames", "token", "busy", "checksum", "stranger"
     text: str
+
+
+class Attach(Message, frozen=True):
+    """The first words of a one-sided writer: who it is, and that it belongs to the cluster."""
+
+    token: str
+    rank: RankName
+    incarnation: Incarnation
+    pid: int  # its death is what ends a write that nobody ended
+
+
+class PoolLocation(Part, frozen=True):
+    """Where the bytes of a pool are, in the transport's own terms."""
+
+    pool: str
+    place: str  # shm: a file of /proc; mooncake: the engine's host:port
+    base: int  # shm: bytes before the pool begins; mooncake: its address in the owner's process
+    nbytes: int
+
+
+class Attached(Message, frozen=True):
+    session: int  # drawn by each process that receives; what was attached to another one is not let in
+    pools: list[PoolLocation]
+
+
+class Begin(Message, frozen=True):
+    """May I write into this lease? Nothing is written before Admitted, and End follows in any case."""
+
+    write: int
+    session: int
+    pool: str
+    lease: int
+    generation: int
+
+
+class Admitted(Message, frozen=True):
+    write: int
+    extents: list[Extent]
+
+
+class End(Message, frozen=True):
+    """The writer has stopped. ``landed``: all bytes are there; ``pieces`` say their checksums, if they have any."""
+
+    write: int
+    landed: bool
+    pieces: list[PieceHeader] = []
 
 
 WriterToReceiver = Write
@@ -91,3 +152,9 @@ ReceiverToWriter = Landed | Rejected
 
 WRITER_TO_RECEIVER: Codec[WriterToReceiver] = Codec(WriterToReceiver)
 RECEIVER_TO_WRITER: Codec[ReceiverToWriter] = Codec(ReceiverToWriter)
+
+GuestToHost = Attach | Begin | End
+HostToGuest = Attached | Admitted | Landed | Rejected
+
+GUEST_TO_HOST: Codec[GuestToHost] = Codec(GuestToHost)
+HOST_TO_GUEST: Codec[HostToGuest] = Codec(HostToGuest)

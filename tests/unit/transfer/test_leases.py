@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from epdctl.errors import LeaseExpired, PoolExhausted, StaleGeneration, TransferError
+from epdctl.errors import LeaseExpired, PoolExhausted, QuarantineFull, SlotBusy, StaleGeneration, TransferError
 from epdctl.transfer.allocators import ALIGNMENT, PageExtents, RangeAllocator
 from epdctl.transfer.leases import TRANSITIONS, Lease, LeaseTable, SlotEvent, SlotState
 from epdctl.transfer.pool import Pool
@@ -25,9 +25,9 @@ class Clock:
         return self.now
 
 
-def pool_of(nbytes: int, clock: Clock | None = None, *, one_sided: bool = False) -> Pool:
+def pool_of(nbytes: int, clock: Clock | None = None) -> Pool:
     memory = torch.full((nbytes,), 7, dtype=torch.uint8)
-    return Pool("embeddings", memory, RangeAllocator(nbytes), clock=clock or Clock(), one_sided=one_sided)
+    return Pool("embeddings", memory, RangeAllocator(nbytes), clock=clock or Clock())
 
 
 PATHS = {  # a way to bring a fresh lease into each state
@@ -112,23 +112,55 @@ def test_a_slot_being_read_cannot_be_released() -> None:
         pool.release(lease.id)
 
 
-def test_an_unfinished_slot_of_a_one_sided_pool_is_quarantined_until_its_writer_is_known_to_be_gone() -> None:
-    pool = pool_of(512, one_sided=True)
+def test_a_slot_that_ends_with_a_writer_inside_is_quarantined_until_the_last_one_has_left() -> None:
+    pool = pool_of(512)
+    freed: list[int] = []
+    pool.freed = lambda: freed.append(pool.allocator.free)
     lease = pool.lease(512, "r", seconds=1.0)
-    pool.landing(lease.id, lease.generation)
-    pool.release(lease.id)
-    assert pool.quarantined_bytes == 512
-    assert pool.allocator.free == 0
-    with pytest.raises(StaleGeneration):
-        pool.landing(lease.id, lease.generation)
-    with pytest.raises(StaleGeneration):
+    for _ in range(2):
+        assert pool.enter(lease.id, lease.generation, "encoder/0.1") == lease.extents
+    with pytest.raises(SlotBusy, match=r"encoder/0\.1 has not stopped"):
+        pool.enter(lease.id, lease.generation, "encoder/1.1")
+    with pytest.raises(SlotBusy, match="still writing"):
         pool.filled(lease.id, lease.generation)
-    pool.confirm(lease.id)
-    assert (pool.quarantined_bytes, pool.allocator.free) == (0, 512)
+    pool.release(lease.id)
+    assert (pool.quarantined_bytes, pool.allocator.free) == (512, 0)
+    for late in (pool.landing, pool.filled):
+        with pytest.raises(StaleGeneration):
+            late(lease.id, lease.generation)
+    with pytest.raises(StaleGeneration):
+        pool.enter(lease.id, lease.generation, "encoder/0.1")
+    pool.leave(lease.id, "encoder/0.1")
+    assert pool.quarantined_bytes == 512
+    pool.leave(lease.id, "encoder/0.1")
+    assert (pool.quarantined_bytes, freed) == (0, [512])
+    pool.check()
+
+
+def test_a_slot_that_nobody_writes_to_is_free_at_once() -> None:
+    pool = pool_of(512)
+    lease = pool.lease(512, "r", seconds=1.0)
+    pool.enter(lease.id, lease.generation, "encoder/0.1")
+    pool.leave(lease.id, "encoder/0.1")
+    pool.release(lease.id)
+    assert pool.allocator.free == 512
     filled = pool.lease(512, "r", seconds=1.0)
     pool.filled(filled.id, filled.generation)
+    assert pool.enter(filled.id, filled.generation, "encoder/0.1") == ()
     pool.release(filled.id)
     assert pool.allocator.free == 512
+
+
+def test_too_much_quarantine_is_said_with_who_caused_it() -> None:
+    pool = pool_of(4096)
+    leases = pool.lease_all([1024, 256], "r", seconds=1.0)
+    for lease in leases:
+        pool.enter(lease.id, lease.generation, "encoder/0.1")
+    pool.release(leases[0].id)
+    pool.bound_quarantine()
+    pool.release(leases[1].id)
+    with pytest.raises(QuarantineFull, match=r"1280 of 4096 bytes of the embeddings pool.*encoder/0.1"):
+        pool.bound_quarantine()
 
 
 def test_a_grant_of_several_slots_is_all_or_nothing() -> None:
@@ -218,9 +250,8 @@ class PoolWalk(RuleBasedStateMachine):
         super().__init__()
         self.clock = Clock()
         self.ranges = RangeAllocator(16 * ALIGNMENT)
-        self.pool = Pool(
-            "p", torch.zeros(16 * ALIGNMENT, dtype=torch.uint8), self.ranges, clock=self.clock, one_sided=True
-        )
+        self.pool = Pool("p", torch.zeros(16 * ALIGNMENT, dtype=torch.uint8), self.ranges, clock=self.clock)
+        self.inside: list[Lease] = []
 
     @rule(target=leases, sizes=st.lists(st.integers(0, 5 * ALIGNMENT), min_size=1, max_size=3), life=st.integers(1, 9))
     def grant(self, sizes: list[int], life: int) -> tuple[Lease, ...]:
@@ -244,7 +275,7 @@ class PoolWalk(RuleBasedStateMachine):
             else:
                 assert bool(extents) == (before in (SlotState.LEASED, SlotState.FILLING))
 
-    @rule(group=leases, event=st.sampled_from(["filled", "hold", "let_go", "release", "confirm"]))
+    @rule(group=leases, event=st.sampled_from(["filled", "hold", "let_go", "release"]))
     def move(self, group: tuple[Lease, ...], event: str) -> None:
         for lease in group:
             before = self.pool.leases.state(lease.id)
@@ -252,6 +283,21 @@ class PoolWalk(RuleBasedStateMachine):
                 getattr(self.pool, event)(*(lease.id, lease.generation) if event == "filled" else (lease.id,))
             except TransferError:
                 assert self.pool.leases.state(lease.id) is before
+
+    @rule(group=leases)
+    def enter(self, group: tuple[Lease, ...]) -> None:
+        for lease in group:
+            try:
+                if self.pool.enter(lease.id, lease.generation, "w"):
+                    self.inside.append(lease)
+            except TransferError:
+                pass
+
+    @precondition(lambda self: self.inside)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        lease = self.inside.pop(data.draw(st.integers(0, len(self.inside) - 1)))
+        self.pool.leave(lease.id, "w")
 
     @rule(seconds=st.integers(0, 5))
     def wait(self, seconds: int) -> None:
@@ -266,8 +312,9 @@ class PoolWalk(RuleBasedStateMachine):
                 self.pool.let_go(lease.id)
             if self.pool.leases.state(lease.id) not in (SlotState.FREE, SlotState.QUARANTINED):
                 self.pool.release(lease.id)
-            if self.pool.leases.state(lease.id) is SlotState.QUARANTINED:
-                self.pool.confirm(lease.id)
+            for known in [known for known in self.inside if known.id == lease.id]:
+                self.inside.remove(known)
+                self.pool.leave(lease.id, "w")
 
     @invariant()
     def nothing_is_shared_or_lost(self) -> None:

@@ -1,0 +1,67 @@
+"""Tells when a process of this machine has ended, by the kernel's own word."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+
+__all__ = ["DeathWatch"]
+
+POLL_SECONDS = 0.5  # only where the kernel has no pidfd
+
+
+class DeathWatch:
+    """Calls ``died`` once when the process ``pid`` has ended, on the running loop; never after ``close``.
+
+    Raises ProcessLookupError when there is no such process.
+    """
+
+    def __init__(self, pid: int, died: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._pid = pid
+        self._died = died
+        self._timer: asyncio.TimerHandle | None = None
+        self._fd: int | None = None
+        try:
+            self._fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            raise
+        except OSError:
+            self._birth = _birth(pid)
+            self._look()
+        else:
+            self._loop.add_reader(self._fd, self._ended)
+
+    def _look(self) -> None:
+        try:
+            alive = _birth(self._pid) == self._birth
+        except ProcessLookupError:
+            alive = False
+        if alive:
+            self._timer = self._loop.call_later(POLL_SECONDS, self._look)
+        else:
+            self._ended()
+
+    def _ended(self) -> None:
+        self.close()
+        self._died()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._fd is not None:
+            self._loop.remove_reader(self._fd)
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+            self._fd = None
+
+
+def _birth(pid: int) -> str:
+    """When the process began, in the kernel's ticks. Raises ProcessLookupError."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError as error:
+        raise ProcessLookupError(pid) from error

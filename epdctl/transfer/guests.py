@@ -1,0 +1,209 @@
+"""The receiving half of transports whose writers write by themselves: who is let in, where, and when it has stopped.
+
+No byte passes through here. A writer attaches once with the cluster's token, and only then learns where the memory is.
+Every write is announced and ended by message; one that nobody ends is over when its writer's process is dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from epdctl.errors import PeerGone, RegistrationFailed, StaleGeneration, TransferError
+from epdctl.transfer.base import LandingPool
+from epdctl.transfer.deaths import DeathWatch
+from epdctl.transfer.landing import Owner, Refusal, kind_of, payload, place_of, same_token, verify
+from epdctl.wire.sockets import Inbox, Sender
+from epdctl.wire.transfer import (
+    GUEST_TO_HOST,
+    HOST_TO_GUEST,
+    Admitted,
+    Attach,
+    Attached,
+    Begin,
+    End,
+    Extent,
+    GuestToHost,
+    HostToGuest,
+    Landed,
+    PoolAddress,
+    PoolLocation,
+    Rejected,
+)
+
+__all__ = ["Guests"]
+
+log = logging.getLogger(__name__)
+
+MAX_GUESTS = 1024  # links of living processes; more is a writer that attaches without end
+
+
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """One write under way."""
+
+    pool: LandingPool
+    lease: int
+    extents: Sequence[Extent]
+    generation: int
+
+
+@dataclass(slots=True)
+class _Guest:
+    """One link of one writer's process."""
+
+    name: str  # rank and incarnation
+    watch: DeathWatch | None = None
+    visits: dict[int, _Visit] = field(default_factory=dict)
+
+    def leave(self, write: int) -> _Visit:
+        visit = self.visits.pop(write)
+        visit.pool.leave(visit.lease, self.name)
+        return visit
+
+
+class Guests:
+    """``settle_seconds``: how long after a writer's death its bytes may still be on their way."""
+
+    def __init__(self, endpoint: str, owner: Owner, settle_seconds: float) -> None:
+        self._owner = owner
+        self._settle_seconds = settle_seconds
+        self._session = secrets.randbits(63)
+        self._pools: dict[str, LandingPool] = {}
+        self._locations: list[PoolLocation] = []
+        self._guests: dict[Sender, _Guest] = {}
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._inbox: Inbox[GuestToHost] = Inbox(endpoint, GUEST_TO_HOST, self._arrived)
+
+    @property
+    def endpoint(self) -> str:
+        return self._inbox.endpoint
+
+    def register(self, pool: LandingPool, location: PoolLocation, backend: str) -> PoolAddress:
+        """Raises RegistrationFailed when a pool of this name is there."""
+        if pool.name in self._pools:
+            raise RegistrationFailed(f"a pool called {pool.name} is registered already")
+        self._pools[pool.name] = pool
+        self._locations.append(location)
+        rank, incarnation = self._owner.rank, self._owner.incarnation
+        return PoolAddress(owner=rank, incarnation=incarnation, pool=pool.name, backend=backend, endpoint=self.endpoint)
+
+    def _arrived(self, sender: Sender, message: GuestToHost, _: list[memoryview]) -> None:
+        match message:
+            case Attach():
+                answer = self._attach(sender, message)
+            case Begin():
+                answer = self._begin(sender, message)
+            case End():
+                answer = self._end(sender, message)
+            case _:
+                assert_never(message)
+        if isinstance(answer, Rejected):
+            log.warning("refused a writer: %s", answer.text)
+        try:
+            self._inbox.reply(sender, answer, HOST_TO_GUEST)
+        except PeerGone as error:
+            log.info("a writer left before its answer: %s", error)
+
+    def _attach(self, sender: Sender, message: Attach) -> HostToGuest:
+        if not same_token(message.token, self._owner.token):
+            return Rejected(write=0, kind="token", text="the writer belongs to another cluster")
+        self._forget_idle(f"{message.rank}.{message.incarnation}")
+        if len(self._guests) >= MAX_GUESTS:
+            return Rejected(write=0, kind="full", text=f"{len(self._guests)} writers are attached already")
+        guest = _Guest(f"{message.rank}.{message.incarnation}")
+        try:
+            guest.watch = DeathWatch(message.pid, lambda: self._died(sender))
+        except ProcessLookupError:
+            return Rejected(write=0, kind="gone", text=f"there is no process {message.pid} here")
+        self._guests[sender] = guest
+        return Attached(session=self._session, pools=list(self._locations))
+
+    def _forget_idle(self, name: str) -> None:
+        """Former links of a writer that attaches anew."""
+        for sender, guest in list(self._guests.items()):
+            if guest.name == name and not guest.visits:
+                self._dismiss(sender)
+
+    def _dismiss(self, sender: Sender) -> _Guest:
+        guest = self._guests.pop(sender)
+        if guest.watch is not None:
+            guest.watch.close()
+        return guest
+
+    def _begin(self, sender: Sender, message: Begin) -> HostToGuest:
+        guest, write = self._guests.get(sender), message.write
+        if guest is None or message.session != self._session:
+            return Rejected(write=write, kind="stranger", text="the writer has not attached to this process")
+        if write in guest.visits:
+            return Rejected(write=write, kind="frames", text=f"write {write} has begun already")
+        try:
+            pool = self._pools.get(message.pool)
+            if pool is None:
+                raise StaleGeneration(f"no pool is called {message.pool!r}")
+            extents = pool.enter(message.lease, message.generation, guest.name)
+        except TransferError as error:
+            return Rejected(write=write, kind=kind_of(error), text=error.message)
+        if not extents:
+            return Landed(write=write)
+        guest.visits[write] = _Visit(pool, message.lease, extents, message.generation)
+        return Admitted(write=write, extents=list(extents))
+
+    def _end(self, sender: Sender, message: End) -> HostToGuest:
+        guest, write = self._guests.get(sender), message.write
+        if guest is None or write not in guest.visits:
+            return Rejected(write=write, kind="stranger", text=f"write {write} has not begun")
+        visit = guest.leave(write)
+        try:
+            if message.landed:
+                visit.pool.landing(visit.lease, visit.generation)
+                _verify(message, visit)
+        except TransferError as error:
+            return Rejected(write=write, kind=kind_of(error), text=error.message)
+        return Landed(write=write)
+
+    def _died(self, sender: Sender) -> None:
+        guest = self._dismiss(sender)
+        if not guest.visits:
+            return
+        log.warning("%s died while it wrote into %d leases", guest.name, len(guest.visits))
+        if not self._settle_seconds:
+            _leave_all(guest)
+            return
+
+        def settled() -> None:
+            self._timers.discard(timer)
+            _leave_all(guest)
+
+        timer = asyncio.get_running_loop().call_later(self._settle_seconds, settled)
+        self._timers.add(timer)
+
+    @property
+    def visits(self) -> int:
+        """Writes under way."""
+        return sum(len(guest.visits) for guest in self._guests.values())
+
+    def close(self) -> None:
+        self._inbox.close()
+        for timer in self._timers:
+            timer.cancel()
+        for sender in list(self._guests):
+            self._dismiss(sender)
+
+
+def _leave_all(guest: _Guest) -> None:
+    for write in list(guest.visits):
+        guest.leave(write)
+
+
+def _verify(message: End, visit: _Visit) -> None:
+    for header in message.pieces:
+        if header.checksum is not None:
+            place = place_of(header, visit.extents)
+            if header.nbytes < 0:
+                raise Refusal("bounds", f"a piece of {header.nbytes} bytes")
+            verify(header, payload(visit.pool.memory[place : place + header.nbytes]))

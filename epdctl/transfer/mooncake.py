@@ -1,0 +1,277 @@
+"""Bytes by Mooncake's engine: TCP, RDMA, or NVLink within a host. Which one is said by the plan and proved at start.
+
+The engine itself asks nobody for a password: whoever reaches its port and knows an address may write there. Addresses
+are told only to peers that showed the cluster's token.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from epdctl.errors import RegistrationFailed, TransferError, UserError
+from epdctl.transfer.landing import Owner
+from epdctl.transfer.onesided import OneSidedTransport, Put
+from epdctl.wire.transfer import PoolLocation
+
+__all__ = ["NVLINK_VARIABLE", "PROTOCOLS", "Engine", "MooncakeMover", "engine_of", "mooncake_transport"]
+
+NVLINK_VARIABLE = "MC_INTRANODE_NVLINK"  # without it the same engine falls to TCP and does not say so
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How one protocol is asked for, and what it must reach at start. ``settle_seconds``: see Guests.
+
+    ``staged``: it reads registered memory only, so what lies elsewhere goes through a buffer that is.
+    """
+
+    engine: str
+    probe_bytes: int
+    least_gb_per_s: float
+    settle_seconds: float
+    staged: bool = False
+
+
+PROTOCOLS = {
+    "tcp": Way("tcp", 4 << 20, 0.0, 5.0),
+    "rdma": Way("rdma", 16 << 20, 0.0, 5.0, staged=True),
+    "nvlink": Way("tcp", 256 << 20, 50.0, 1.0),  # TCP in its place would reach 2 to 6
+}
+BATCH_BYTES = 64 << 20  # between two looks at whether the writer was told to stop
+
+
+class RawEngine(Protocol):
+    """What is used of ``mooncake.engine.TransferEngine``."""
+
+    def initialize(self, host: str, metadata: str, protocol: str, device: str, /) -> int: ...
+    def get_rpc_port(self) -> int: ...
+    def register_memory(self, address: int, nbytes: int, /) -> int: ...
+    def unregister_memory(self, address: int, /) -> int: ...
+    def batch_transfer_sync_write(self, to: str, own: list[int], theirs: list[int], sizes: list[int], /) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Contiguous at both ends. Addresses in their own processes."""
+
+    source: int
+    target: int
+    nbytes: int
+
+
+class Engine:
+    """The one engine of this process. Every call but ``write`` is quick; ``write`` blocks and releases the GIL."""
+
+    def __init__(self, raw: RawEngine, protocol: str) -> None:
+        self.protocol = protocol
+        self._raw = raw
+        self._known: dict[int, int] = {}  # address → bytes
+        self.session = f"{HOST}:{raw.get_rpc_port()}"
+
+    def register(self, memory: torch.Tensor) -> None:
+        """Raises RegistrationFailed."""
+        address, nbytes = memory.data_ptr(), memory.numel()
+        if self._raw.register_memory(address, nbytes) != 0:
+            raise RegistrationFailed(f"Mooncake ({self.protocol}) does not take {nbytes} bytes on {memory.device}")
+        self._known[address] = nbytes
+
+    def unregister(self, memory: torch.Tensor) -> None:
+        if self._known.pop(memory.data_ptr(), None) is not None:
+            self._raw.unregister_memory(memory.data_ptr())
+
+    def knows(self, memory: torch.Tensor) -> bool:
+        """It lies within what was registered."""
+        address, nbytes = memory.data_ptr(), memory.numel()
+        return any(start <= address and address + nbytes <= start + size for start, size in self._known.items())
+
+    def write(self, session: str, runs: Sequence[Run]) -> None:
+        """Raises TransferError."""
+        sources, targets, sizes = ([getattr(run, name) for run in runs] for name in ("source", "target", "nbytes"))
+        if self._raw.batch_transfer_sync_write(session, sources, targets, sizes) != 0:
+            raise TransferError(f"Mooncake ({self.protocol}) did not deliver {sum(sizes)} bytes to {session}")
+
+
+@functools.cache
+def engine_of(protocol: str) -> Engine:
+    """Started once; a second protocol in one process is refused. Raises UserError with what is missing."""
+    if engine_of.cache_info().currsize:
+        raise UserError("one process has one Mooncake engine, and it runs with another protocol already")
+    if (protocol == "nvlink") != (os.environ.get(NVLINK_VARIABLE, "0") not in ("", "0")):
+        raise UserError(f"protocol {protocol} and {NVLINK_VARIABLE}={os.environ.get(NVLINK_VARIABLE)} do not agree")
+    try:
+        from mooncake.engine import TransferEngine
+    except ImportError as error:
+        raise UserError(f"Mooncake cannot be imported: {error}", hint="`epdctl doctor` says what to install") from error
+    raw = TransferEngine()
+    if raw.initialize(HOST, "P2PHANDSHAKE", PROTOCOLS[protocol].engine, "") != 0:
+        raise UserError(f"Mooncake does not start with protocol {protocol}", hint="its own lines above say why")
+    return Engine(raw, protocol)
+
+
+def probe(engine: Engine, device: torch.device) -> float:
+    """GB/s of a write to ourselves. Raises UserError when it does not arrive, or too slowly for what was asked for."""
+    protocol = PROTOCOLS[engine.protocol]
+    source = torch.full((protocol.probe_bytes,), 165, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    engine.register(source)
+    engine.register(target)
+    try:
+        run = Run(source.data_ptr(), target.data_ptr(), source.numel())
+        rate = source.numel() / min(_timed(engine, run) for _ in range(3)) / 1e9
+        arrived = bool(torch.equal(source, target))
+    finally:
+        engine.unregister(source)
+        engine.unregister(target)
+    if not arrived:
+        raise UserError(f"Mooncake ({engine.protocol}) said that its first bytes were delivered, and they were not")
+    if rate < protocol.least_gb_per_s:
+        raise UserError(
+            f"Mooncake moves {rate:.1f} GB/s where {engine.protocol} gives more than {protocol.least_gb_per_s:.0f}: "
+            "it fell to another protocol",
+            hint="install the Mooncake package for this CUDA (`epdctl doctor`), or write transfer.protocol: tcp",
+        )
+    return rate
+
+
+def _timed(engine: Engine, run: Run) -> float:
+    began = time.perf_counter()
+    engine.write(engine.session, [run])
+    return time.perf_counter() - began
+
+
+class _Stage:
+    """One registered buffer for what is sent from memory that is not; one user at a time."""
+
+    def __init__(self, engine: Engine, device: torch.device) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self.memory = torch.empty(BATCH_BYTES, dtype=torch.uint8, device=device)
+        engine.register(self.memory)
+
+    def send(self, session: str, data: torch.Tensor, target: int) -> None:
+        for start in range(0, data.numel(), BATCH_BYTES):
+            part = data[start : start + BATCH_BYTES]
+            with self._lock:
+                self.memory[: part.numel()].copy_(part)
+                if part.is_cuda:
+                    torch.cuda.current_stream(part.device).synchronize()
+                self._engine.write(session, [Run(self.memory.data_ptr(), target + start, part.numel())])
+
+    def close(self) -> None:
+        self._engine.unregister(self.memory)
+
+
+class _RemotePool:
+    """A Remote."""
+
+    def __init__(self, engine: Engine, stage: _Stage | None, location: PoolLocation) -> None:
+        self._engine = engine
+        self._stage = stage
+        self._location = location
+
+    def put(self, puts: Sequence[Put], stop: threading.Event) -> None:
+        place, base = self._location.place, self._location.base
+        direct = [put for put in puts if self._stage is None or self._engine.knows(put.data)]
+        for batch in _batches(list(_runs(direct, base))):
+            if stop.is_set():
+                return
+            self._engine.write(place, batch)
+        if self._stage is not None:
+            for put in puts:
+                if not stop.is_set() and not self._engine.knows(put.data):
+                    self._stage.send(place, put.data, base + put.place)
+
+    def view(self, place: int, nbytes: int) -> None:
+        return None
+
+    def close(self) -> None:
+        """The engine keeps its own connections."""
+
+
+def _runs(puts: Sequence[Put], base: int) -> Iterator[Run]:
+    """``puts`` with neighbours joined."""
+    whole: Run | None = None
+    for put in puts:
+        source, target, nbytes = put.data.data_ptr(), base + put.place, put.data.numel()
+        if whole and (whole.source + whole.nbytes, whole.target + whole.nbytes) == (source, target):
+            whole = Run(whole.source, whole.target, whole.nbytes + nbytes)
+            continue
+        if whole:
+            yield whole
+        whole = Run(source, target, nbytes)
+    if whole:
+        yield whole
+
+
+def _batches(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """About BATCH_BYTES each; a longer run is not cut."""
+    ends = itertools.accumulate(run.nbytes for run in runs)
+    for _, group in itertools.groupby(zip(runs, ends, strict=True), lambda pair: (pair[1] - 1) // BATCH_BYTES):
+        yield [run for run, _ in group]
+
+
+class MooncakeMover:
+    """A Mover."""
+
+    backend = "mooncake"
+    inline_bytes = 0
+
+    def __init__(self, protocol: str, device: torch.device) -> None:
+        self._engine = engine_of(protocol)
+        self._device = device
+        self._memories: list[torch.Tensor] = []
+        self.settle_seconds = PROTOCOLS[protocol].settle_seconds
+        self.note = f"mooncake {protocol}, {probe(self._engine, device):.1f} GB/s to itself"
+        self._stage = _Stage(self._engine, device) if PROTOCOLS[protocol].staged else None
+
+    def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Registered at once: a pool is written to by peers, and read when its pages go to one."""
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._engine.register(memory)
+        self._memories.append(memory)
+        return memory
+
+    def locate(self, pool: str, memory: torch.Tensor) -> PoolLocation:
+        if not self._engine.knows(memory):
+            raise RegistrationFailed(f"the memory of the {pool} pool was not allocated by this transport")
+        return PoolLocation(pool=pool, place=self._engine.session, base=memory.data_ptr(), nbytes=memory.numel())
+
+    def reach(self, location: PoolLocation) -> _RemotePool:
+        return _RemotePool(self._engine, self._stage, location)
+
+    def ready(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        made = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        made.record(torch.cuda.current_stream(self._device))
+        return made
+
+    def wait(self, made: object | None) -> None:
+        if isinstance(made, torch.cuda.Event):
+            made.synchronize()
+
+    def close(self) -> None:
+        for memory in self._memories:
+            self._engine.unregister(memory)
+        self._memories.clear()
+        if self._stage is not None:
+            self._stage.close()
+
+
+def mooncake_transport(endpoint: str, owner: Owner, protocol: str, device: torch.device) -> OneSidedTransport:
+    """Raises UserError where the engine or the protocol is not to be had."""
+    if protocol not in PROTOCOLS:
+        raise UserError(f"no Mooncake protocol is called {protocol!r}", hint=f"one of {', '.join(PROTOCOLS)}")
+    return OneSidedTransport(endpoint, owner, MooncakeMover(protocol, device))

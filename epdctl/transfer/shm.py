@@ -1,0 +1,140 @@
+"""Bytes within one host: the receiver's pool is shared memory without a name, and its writers map it.
+
+The memory lives as long as somebody has it open, so nothing is left when every process was killed. Whoever has the
+owner's user id can open it by way of /proc; random bytes in its first page tell a writer that it is the right one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import secrets
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from epdctl.errors import PeerGone, RegistrationFailed, TransferError
+from epdctl.transfer.landing import Owner
+from epdctl.transfer.onesided import OneSidedTransport, Put
+from epdctl.wire.transfer import PoolLocation
+
+__all__ = ["ShmMover", "shm_transport"]
+
+HEADER_BYTES = 4096  # one page before the pool
+MARK_BYTES = 16
+STRIDE_BYTES = 16 << 20  # between two looks at whether the writer was told to stop
+POPULATE = getattr(mmap, "MAP_POPULATE", 0)
+F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW = 1033, 0x2, 0x4  # linux/fcntl.h: nobody may make us fault by cutting it
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """A pool's memory. ``mark``: random bytes at its start."""
+
+    fd: int
+    mark: bytes
+    memory: torch.Tensor
+
+
+def _map(fd: int, nbytes: int) -> torch.Tensor:
+    """All of it, faulted in: 1-D uint8. The mapping ends with the last tensor that looks into it."""
+    return torch.frombuffer(mmap.mmap(fd, nbytes, mmap.MAP_SHARED | POPULATE), dtype=torch.uint8)
+
+
+def _make(nbytes: int) -> _Region:
+    """Raises RegistrationFailed when there is not so much memory."""
+    fd = os.memfd_create("epdctl-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(fd, 0, HEADER_BYTES + nbytes)
+        fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)
+        mark = secrets.token_bytes(MARK_BYTES)
+        os.pwrite(fd, mark, 0)
+        return _Region(fd, mark, _map(fd, HEADER_BYTES + nbytes)[HEADER_BYTES:])
+    except OSError as error:
+        os.close(fd)
+        raise RegistrationFailed(f"no shared memory for a pool of {nbytes / 2**20:.0f} MiB: {error}") from error
+
+
+class _Mapping:
+    """A Remote."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory: torch.Tensor | None = memory
+
+    def put(self, puts: Sequence[Put], stop: threading.Event) -> None:
+        for put in puts:
+            target = self.view(put.place, put.data.numel())
+            if target is None:
+                raise PeerGone("the peer's memory was closed")
+            for start in range(0, put.data.numel(), STRIDE_BYTES):
+                if stop.is_set():
+                    return
+                target[start : start + STRIDE_BYTES].copy_(put.data[start : start + STRIDE_BYTES])
+
+    def view(self, place: int, nbytes: int) -> torch.Tensor | None:
+        return None if self._memory is None else self._memory[place : place + nbytes]
+
+    def close(self) -> None:
+        self._memory = None
+
+
+class ShmMover:
+    """A Mover. Its writers stop with their processes: a dead one's mapping is closed by the kernel."""
+
+    backend = "shm"
+    note = "shm"
+    settle_seconds = 0.0
+    inline_bytes = 256 << 10
+
+    def __init__(self) -> None:
+        self._regions: dict[int, _Region] = {}
+
+    def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        if device.type != "cpu":
+            raise RegistrationFailed(f"shm moves host memory only, not that of {device}; write transfer.backend: auto")
+        region = _make(nbytes)
+        self._regions[region.memory.data_ptr()] = region
+        return region.memory
+
+    def locate(self, pool: str, memory: torch.Tensor) -> PoolLocation:
+        region = self._regions.get(memory.data_ptr())
+        if region is None or region.memory.numel() != memory.numel():
+            raise RegistrationFailed(f"the memory of the {pool} pool was not allocated by this transport")
+        place = f"/proc/{os.getpid()}/fd/{region.fd}#{region.mark.hex()}"
+        return PoolLocation(pool=pool, place=place, base=HEADER_BYTES, nbytes=memory.numel())
+
+    def reach(self, location: PoolLocation) -> _Mapping:
+        path, _, mark = location.place.partition("#")
+        total = location.base + location.nbytes
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if os.fstat(fd).st_size != total or os.pread(fd, MARK_BYTES, 0).hex() != mark:
+                    raise PeerGone(f"{path} is not the memory of the {location.pool} pool any more")
+                return _Mapping(_map(fd, total)[location.base :])
+            finally:
+                os.close(fd)
+        except PermissionError as error:
+            raise TransferError(f"{path} belongs to another user: {error}") from error
+        except OSError as error:
+            raise PeerGone(f"the memory of the {location.pool} pool cannot be mapped: {error}") from error
+
+    def ready(self) -> None:
+        return None
+
+    def wait(self, made: object | None) -> None:
+        """Host memory is there when its maker says so."""
+
+    def close(self) -> None:
+        for region in self._regions.values():
+            with contextlib.suppress(OSError):
+                os.close(region.fd)
+        self._regions.clear()
+
+
+def shm_transport(endpoint: str, owner: Owner) -> OneSidedTransport:
+    return OneSidedTransport(endpoint, owner, ShmMover())
