@@ -63,6 +63,8 @@ class EncoderConfig(Part, frozen=True):
 
 class TransferConfig(Part, frozen=True):
     backend: str = "zmq"  # what the plan settled on; never "auto" here
+    protocol: str = ""  # of Mooncake: tcp | rdma | nvlink
+    checksum: bool = False  # every write carries one, and its receiver verifies it
     embedding_bytes: int = 256 << 20  # the embedding pool of a prefill, language or mono rank
 
 
