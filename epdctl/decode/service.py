@@ -17,6 +17,7 @@ from epdctl.rank.machine import NATIVE, Parts
 from epdctl.rank.peers import Changes, Links, PeerTable
 from epdctl.rank.sequences import Grant, Phase, Stay
 from epdctl.transfer.allocators import PageExtents
+from epdctl.transfer.leases import SlotState
 from epdctl.transfer.pool import Pool
 from epdctl.wire.config import RankSpec
 from epdctl.wire.encode import FailureKind
@@ -77,6 +78,10 @@ class DecodeService(LanguageRank[DecodeStay, ToDecode]):
         self._extents = PageExtents(self.machine.pages, kv.layout.page_bytes)
         self._kv = Pool("kv", kv.memory, self._extents)
         return [self._kv]
+
+    @property
+    def _quarantined_pages(self) -> int:
+        return sum(len(lease.extents) for lease in self._kv.leases.live(SlotState.QUARANTINED))
 
     def _received(self, sender: Sender, message: ToDecode, _: list[memoryview]) -> None:
         match message:

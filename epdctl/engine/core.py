@@ -10,7 +10,7 @@ import torch
 
 from epdctl.engine.api import Advance, LanguageModel, NewSequence, StepInput, Visual
 from epdctl.engine.attention import PagedBatch, Span
-from epdctl.engine.kv import KvPool
+from epdctl.engine.kv import KvPool, Memory, own_memory
 from epdctl.engine.pages import pages_for
 from epdctl.engine.sampler import NonFiniteLogits, sample
 from epdctl.engine.scheduler import Slice, schedule
@@ -200,9 +200,14 @@ def _placed(part: _Part) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def build_engine(
-    model: ModelConfig, config: EngineConfig, device: torch.device, progress: Progress | None = None
+    model: ModelConfig,
+    config: EngineConfig,
+    device: torch.device,
+    progress: Progress | None = None,
+    memory: Memory = own_memory,
 ) -> Engine:
     """``progress(phase, done, total)`` is told of the phases imports, weights and pools, before and after each.
+    ``memory``: see KvPool.
 
     Raises LoadError.
     """
@@ -216,6 +221,6 @@ def build_engine(
     language = half.load_language(model, device)
     say("weights", 1, 1)
     say("pools", 0, 1)
-    kv = KvPool(language.layout(config.page_size), max(1, config.kv_tokens // config.page_size), device)
+    kv = KvPool(language.layout(config.page_size), max(1, config.kv_tokens // config.page_size), device, memory)
     say("pools", 1, 1)
     return Engine(language, kv, config)

@@ -50,6 +50,7 @@ class LanguageRank(ABC, Generic[S, In]):
         self._inbox: Inbox[In] | None = None
         self._stays: dict[str, S] = {}
         self._line: Line[str] = Line(spec.config.limits.queue)
+        self._written: Sequence[Pool] = ()  # by peers
         self._addresses: dict[str, PoolAddress] = {}
         self._serving: asyncio.Handle | None = None
         self._empty = asyncio.Event()
@@ -84,6 +85,11 @@ class LanguageRank(ABC, Generic[S, In]):
         """Make the pools that peers write to; once, when the machine stands."""
 
     @property
+    def _quarantined_pages(self) -> int:
+        """KV pages that wait for the end of a lost writer."""
+        return 0
+
+    @property
     def _capacity(self) -> Capacity:
         return Capacity(self.machine.pages.total)
 
@@ -101,8 +107,10 @@ class LanguageRank(ABC, Generic[S, In]):
 
     async def start(self, progress: Progress) -> Endpoints:
         self._machine = await Machine.start(self._spec, self._parts, progress, self)
-        pools = await self._machine.compute.run(self._pools)  # pools are zeroed: seconds
+        pools = self._written = await self._machine.compute.run(self._pools)  # pools are zeroed: seconds
         self._addresses = {pool.name: self._machine.transport.register(pool) for pool in pools}
+        for pool in pools:
+            pool.freed = self._serve_soon
         self._inbox = Inbox(self._spec.endpoint("inbox"), self._incoming, self._received)
         return Endpoints(inbox=self._inbox.endpoint, transfer=self._machine.transport.endpoint)
 
@@ -114,8 +122,11 @@ class LanguageRank(ABC, Generic[S, In]):
         self._peers(peers, changes)
 
     def pulse(self) -> Pulse:
+        """Raises QuarantineFull, which ends the rank: only a new process is sure of all its memory again."""
         if self._machine is None:
             return Pulse()
+        for pool in self._written:
+            pool.bound_quarantine()
         pages = self._machine.pages
         return Pulse(
             inflight=len(self._stays),
@@ -149,7 +160,8 @@ class LanguageRank(ABC, Generic[S, In]):
     def check(self) -> None:
         """Invariants; raises AssertionError. An idle rank holds nothing."""
         self.machine.pages.check()
-        held = sum(len(stay.grant.pages) for stay in self._stays.values() if stay.grant is not None)
+        held = self._quarantined_pages
+        held += sum(len(stay.grant.pages) for stay in self._stays.values() if stay.grant is not None)
         assert held + self.machine.pages.free == self.machine.pages.total, "a KV page belongs to nobody"
         assert all((stay.name in self._line) <= (stay.grant is None) for stay in self._stays.values())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from epdctl.engine.kv import KvPool
+from epdctl.engine.kv import KvPool, Memory
 from epdctl.engine.pages import PageAllocator
 from epdctl.rank.compute import ComputeThread
 from epdctl.rank.device import prepare_device
@@ -29,9 +29,12 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a rank is made of. ``engine`` runs on the compute thread and takes as long as it takes."""
+    """What a rank is made of. ``engine`` runs on the compute thread and takes as long as it takes.
 
-    engine: Callable[[RankConfig, Progress], Loaded]
+    Its KV pool is made of what the transport allocates, so that peers can reach it.
+    """
+
+    engine: Callable[[RankConfig, Progress, Memory], Loaded]
     transport: Callable[[RankSpec], Transport]
 
 
@@ -49,10 +52,15 @@ class Machine:
         """Raises LoadError, with nothing left behind."""
         compute = ComputeThread()
         try:
-            loaded = await compute.run(lambda: parts.engine(spec.config, progress))
             transport = parts.transport(spec)
         except BaseException:
             await compute.close()
+            raise
+        try:
+            loaded = await compute.run(lambda: parts.engine(spec.config, progress, transport.allocate))
+        except BaseException:
+            await compute.close()
+            await transport.close()
             raise
         profiler = Profiler(compute)
         return cls(
@@ -75,10 +83,10 @@ class Machine:
         await self.transport.close()
 
 
-def _native_engine(config: RankConfig, progress: Progress) -> Loaded:
+def _native_engine(config: RankConfig, progress: Progress, memory: Memory) -> Loaded:
     from epdctl.engine.core import build_engine  # torch and transformers: seconds, and in the compute thread
 
-    engine = build_engine(config.model, config.engine, prepare_device(config), progress)
+    engine = build_engine(config.model, config.engine, prepare_device(config), progress, memory)
     return Loaded(engine, engine.kv, engine.language.row_width)
 
 

@@ -67,7 +67,7 @@ class PromptRank(LanguageRank[S, In]):
 
     def _pools(self) -> Sequence[Pool]:
         nbytes = self._spec.config.transfer.embedding_bytes
-        memory = torch.empty(nbytes, dtype=torch.uint8, device=self.machine.loaded.kv.device)
+        memory = self.machine.transport.allocate(nbytes, self.machine.loaded.kv.device)
         self._slots = Pool("embeddings", memory, RangeAllocator(nbytes))
         return [self._slots]
 

@@ -20,11 +20,12 @@ import torch
 from epdctl.decode.language import LanguageService
 from epdctl.decode.service import DecodeService
 from epdctl.engine.api import Advance, NewSequence
-from epdctl.engine.kv import KvPool
+from epdctl.engine.kv import KvPool, Memory
 from epdctl.ids import Incarnation, RankName, RequestId, Room, RunId, Stage
 from epdctl.prefill.service import PrefillService
 from epdctl.rank.language import LanguageRank
 from epdctl.rank.machine import Loaded, Parts
+from epdctl.rank.service import Progress
 from epdctl.transfer.base import Transport
 from epdctl.transfer.landing import Owner
 from epdctl.transfer.memory import Exchange, MemoryTransport
@@ -209,7 +210,7 @@ def alone(question: Question) -> list[int]:
             id="alone",
             tokens=question.tokens,
             items=question.items,
-            embeddings={each.index: embedding(each) for each in question.items},
+            embeddings={each.index: question.rows(each) for each in question.items},
             sampling=question.sampling,
             pages=list(reversed(range(pages))),
             max_new_tokens=question.max_tokens,
@@ -302,10 +303,14 @@ class World:
 
     async def start(self, stage: Stage, setup: Setup, incarnation: int = 1) -> Rank:
         engine = FakeEngine(KvPool(setup.layout, setup.pages))
-        parts = Parts(
-            engine=lambda _config, _progress: setup.loaded or Loaded(engine, engine.kv, WIDTH),
-            transport=self.transport,
-        )
+
+        def load(_config: RankConfig, _progress: Progress, memory: Memory) -> Loaded:
+            if setup.loaded is not None:
+                return setup.loaded
+            engine.kv = KvPool(setup.layout, setup.pages, memory=memory)
+            return Loaded(engine, engine.kv, WIDTH)
+
+        parts = Parts(engine=load, transport=self.transport)
         service = SERVICES[stage](self.spec(stage, setup, incarnation), parts)
         endpoints = await service.start(lambda _phase, _done, _total: None)
         rank = Rank(service, engine, peer_of(stage, incarnation, endpoints))

@@ -26,7 +26,7 @@ async def answered(rank: Single, question: Question) -> list[int]:
     return rank.gateway.tokens(question.name, question.attempt)
 
 
-@pytest.mark.parametrize("backend", ["zmq", "memory"])
+@pytest.mark.parametrize("backend", ["zmq", "memory", "shm"])
 @pytest.mark.parametrize("question", [Question(), Question(tokens=(5,), max_tokens=1), PICTURES])
 def test_answers_as_the_engine_does(backend: str, question: Question) -> None:
     async def scene() -> None:

@@ -16,7 +16,7 @@ PICTURES = (item(0, 3, 4), item(1, 9, 3))
 LONG = tuple(range(100, 137))  # several chunks and pages, the last of each partial
 
 
-@pytest.mark.parametrize("backend", ["zmq", "memory"])
+@pytest.mark.parametrize("backend", ["zmq", "memory", "shm"])
 @pytest.mark.parametrize(
     "question",
     [
