@@ -1,14 +1,15 @@
 """Which encoder rank works on which item. Pure: events and the time go in, actions come out.
 
 A rank works on at most ``cap`` items; what waits is bounded. An item whose rank dies goes to a rank it has not been on:
-by name, so that a picture that kills encoders cannot kill one of them twice.
+by name, so that a picture that kills encoders cannot kill one of them twice. A picture that came before goes where its
+embedding may still be, unless that rank has much more to do than another.
 """
 
 from __future__ import annotations
 
 import enum
 import secrets
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -30,6 +31,9 @@ __all__ = [
     "RankKey",
     "Send",
 ]
+
+
+DETOUR = 4  # items: how much more a rank may have to do than the least busy one and still be preferred for its memory
 
 
 class ItemState(enum.StrEnum):
@@ -113,6 +117,7 @@ Action = Send | Cancel | Ended
 class _Item:
     key: ItemKey
     deadline: float
+    content: str  # the hash of its picture; "" when it is like no other
     state: ItemState = ItemState.QUEUED
     at: RankKey | None = None
     dispatch: int = 0
@@ -130,16 +135,21 @@ def _draw() -> int:
 
 
 class Dispatcher:
-    """Every item that has not ended, and every rank that may take one. ``now`` is on the clock of the deadlines."""
+    """Every item that has not ended, and every rank that may take one. ``now`` is on the clock of the deadlines.
 
-    def __init__(self, *, cap: int, queue: int, draw: Callable[[], int] = _draw) -> None:
+    ``remember``: of how many pictures it is known which rank had them last; 0 where ranks keep nothing.
+    """
+
+    def __init__(self, *, cap: int, queue: int, remember: int = 0, draw: Callable[[], int] = _draw) -> None:
         self.cap = cap
         self.queue = queue
+        self.remember = remember
         self.late = 0  # replies to dispatches that are over
         self._draw = draw
         self._items: dict[ItemKey, _Item] = {}
         self._waiting: deque[_Item] = deque()
         self._dispatched: dict[int, _Item] = {}
+        self._holders: OrderedDict[str, RankKey] = OrderedDict()  # content → who had it last; the oldest news first
         self._ranks: dict[RankKey, set[int]] = {}  # the dispatches each works on; the first is the next among equals
 
     def __len__(self) -> int:
@@ -155,11 +165,15 @@ class Dispatcher:
     def next_deadline(self) -> float | None:
         return min((item.deadline for item in self._items.values()), default=None)
 
-    def submit(self, key: ItemKey, deadline: float, now: float) -> list[Action]:
+    def holder(self, content: str) -> RankKey | None:
+        """The rank that may remember this picture."""
+        return self._holders.get(content)
+
+    def submit(self, key: ItemKey, deadline: float, now: float, content: str = "") -> list[Action]:
         """A new item; it may end at once, FULL. The same key again while it lives is the same item: nothing to do."""
         if key in self._items:
             return []
-        item = self._items[key] = _Item(key, deadline)
+        item = self._items[key] = _Item(key, deadline, content)
         self._waiting.append(item)
         actions = self._pump(now)
         if item.state is ItemState.QUEUED and len(self._waiting) > self.queue:
@@ -178,6 +192,8 @@ class Dispatcher:
             item.move(ItemEvent.RANK_LEFT)
         for rank in left:
             self._ranks.pop(rank, None)
+        for content in [content for content, rank in self._holders.items() if rank in left]:
+            del self._holders[content]
         self._waiting.extendleft(sorted(lost, key=lambda item: item.deadline)[::-1])
         return [*self._fail_stranded(), *self._pump(now)]
 
@@ -252,9 +268,13 @@ class Dispatcher:
         return [rank for rank in self._ranks if rank.rank not in item.tried]
 
     def _choose(self, item: _Item) -> RankKey | None:
-        """Least pending; among equals the one that was sent to longest ago."""
+        """Least pending, among equals the one that was sent to longest ago; or who has had this picture before."""
         ranks = [rank for rank in self._untried(item) if len(self._ranks[rank]) < self.cap]
-        return min(ranks, key=lambda rank: len(self._ranks[rank]), default=None)
+        least = min(ranks, key=self.pending, default=None)
+        holder = self._holders.get(item.content)
+        if holder is None or least is None or holder not in ranks:
+            return least
+        return holder if self.pending(holder) - self.pending(least) < DETOUR else least
 
     def _send(self, item: _Item, rank: RankKey, now: float) -> Send:
         item.move(ItemEvent.SEND)
@@ -263,8 +283,17 @@ class Dispatcher:
         work = self._ranks.pop(rank)
         work.add(item.dispatch)
         self._ranks[rank] = work  # to the end: round robin
+        self._note_holder(item.content, rank)
         self._dispatched[item.dispatch] = item
         return Send(item.key, rank, item.dispatch, max(0.0, item.deadline - now))
+
+    def _note_holder(self, content: str, rank: RankKey) -> None:
+        if not content or not self.remember:
+            return
+        self._holders[content] = rank
+        self._holders.move_to_end(content)
+        if len(self._holders) > self.remember:
+            self._holders.popitem(last=False)
 
     def _reply(self, dispatch: int, by: RankKey) -> _Item | None:
         item = self._dispatched.get(dispatch)
@@ -309,3 +338,5 @@ class Dispatcher:
         assert all(item.state is ItemState.DISPATCHED for item in self._dispatched.values()), "not dispatched"
         assert sum(map(len, self._ranks.values())) == len(self._dispatched), "a dispatch without a rank"
         assert all(len(work) <= self.cap for work in self._ranks.values()), "a rank is over its cap"
+        assert len(self._holders) <= self.remember, "more is remembered than allowed"
+        assert set(self._holders.values()) <= set(self._ranks), "a rank that is gone is remembered"

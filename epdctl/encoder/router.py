@@ -46,6 +46,8 @@ __all__ = ["RouterService"]
 
 log = logging.getLogger(__name__)
 
+REMEMBERED = 65_536  # pictures of which it is known where they were encoded last
+
 
 @dataclass(frozen=True, slots=True)
 class _Job:
@@ -63,7 +65,8 @@ class RouterService:
         self._spec = spec
         self._endpoint = spec.endpoint(purpose)
         self._clock = asyncio.get_running_loop().time
-        self._dispatcher = Dispatcher(cap=limits.inflight, queue=limits.queue)
+        remember = REMEMBERED if spec.config.encoder.cache_bytes else 0
+        self._dispatcher = Dispatcher(cap=limits.inflight, queue=limits.queue, remember=remember)
         self._jobs: dict[ItemKey, _Job] = {}
         self._media_bytes = 0
         self._completed = 0
@@ -104,7 +107,7 @@ class RouterService:
             self._media_bytes += len(frames[0])
             self._idle.clear()
             now = self._clock()
-            self._apply(self._dispatcher.submit(key, now + message.budget_s, now))
+            self._apply(self._dispatcher.submit(key, now + message.budget_s, now, message.item.content_hash))
 
     def _refusal(self, frames: list[memoryview]) -> tuple[FailureKind, str] | None:
         if self._draining:

@@ -35,8 +35,8 @@ def key(number: int, request: str = "r", client: bytes = b"gateway", attempt: in
     return ItemKey(client, RequestId(request), attempt, number)
 
 
-def dispatcher(cap: int = 2, queue: int = 4) -> Dispatcher:
-    return Dispatcher(cap=cap, queue=queue, draw=itertools.count(1).__next__)
+def dispatcher(cap: int = 2, queue: int = 4, remember: int = 0) -> Dispatcher:
+    return Dispatcher(cap=cap, queue=queue, remember=remember, draw=itertools.count(1).__next__)
 
 
 def sends(actions: list[Action]) -> list[tuple[int, str]]:
@@ -175,6 +175,48 @@ def test_the_same_item_again_is_the_same_item() -> None:
     assert len(router) == 1
 
 
+def test_a_picture_goes_where_it_was_until_that_rank_has_four_more_than_the_least() -> None:
+    router = dispatcher(cap=99, remember=9)
+    router.changed([rank(0), rank(1)], [], 0)
+    where = [sends(router.submit(key(number), 10, 0, "same"))[0][1] for number in range(7)]
+    assert where == ["encoder/0"] * 4 + ["encoder/1"] * 3, "and the other one is the holder from then on"
+    assert router.holder("same") == rank(1)
+    assert sends(router.submit(key(7), 10, 0, "other")) == [(7, "encoder/1")], "the least pending"
+    assert sends(router.submit(key(8), 10, 0, "")) == [(8, "encoder/0")]
+    assert router.holder("") is None
+
+
+def test_the_memory_of_a_rank_dies_with_its_incarnation() -> None:
+    router = dispatcher(remember=9)
+    router.changed([rank(0)], [], 0)
+    router.submit(key(0), 10, 0, "a")
+    router.encoded(1, rank(0), 0)
+    assert router.holder("a") == rank(0)
+    router.changed([rank(0, 2), rank(1)], [rank(0)], 0)
+    assert router.holder("a") is None
+    router.submit(key(1), 10, 0, "b")
+    assert sends(router.submit(key(2), 10, 0, "a")) == [(2, "encoder/1")]
+
+
+def test_an_item_that_moves_takes_the_memory_along_and_a_full_or_tried_holder_is_passed_over() -> None:
+    router = dispatcher(cap=1, remember=1)
+    router.changed([rank(0), rank(1)], [], 0)
+    router.submit(key(0), 10, 0, "a")
+    assert sends(router.submit(key(1), 10, 0, "a")) == [(1, "encoder/1")]
+    router.encoded(2, rank(1), 0)
+    assert sends(router.changed([], [rank(0)], 0)) == [(0, "encoder/1")]
+    assert router.holder("a") == rank(1)
+    router.encoded(3, rank(1), 0)
+    router.submit(key(2), 10, 0, "b")
+    assert (router.holder("a"), router.holder("b")) == (None, rank(1)), "one picture is remembered here"
+
+
+def test_where_ranks_keep_nothing_nothing_is_remembered() -> None:
+    router = dispatcher(cap=9)
+    router.changed([rank(0), rank(1)], [], 0)
+    assert [sends(router.submit(key(n), 10, 0, "same"))[0][1] for n in range(2)] == ["encoder/0", "encoder/1"]
+
+
 def test_ended_states_are_final_and_every_state_can_end() -> None:
     assert {before for before, _ in TRANSITIONS} == set(ItemState) - ENDED
     assert set(TRANSITIONS.values()) == set(ItemState)
@@ -191,11 +233,13 @@ def test_a_batch_is_what_fits_from_the_front(patches: list[int], budget: int, co
 class Walk(RuleBasedStateMachine):
     """A router's world, in any order: each item ends once, no rank is over its cap, the queue stays bounded."""
 
-    CAP, QUEUE, RANKS = 2, 3, 3
+    CAP, QUEUE, RANKS, REMEMBER = 7, 3, 3, 2
 
     def __init__(self) -> None:
         super().__init__()
-        self.router = dispatcher(self.CAP, self.QUEUE)
+        self.router = dispatcher(self.CAP, self.QUEUE, self.REMEMBER)
+        self.last: dict[str, RankKey] = {}  # who was given each picture last, the oldest news first
+        self.contents: dict[ItemKey, str] = {}
         self.now = 0.0
         self.numbers = itertools.count()
         self.incarnations = Counter[int]()
@@ -214,6 +258,7 @@ class Walk(RuleBasedStateMachine):
                     assert action.to in self.ready.values(), "sent to a rank that is not there"
                     assert (action.item, action.to.rank) not in self.seen, "sent to the same rank twice"
                     assert action.seconds > 0
+                    self.choice_was_right(action)
                     self.dispatched.add(action.dispatch)
                     self.seen.add((action.item, action.to.rank))
                     self.working[action.dispatch] = (action.to, action.item)
@@ -225,16 +270,36 @@ class Walk(RuleBasedStateMachine):
                     if action.state is ItemState.ENCODED:
                         self.router.delivered(action.item)
 
-    @rule(life=st.integers(1, 8), request=st.sampled_from("abc"))
-    def submit(self, life: int, request: str) -> None:
+    def choice_was_right(self, sent: Send) -> None:
+        """By the counts of the moment: the holder where it is not too busy, else one of the least busy."""
+        count = Counter(to for to, _ in self.working.values())
+        tried = {name for item, name in self.seen if item == sent.item}
+        open_to = [to for to in self.ready.values() if to.rank not in tried and count[to] < self.CAP]
+        least = min(count[to] for to in open_to)
+        content = self.contents[sent.item]
+        holder = self.last.get(content)
+        if holder in open_to and count[holder] - least < 4:
+            assert sent.to == holder, "the one who has the picture was passed over"
+        else:
+            assert count[sent.to] == least, "somebody else has less to do"
+        if content:
+            self.last.pop(content, None)
+            self.last[content] = sent.to
+            if len(self.last) > self.REMEMBER:
+                del self.last[next(iter(self.last))]
+
+    @rule(life=st.integers(1, 8), request=st.sampled_from("abc"), content=st.sampled_from(["", "p", "q", "r"]))
+    def submit(self, life: int, request: str, content: str) -> None:
         item = key(next(self.numbers), request)
         self.submitted[item] = self.now + life
-        self.apply(self.router.submit(item, self.now + life, self.now))
+        self.contents[item] = content
+        self.apply(self.router.submit(item, self.now + life, self.now, content))
 
     @rule(number=st.integers(0, RANKS - 1), leave=st.integers(0, RANKS - 1))
     def change(self, number: int, leave: int) -> None:
         left = [self.ready.pop(leave)] if leave in self.ready else []
         self.working = {n: work for n, work in self.working.items() if work[0] not in left}
+        self.last = {content: to for content, to in self.last.items() if to not in left}
         joined = []
         if number not in self.ready:
             self.incarnations[number] += 1
