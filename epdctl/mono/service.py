@@ -11,10 +11,9 @@ from dataclasses import replace
 
 from epdctl.decode.language import LanguageService
 from epdctl.encoder.router import RouterService
-from epdctl.encoder.worker import EncoderService, LoadTower
-from epdctl.engine.loading import load_tower
+from epdctl.encoder.worker import EncoderService
 from epdctl.ids import Stage
-from epdctl.rank.machine import NATIVE, Parts
+from epdctl.rank.machine import NATIVE, Machine, Parts
 from epdctl.rank.service import Progress, Pulse
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import Endpoints, Peer
@@ -22,13 +21,22 @@ from epdctl.wire.lifecycle import Endpoints, Peer
 __all__ = ["MonoService"]
 
 
+def _native_encoder(spec: RankSpec, beside: Machine) -> EncoderService:
+    return EncoderService(spec, beside=beside)
+
+
 class MonoService:
     """A Service. Tower and engine take turns on one compute thread: they have one device, and the plan gave the rank
     its CPU threads once. It also makes a capture one recording of both."""
 
-    def __init__(self, spec: RankSpec, parts: Parts = NATIVE, load: LoadTower = load_tower) -> None:
+    def __init__(
+        self,
+        spec: RankSpec,
+        parts: Parts = NATIVE,
+        encoder: Callable[[RankSpec, Machine], EncoderService] = _native_encoder,
+    ) -> None:
         self._spec = spec
-        self._load = load
+        self._make_encoder = encoder
         self._language = LanguageService(spec, parts)
         self._router = RouterService(spec, purpose="encode")
         self._encoder: EncoderService | None = None
@@ -40,8 +48,7 @@ class MonoService:
             progress(f"tower {phase}", done, total)
 
         language = await self._language.start(progress)
-        machine = self._language.machine
-        self._encoder = EncoderService(self._spec.within("tower"), load=self._load, beside=machine)
+        self._encoder = self._make_encoder(self._spec.within("tower"), self._language.machine)
         encoder = await self._encoder.start(tower)
         router = await self._router.start(progress)
         self._router.peers_changed([self._only_encoder(encoder)])
@@ -58,7 +65,10 @@ class MonoService:
         """A request and each of its pictures are a piece of work each, as on ranks of their own."""
         language, router = self._language.pulse(), self._router.pulse()
         return replace(
-            language, inflight=language.inflight + router.inflight, completed=language.completed + router.completed
+            language,
+            inflight=language.inflight + router.inflight,
+            completed=language.completed + router.completed,
+            unhealthy=None if self._encoder is None else self._encoder.pulse().unhealthy,
         )
 
     async def drain(self) -> None:
