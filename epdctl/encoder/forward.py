@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from epdctl.encoder.batching import fitting
+from epdctl.encoder.stream import DeviceStream
 from epdctl.engine.api import Prepared, Tower
 from epdctl.rank.compute import ComputeThread
 from epdctl.rank.profile import Profiler
@@ -35,6 +36,7 @@ class Forward:
         self._budget = budget
         self._waiting: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
+        self._stream = DeviceStream()
         self.batches = 0
         self.made = 0  # items
 
@@ -66,6 +68,6 @@ class Forward:
         return [self._waiting.popleft() for _ in range(count)]
 
     def _forward(self, batch: list[_Waiting]) -> list[torch.Tensor]:
-        embeddings = self._tower.encode([item.prepared for item in batch])
+        embeddings = self._stream.run(lambda: self._tower.encode([item.prepared for item in batch]))
         self._profiler.step()
         return embeddings

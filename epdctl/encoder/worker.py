@@ -19,7 +19,7 @@ from epdctl.encoder.canary import Canary, Watch, picture_canary
 from epdctl.encoder.forward import Forward
 from epdctl.encoder.making import Makings, Refused, Size
 from epdctl.encoder.notices import Notices
-from epdctl.engine.api import Prepared, Tower
+from epdctl.engine.api import Prepared, Tower, WarmsUp
 from epdctl.engine.loading import load_tower
 from epdctl.errors import DeadlineExceeded, PeerGone, RequestError, TransferError
 from epdctl.ids import Stage
@@ -119,6 +119,9 @@ class EncoderService:
         progress("weights", 0, 1)
         tower = await self._compute.run(self._load_tower)
         progress("weights", 1, 1)
+        if isinstance(tower, WarmsUp):
+            warm_up = tower.warm_up
+            await self._compute.run(lambda: warm_up(lambda done, total: progress("kernels", done, total)))
         profiler = Profiler(self._compute) if self._beside is None else self._beside.profiler
         forward = Forward(tower, self._compute, profiler, self._spec.config.encoder.batch_patches)
         config = self._spec.config.encoder

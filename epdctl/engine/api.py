@@ -5,9 +5,9 @@ Neither owns a thread or a socket. An object of this module is used from one thr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
@@ -17,17 +17,38 @@ from epdctl.wire.serve import FinishReason, KvLayout, PromptItem, Sampling
 if TYPE_CHECKING:
     from epdctl.engine.attention import PagedBatch
 
-__all__ = ["Advance", "LanguageModel", "NewSequence", "Prepared", "StepInput", "Tower", "Visual"]
+__all__ = [
+    "Advance",
+    "LanguageModel",
+    "LoadProgress",
+    "NewSequence",
+    "Prepared",
+    "StepInput",
+    "Tower",
+    "Visual",
+    "WarmsUp",
+]
+
+LoadProgress = Callable[[int, int], None]  # done, total; from any thread
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One item after preprocessing, on the CPU."""
+    """One item after preprocessing, on the CPU. ``pixels``: what the tower begins with: [patches, values of a patch],
+    [tiles, 3, height, width], or 8-bit [height, width, 3] where the device does the rest.
+    """
 
     grid: tuple[int, int, int]  # families.base.Picture's
     rows: int  # embeddings to come
     patches: int  # what the forward costs
-    pixels: torch.Tensor  # [patches, values of a patch], or [tiles, 3, height, width]
+    pixels: torch.Tensor
+
+
+@runtime_checkable
+class WarmsUp(Protocol):
+    """A tower that compiles something: done at load, so that no request waits for it."""
+
+    def warm_up(self, progress: LoadProgress) -> None: ...
 
 
 class Tower(Protocol):

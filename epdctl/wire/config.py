@@ -28,6 +28,7 @@ class ModelConfig(Part, frozen=True):
     dtype: str = "float32"  # float32 | bfloat16 | float16
     attention: str = "auto"
     image_processor: str = "pil"  # pil | torchvision: they differ in pixels, so the plan pins one
+    optimize: str = "auto"  # auto | off: the vision tower through our own kernels, where they fit it
     revision: str | None = None
 
 

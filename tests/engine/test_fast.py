@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from epdctl.engine.fast import Features, Unsupported, fast_tower
 from epdctl.engine.fast.layout import Geometry, Grid, lay_out
+from epdctl.engine.fast.pixels import EightBit
 from epdctl.engine.fast.plain import PlainOps
+from tests.support.reference import picture_bytes
 
 GRIDS: list[Grid] = [(1, 8, 8), (1, 6, 10), (1, 2, 14), (1, 12, 18), (1, 34, 10)]
 
@@ -76,7 +83,10 @@ def test_learned_positions_and_deepstack(deep: Any) -> None:
 def test_the_library_keeps_its_weights(windowed: Any) -> None:
     before = {name: value.clone() for name, value in windowed.state_dict().items()}
     check(windowed, [(1, 8, 8)])
-    assert windowed.blocks[0].mlp.gate_proj.weight.shape == (37, 32)
+    mlp = windowed.blocks[0].mlp
+    assert mlp.gate_proj.weight.shape == (37, 32)
+    storages = {part.weight.untyped_storage().data_ptr() for part in (mlp.gate_proj, mlp.up_proj)}
+    assert len(storages) == 1  # one copy, which the fast tower owns
     assert all(torch.equal(value, before[name]) for name, value in windowed.state_dict().items())
 
 
@@ -119,3 +129,22 @@ def test_warming_up_says_how_far_it_is(windowed: Any) -> None:
     said: list[tuple[int, int]] = []
     fast_tower(windowed, torch.zeros(3, 256), ops=PlainOps()).warm_up(lambda done, total: said.append((done, total)))
     assert said == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("size", [(140, 140), (300, 90), (61, 200), (28, 28)])
+def test_pixels_and_table_are_the_processors_numbers(size: tuple[int, int], checkpoint: Path, windowed: Any) -> None:
+    processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
+    picture = Image.open(io.BytesIO(picture_bytes(3, *size))).convert("RGB")
+    due = processor(images=[picture], return_tensors="pt")
+    (grid,) = [(time, height, width) for time, height, width in due["image_grid_thw"].tolist()]
+    eight_bit = EightBit(processor, 14, pinned=False)
+    pixels = eight_bit.take(picture, grid)
+    assert torch.equal(patches(pixels, eight_bit.table), due["pixel_values"])
+    with pytest.raises(ValueError, match="for a grid of"):
+        EightBit(_never_resizing(processor), 14, pinned=False).take(picture, (1, 4, 4))
+
+
+def _never_resizing(processor: Any) -> Any:
+    other = copy.copy(processor)
+    other.do_resize = False
+    return other

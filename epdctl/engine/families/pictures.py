@@ -20,6 +20,8 @@ __all__ = ["check_grid", "load_processor", "open_picture"]
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow knows more, and some of them start other programs
 
+_ORIENTATION = 0x0112  # of EXIF; 1 is upright
+
 # What Pillow raises over bytes that are no picture, or half of one.
 _BROKEN = (OSError, SyntaxError, ValueError, IndexError, KeyError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -32,9 +34,17 @@ def open_picture(media: bytes | memoryview, item: MediaItem, family: Family) -> 
     try:
         with Image.open(io.BytesIO(media), formats=_FORMATS) as picture:
             _check_header(picture.size, item, family)
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return _upright_rgb(picture)
     except _BROKEN as error:
         raise RequestError(400, f"picture {item.index} cannot be decoded: {error}", code="invalid_image") from error
+
+
+def _upright_rgb(picture: Image.Image) -> Image.Image:
+    """Decoded; most pictures are upright and RGB already, and are not copied."""
+    picture.load()
+    if picture.getexif().get(_ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def check_grid(item: MediaItem, found: Sequence[int]) -> None:

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as library
 
-from epdctl.engine.api import Prepared
+from epdctl.engine.api import LoadProgress, Prepared
+from epdctl.engine.families.fast import optimized
 from epdctl.engine.families.halves import as_the_librarys_own, load_half
 from epdctl.engine.families.language import MropeLanguage, load_paged
 from epdctl.engine.families.pictures import check_grid, load_processor, open_picture
@@ -53,8 +54,9 @@ class QwenTower:
         self.device = device
         self._family = Qwen25VL(Path(model.path))
         self._processor = load_processor(model, {"pil": _pil_processor, "torchvision": _torchvision_processor})
-        attention = tower_attention(model.attention, device, self.dtype)
-        module.model.visual.config._attn_implementation = attention
+        visual = module.model.visual
+        visual.config._attn_implementation = tower_attention(model.attention, device, self.dtype)
+        self._fast = optimized(model, visual, self._processor)
 
     @property
     def width(self) -> int:
@@ -66,16 +68,25 @@ class QwenTower:
 
     def prepare(self, media: bytes | memoryview, item: MediaItem) -> Prepared:
         picture = open_picture(media, item, self._family)
+        if self._fast is not None and self._fast.pictures is not None:
+            check_grid(item, self._family.picture_tokens(*picture.size, item.of).grid)
+            return self._fast.prepare(picture, item)
         values = self._processor(images=[picture], return_tensors="pt")
         pixels, (grid,) = values["pixel_values"], values["image_grid_thw"].tolist()
         check_grid(item, grid)
         return Prepared(grid=tuple(grid), rows=item.rows, patches=pixels.shape[0], pixels=pixels)
 
     def encode(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
+        if self._fast is not None:
+            return self._fast.encode(batch)
         pixels = torch.cat([each.pixels for each in batch]).to(self.device)
         grids = torch.tensor([each.grid for each in batch], dtype=torch.int64, device=self.device)
         with torch.inference_mode():
             return self._rows(self.module.model.get_image_features(pixels, grids, return_dict=True), batch)
+
+    def warm_up(self, progress: LoadProgress) -> None:
+        if self._fast is not None:
+            self._fast.tower.warm_up(progress)
 
     def _rows(self, features: Any, batch: Sequence[Prepared]) -> list[torch.Tensor]:
         """[rows, width] per picture, of what transformers calls its features."""

@@ -134,10 +134,22 @@ def _mlp(module: Any) -> Mlp:
         if not isinstance(module.act_fn, nn.SiLU) and "SiLU" not in type(module.act_fn).__name__:
             raise Unsupported(f"a gated MLP with {type(module.act_fn).__name__}")
         gate, up, down = map(take_linear, (module.gate_proj, module.up_proj, module.down_proj))
-        return Mlp(_beside(_padded(gate), _padded(up)), _padded_input(down), module.act_fn, gated=True)
-    first = take_linear(_part(module, "linear_fc1", "fc1"))
-    second = take_linear(_part(module, "linear_fc2", "fc2"))
-    return Mlp(_padded(first), _padded_input(second), _part(module, "act_fn", "act"), gated=False)
+        first, second = _beside(_padded(gate), _padded(up)), _padded_input(down)
+        _lend(module.gate_proj, first.weight)
+        _lend(module.up_proj, first.weight[len(first.weight) // 2 :])
+        _lend(module.down_proj, second.weight)
+        return Mlp(first, second, module.act_fn, gated=True)
+    inner, outer = _part(module, "linear_fc1", "fc1"), _part(module, "linear_fc2", "fc2")
+    first, second = _padded(take_linear(inner)), _padded_input(take_linear(outer))
+    _lend(inner, first.weight)
+    _lend(outer, second.weight)
+    return Mlp(first, second, _part(module, "act_fn", "act"), gated=False)
+
+
+def _lend(module: Any, weight: torch.Tensor) -> None:
+    """The library's module looks into our padded weight from now on: no weight is in memory twice."""
+    rows, columns = module.weight.shape
+    module.weight.data = weight[:rows, :columns]
 
 
 def _padded(linear: Linear) -> Linear:

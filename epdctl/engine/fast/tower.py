@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from epdctl.engine.api import LoadProgress
 from epdctl.engine.fast.layout import Geometry, Grid, Layout, lay_out
 from epdctl.engine.fast.ops import MAX_WINDOW, Angles, Ops, Places, Runs, Values, kernels_for
 from epdctl.engine.fast.parts import Block, Linear, Merger, Mlp, Unsupported, take_block, take_linear, take_merger
 
-__all__ = ["FastTower", "Features", "Progress", "fast_tower"]
-
-Progress = Callable[[int, int], None]  # done, total
+__all__ = ["FastTower", "Features", "fast_tower"]
 
 _KEPT = 8  # placed batches: with pictures of one size, the same come again
 
@@ -47,7 +46,7 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A layout on the device. ``starts``: patches' rows and columns in pixels come from it with every batch."""
+    """A layout on the device."""
 
     layout: Layout
     order: torch.Tensor | None
@@ -128,7 +127,7 @@ class FastTower:
         return self._forward(patches, placed)
 
     @torch.inference_mode()
-    def warm_up(self, progress: Progress) -> None:
+    def warm_up(self, progress: LoadProgress) -> None:
         """Compile every kernel and make every handle, on pictures of a few sizes."""
         side = 4 * self._parts.geometry.merge
         sizes: list[list[Grid]] = [[(1, side, side)], [(1, side, side), (1, side, 2 * side)], [(1, 4 * side, 4 * side)]]
