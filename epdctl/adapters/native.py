@@ -11,6 +11,7 @@ import msgspec
 from epdctl.errors import PlacementError
 from epdctl.ids import Stage
 from epdctl.topology.plan import PlannedRank
+from epdctl.wire.config import TransferConfig
 
 __all__ = ["SERVICES", "NativeAdapter"]
 
@@ -28,6 +29,7 @@ _INHERITED = frozenset(
     {
         *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV", "XDG_CACHE_HOME"),
         *("LD_LIBRARY_PATH", "CUDA_HOME", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_VISIBLE_DEVICES"),
+        "TRITON_CACHE_DIR",  # compiled kernels; without it under HOME, and kept from one start to the next either way
     }
 )
 _INHERITED_PREFIXES = ("LC_", "HF_", "PYTHON", "EPDCTL_LOG")
@@ -70,7 +72,15 @@ class NativeAdapter:
             "MKL_NUM_THREADS": threads,
             "CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in rank.gpus),
         }
-        return dict(sorted((self._inherited | _FIXED | own).items()))
+        return dict(sorted((self._inherited | _FIXED | _engine(rank.config.transfer) | own).items()))
+
+
+def _engine(transfer: TransferConfig) -> dict[str, str]:
+    """What Mooncake reads: without its variable, NVLink falls to TCP and says nothing."""
+    if transfer.backend != "mooncake":
+        return {}
+    quiet = {"GLOG_minloglevel": "1", "MC_LOG_LEVEL": "WARNING"}
+    return quiet | ({"MC_INTRANODE_NVLINK": "1"} if transfer.protocol == "nvlink" else {})
 
 
 def _may_inherit(name: str) -> bool:

@@ -6,6 +6,7 @@ The outer CUDA_VISIBLE_DEVICES is the universe, by CUDA's own rules: an unknown 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,22 @@ from typing import Any
 from epdctl.errors import PlacementError
 from epdctl.ids import PhysicalGpu
 
-__all__ = ["Gpu", "Hardware", "probe", "read_gpus", "usable_cores", "visible"]
+__all__ = [
+    "MOONCAKE_PACKAGES",
+    "Gpu",
+    "Hardware",
+    "installed_mooncake",
+    "probe",
+    "read_gpus",
+    "usable_cores",
+    "visible",
+]
 
+MOONCAKE_PACKAGES = (
+    "mooncake-transfer-engine-cuda13",
+    "mooncake-transfer-engine",
+    "mooncake-transfer-engine-non-cuda",
+)
 _END = ("", "-1")  # entries of CUDA_VISIBLE_DEVICES that end the list
 
 
@@ -46,6 +61,7 @@ class Hardware:
     gpus: tuple[Gpu, ...]
     cores: int
     notes: tuple[str, ...] = ()  # what a person should know about how this was found
+    mooncake: str | None = None  # the package of it that is installed
 
 
 def probe(environ: Mapping[str, str]) -> Hardware:
@@ -53,7 +69,7 @@ def probe(environ: Mapping[str, str]) -> Hardware:
     wanted = environ.get("CUDA_VISIBLE_DEVICES")
     nothing = wanted is not None and wanted.partition(",")[0].strip() in _END  # then a sick driver does not matter
     gpus, notes = visible(() if nothing else read_gpus(), wanted)
-    return Hardware(gpus, usable_cores(), notes)
+    return Hardware(gpus, usable_cores(), notes, installed_mooncake())
 
 
 def visible(gpus: Sequence[Gpu], wanted: str | None) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
@@ -98,6 +114,15 @@ def usable_cores() -> int:
     with contextlib.suppress(OSError):  # no cgroup v2: no quota
         return max(1, min(cores, _quota(Path("/sys/fs/cgroup/cpu.max").read_text(), cores)))
     return cores
+
+
+def installed_mooncake() -> str | None:
+    """Which of the packages with that one import name is here; the first, if several were installed over each other."""
+    for package in MOONCAKE_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(package)
+            return package
+    return None
 
 
 def _quota(text: str, cores: int) -> int:

@@ -14,6 +14,7 @@ from epdctl.errors import Mistake, PlacementError
 from epdctl.ids import LocalGpu, RankName, Stage
 from epdctl.topology.checkpoint import Checkpoint
 from epdctl.topology.hardware import Gpu, Hardware
+from epdctl.topology.moving import Ends, Moving, moving
 from epdctl.topology.plan import Deadlines, Plan, PlannedRank, RestartMode, RestartPolicy
 from epdctl.topology.schema import EncoderStage, LanguageStage, LimitsSection, StageSection, Topology
 from epdctl.topology.seating import Complaint, Seating, seat, wishes_of
@@ -24,7 +25,6 @@ from epdctl.wire.config import (
     Limits,
     ModelConfig,
     RankConfig,
-    TransferConfig,
 )
 
 __all__ = ["place"]
@@ -39,7 +39,7 @@ class _Settled:
 
     model: ModelConfig
     limits: Limits
-    transfer: TransferConfig
+    moving: Moving
     gateway: GatewayConfig
     heartbeat: float
     spare: int  # threads for each model rank, if all get the same
@@ -60,6 +60,7 @@ def place(
     settled = _settle(topology, checkpoint, hardware, seating)
     complaints = [
         *seating.complaints,
+        *settled.moving.complaints,
         *_port_complaints(topology, ports_in_use or {}),
         *_attention_complaints(settled.model, on_cpu),
     ]
@@ -111,8 +112,8 @@ def _settle(topology: Topology, checkpoint: Checkpoint, hardware: Hardware, seat
     return _Settled(
         model=_model(topology, checkpoint, all_on_gpu=len(seating.seats) == ranks),
         limits=_limits(file.limits, [s for _, s in file.stages.present() if isinstance(s, LanguageStage)]),
-        transfer=TransferConfig(
-            backend="memory" if file.stages.mono else "zmq", embedding_bytes=file.transfer.embedding_pool
+        moving=moving(
+            file.transfer, Ends(ranks, tuple(seating.seats.values()), file.stages.mono is not None), hardware
         ),
         gateway=GatewayConfig(
             host=file.gateway.host, port=file.gateway.port, stages=[stage for stage, _ in file.stages.present()]
@@ -163,7 +164,7 @@ def _config(name: RankName, settled: _Settled) -> RankConfig:
         service="",
         model=settled.model,
         limits=settled.limits,
-        transfer=settled.transfer,
+        transfer=settled.moving.config,
         gateway=settled.gateway,
         heartbeat_seconds=settled.heartbeat,
     )
@@ -171,8 +172,10 @@ def _config(name: RankName, settled: _Settled) -> RankConfig:
 
 def _model_rank(name: RankName, section: StageSection, settled: _Settled, gpu: Gpu | None) -> PlannedRank:
     default = settled.spare if gpu is None else min(settled.spare, _MAX_GPU_THREADS)
+    shared = _config(name, settled)
     config = msgspec.structs.replace(
-        _config(name, settled),
+        shared,
+        model=_optimized(shared.model, section),
         threads=section.threads or default,
         devices=[] if gpu is None else [LocalGpu(0)],
         share=section.share or 1.0,
@@ -180,6 +183,10 @@ def _model_rank(name: RankName, section: StageSection, settled: _Settled, gpu: G
         encoder=_encoder(section, settled.spare),
     )
     return PlannedRank(config, gpus=() if gpu is None else (gpu.physical,))
+
+
+def _optimized(model: ModelConfig, section: StageSection) -> ModelConfig:
+    return msgspec.structs.replace(model, optimize=section.optimize) if isinstance(section, EncoderStage) else model
 
 
 def _engine(section: StageSection) -> EngineConfig:
@@ -212,9 +219,10 @@ def _notes(topology: Topology, settled: _Settled, hardware: Hardware, on_cpu: se
     chosen = [
         ("model: dtype", file.model.dtype, settled.model.dtype),
         ("model: image_processor", file.model.image_processor, settled.model.image_processor),
-        ("transfer: backend", file.transfer.backend, settled.transfer.backend),
     ]
     notes = [f"{what}: auto → {choice}" for what, said, choice in chosen if said == "auto"]
+    if settled.moving.note is not None:
+        notes.append(settled.moving.note)
     for where, stages in (
         ("none (this machine shows no GPU)", [stage for stage, _ in unsaid if stage in on_cpu]),
         (f"auto ({len(hardware.gpus)} visible)", [stage for stage, _ in unsaid if stage not in on_cpu]),

@@ -103,6 +103,11 @@ class EncoderStage(StageSection):
 
     batch_patches: int = Field(default=_ENCODER.batch_patches, ge=1, description="Patches of one forward.")
     preprocess_threads: int | None = Field(default=None, ge=1, le=256, description="Pictures prepared at once.")
+    optimize: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: on GPUs and in 16 bits, towers of a known make run through kernels of our own; "
+        "off: transformers' forward.",
+    )
 
 
 class LanguageStage(StageSection):
@@ -162,7 +167,17 @@ class LimitsSection(_Section):
 class TransferSection(_Section):
     """How embeddings and KV pages move between ranks."""
 
-    backend: Literal["auto", "zmq"] = Field(default="auto", description="auto: what this machine does best; now zmq.")
+    backend: Literal["auto", "zmq", "shm", "mooncake"] = Field(
+        default="auto",
+        description="shm: within a host, on CPUs; mooncake: over NVLink, RDMA or TCP; zmq: anywhere. "
+        "auto: the best that all ranks can do; `plan` says which.",
+    )
+    protocol: Literal["tcp", "rdma", "nvlink"] | None = Field(
+        default=None, description="Of mooncake; proved by a timed write at start. Default: nvlink on GPUs, else tcp."
+    )
+    checksum: bool = Field(
+        default=_TRANSFER.checksum, description="Verify every write by a CRC-32; costs about 1 s for each GB."
+    )
     embedding_pool: Bytes = Field(
         default=_TRANSFER.embedding_bytes, description="Memory of each prefill, language or mono rank for embeddings."
     )
