@@ -26,6 +26,7 @@ from tests.unit.gateway.model_files import write_model_files
 
 EPD = ("encoder/0", "encoder-router/0", "prefill/0", "decode/0")
 LANGUAGE = ("encoder/0", "encoder-router/0", "language/0")
+MONO = ("mono/0",)
 MODEL = "tiny"
 
 

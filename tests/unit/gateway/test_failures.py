@@ -10,13 +10,25 @@ from typing import Any
 import httpx
 import pytest
 
-from epdctl.gateway.pipeline import pause_before
+from epdctl.gateway.flight import Flight
+from epdctl.gateway.pipeline import Pipeline, pause_before
 from epdctl.ids import Stage
 from epdctl.wire.encode import CancelEncode, Encode, FailureKind
 from epdctl.wire.message import Message
 from epdctl.wire.serve import RANK_TO_GATEWAY, Abort, Decode, Failed, Generate, Granted, Prefill, Token
 from tests.support.fake_ranks import Answering
-from tests.unit.gateway.harness import EPD, LANGUAGE, House, ask, events, house, image_part, picture, streamed_text
+from tests.unit.gateway.harness import (
+    EPD,
+    LANGUAGE,
+    MONO,
+    House,
+    ask,
+    events,
+    house,
+    image_part,
+    picture,
+    streamed_text,
+)
 
 PICTURES = [image_part(picture(56, 56, "red")), {"type": "text", "text": "or"}, image_part(picture(84, 56, "blue"))]
 
@@ -65,7 +77,11 @@ def count(home: House, name: str, **labels: str) -> float:
 # -- ranks that die --
 
 
-@pytest.mark.parametrize(("ranks", "victim"), [(EPD, "decode/0"), (LANGUAGE, "language/0")], ids=["decode", "language"])
+@pytest.mark.parametrize(
+    ("ranks", "victim"),
+    [(EPD, "decode/0"), (LANGUAGE, "language/0"), (MONO, "mono/0")],
+    ids=["decode", "language", "mono"],
+)
 @pytest.mark.parametrize("content", ["what?", PICTURES], ids=["text", "pictures"])
 def test_lost_in_mid_answer_and_resumed(ranks: tuple[str, ...], victim: str, content: object) -> None:
     question = ask(content, max_tokens=20)
@@ -198,6 +214,65 @@ def test_a_rank_that_leaves_is_avoided() -> None:
             assert len(texts) == 1
             assert count(home, "epdctl_attempts_lost_total", stage="reported") >= 1
             await home.idle()
+
+    asyncio.run(scene())
+
+
+def test_a_resumed_answer_is_counted_whole() -> None:
+    async def scene() -> None:
+        async with house(*EPD) as home:
+            home.cluster["decode/0"].script.stop_after = 7
+            options = {"include_usage": True}
+            async with reading(home, **ask(max_tokens=20, stream_options=options)) as reader:
+                await reader.until(7)
+                home.cluster.kill("decode/0")
+                home.cluster.up("decode/0")
+                await reader.rest()
+            usage = reader.chunks[-2]["usage"]
+            assert usage["completion_tokens"] == 20
+            assert usage["total_tokens"] == usage["prompt_tokens"] + 20
+
+    asyncio.run(scene())
+
+
+def test_a_rank_that_refuses_is_avoided_although_it_has_the_least_to_do() -> None:
+    async def scene() -> None:
+        async with house(*EPD, "decode/1") as home:
+            leaving, busy = home.cluster["decode/0"], home.cluster["decode/1"]
+            leaving.script.mute = busy.script.mute = True
+            stuck = [asyncio.create_task(home.chat(**ask())) for _ in range(4)]
+            [await rank.hears(Decode, 2) for rank in (leaving, busy)]
+            for task, job in zip(list(stuck), leaving.all(Decode), strict=False):
+                failed = Failed(request=job.request, attempt=1, kind=FailureKind.INTERNAL, text="make room")
+                leaving.say(leaving.senders[0], failed)
+                assert task in stuck
+            await asyncio.wait(stuck, return_when=asyncio.FIRST_COMPLETED)
+            leaving.script.fail, busy.script.mute = FailureKind.RANK_LOST, False
+            assert await home.text(**ask())
+            assert len(leaving.all(Decode)) == 3  # the two that were stuck, and one try of the last
+            for task in stuck:
+                task.cancel()
+            await asyncio.gather(*stuck, return_exceptions=True)
+            await home.idle()
+
+    asyncio.run(scene())
+
+
+def test_an_ended_request_leaves_no_timer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timer would keep the request, and so its pictures, in memory until the deadline."""
+    alarms: list[asyncio.TimerHandle] = []
+    landed = Pipeline.landed
+
+    def noted(pipeline: Pipeline, flight: Flight) -> None:
+        alarms.append(pipeline._alarms[flight.request])
+        landed(pipeline, flight)
+
+    monkeypatch.setattr(Pipeline, "landed", noted)
+
+    async def scene() -> None:
+        async with house(*EPD) as home:
+            await home.text(**ask())
+            assert [alarm.cancelled() for alarm in alarms] == [True]
 
     asyncio.run(scene())
 

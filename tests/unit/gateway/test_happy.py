@@ -13,7 +13,18 @@ from epdctl.gateway.states import RequestState
 from epdctl.wire.encode import Encode
 from epdctl.wire.serve import Abort, Decode, Generate, Prefill
 from tests.support.fake_ranks import answer
-from tests.unit.gateway.harness import EPD, LANGUAGE, House, ask, events, house, image_part, picture, streamed_text
+from tests.unit.gateway.harness import (
+    EPD,
+    LANGUAGE,
+    MONO,
+    House,
+    ask,
+    events,
+    house,
+    image_part,
+    picture,
+    streamed_text,
+)
 
 RED, BLUE = picture(56, 56, "red"), picture(112, 84, "blue")
 
@@ -25,16 +36,14 @@ def expected(house: House, tokens: list[int], pictures: list[bytes], count: int)
     return house.tokenizer.decode(answer(tokens, hashes, count, house.cluster.vocabulary))
 
 
-@pytest.mark.parametrize("ranks", [EPD, LANGUAGE], ids=["epd", "language"])
+@pytest.mark.parametrize("ranks", [EPD, LANGUAGE, MONO], ids=["epd", "language", "mono"])
 def test_an_answer_is_what_the_ranks_said(ranks: tuple[str, ...]) -> None:
     async def scene() -> None:
         async with house(*ranks) as home:
             response = await home.chat(**ask([image_part(RED), {"type": "text", "text": "or"}, image_part(BLUE)]))
             body = response.json()
             assert response.status_code == 200, body
-            [asked] = (
-                home.cluster["prefill/0"].all(Prefill) if ranks == EPD else home.cluster["language/0"].all(Generate)
-            )
+            [asked] = home.cluster["prefill/0"].all(Prefill) if ranks == EPD else home.cluster[ranks[-1]].all(Generate)
             assert body["choices"][0]["message"]["content"] == expected(home, asked.tokens, [RED, BLUE], 12)
             assert body["choices"][0]["finish_reason"] == "length"
             assert body["usage"]["prompt_tokens"] == len(asked.tokens)
