@@ -48,7 +48,7 @@ def language(tmp_path_factory: pytest.TempPathFactory, language_topology: str) -
     yield from running(Cluster(tmp_path_factory.mktemp("l"), language_topology, name="language"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # two small processes, which may stay
 def mono(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Cluster]:
     topology = MONO.format(model=checkpoint, chunk=CHUNK)
     yield from running(Cluster(tmp_path_factory.mktemp("m"), topology, name="mono"))

@@ -33,29 +33,40 @@ def post(cluster: Cluster) -> httpx.Response:
 
 @pytest.mark.parametrize("rank", MODEL_RANKS)
 def test_a_killed_rank_comes_back_and_no_request_is_lost(epd: Cluster, rank: str) -> None:
-    expected = epd.ask(PARTS)
-    before = epd.rank(rank)
+    kill_with_requests_in_flight(epd, rank)
+
+
+def test_the_only_rank_with_a_model_is_killed_and_no_request_is_lost(mono: Cluster) -> None:
+    """Nobody is left to serve: the requests wait for its next process, or are told to come again."""
+    kill_with_requests_in_flight(mono, "mono/0")
+
+
+def kill_with_requests_in_flight(cluster: Cluster, rank: str) -> None:
+    expected = cluster.ask(PARTS)
+    before = cluster.rank(rank)
     os.kill(before["pid"], signal.SIGSTOP)  # holds what it has in flight, so that the kill surely meets some
     with ThreadPoolExecutor(4) as pool:
-        replies: list[Future[httpx.Response]] = [pool.submit(post, epd) for _ in range(4)]
-        while inflight(epd) < 4 and not any(reply.done() for reply in replies):
+        replies: list[Future[httpx.Response]] = [pool.submit(post, cluster) for _ in range(4)]
+        while inflight(cluster) < 4 and not any(reply.done() for reply in replies):
             pass
         os.kill(before["pid"], signal.SIGKILL)
         for reply in [future.result() for future in replies]:
             assert reply.status_code in (200, 502, 503), reply.text
             if reply.status_code == 200:
                 assert parse(reply.json()) == expected
-    after = epd.wait_ready(rank, incarnation=before["incarnation"] + 1)
+    after = cluster.wait_ready(rank, incarnation=before["incarnation"] + 1)
     assert after["incarnation"] == before["incarnation"] + 1
     assert after["restarts"] == before["restarts"] + 1
-    assert epd.ask(PARTS) == expected
+    assert cluster.ask(PARTS) == expected
 
 
-def test_a_stream_goes_on_after_decode_was_killed(epd: Cluster) -> None:
+@pytest.mark.parametrize(("name", "rank"), [("epd", "decode/0"), ("mono", "mono/0")])
+def test_a_stream_goes_on_after_its_rank_was_killed(request: pytest.FixtureRequest, name: str, rank: str) -> None:
+    cluster: Cluster = request.getfixturevalue(name)
     options = {"max_tokens": 48, "ignore_eos": True}
-    expected = epd.ask(PARTS, **options)
-    before = epd.rank("decode/0")
-    chunks = epd.stream(PARTS, **options)
+    expected = cluster.ask(PARTS, **options)
+    before = cluster.rank(rank)
+    chunks = cluster.stream(PARTS, **options)
     ids: list[int] = []
     for chunk in chunks:
         if not ids and any(choice.get("token_ids") for choice in chunk["choices"]):
@@ -63,7 +74,7 @@ def test_a_stream_goes_on_after_decode_was_killed(epd: Cluster) -> None:
         assert "error" not in chunk
         ids += [token for choice in chunk["choices"] for token in choice.get("token_ids") or []]
     assert tuple(ids) == expected.token_ids
-    epd.wait_ready("decode/0", incarnation=before["incarnation"] + 1)
+    cluster.wait_ready(rank, incarnation=before["incarnation"] + 1)
 
 
 def test_a_killed_gateway_comes_back(epd: Cluster) -> None:
