@@ -200,6 +200,32 @@ def test_a_body_over_the_limit_is_413(announced: bool) -> None:
     asyncio.run(scene())
 
 
+def test_a_refused_body_is_read_on_before_the_answer() -> None:
+    """Closing while a client still writes would reset the connection, and the client might never see the 413."""
+    log: list[str] = []
+
+    async def scene() -> None:
+        async with house(*EPD, max_body_bytes=1000) as home:
+            server = home.service._server
+            assert server is not None
+            left = [{"type": "http.request", "body": b"x" * 400, "more_body": more} for more in (True,) * 5 + (False,)]
+
+            async def receive() -> dict[str, Any]:
+                log.append("read")
+                return left.pop(0)
+
+            async def send(message: dict[str, Any]) -> None:
+                log.append(f"{message['type']} {message.get('status', '')}".strip())
+
+            path = "/v1/chat/completions"
+            scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": []}
+            app: Any = server.config.app
+            await app({**scope, "query_string": b"", "root_path": "", "http_version": "1.1"}, receive, send)
+            assert log == ["read"] * 6 + ["http.response.start 413", "http.response.body"]
+
+    asyncio.run(scene())
+
+
 def test_formats_that_are_served() -> None:
     async def scene() -> None:
         async with house(*EPD) as home:
