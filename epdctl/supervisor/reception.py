@@ -20,7 +20,6 @@ __all__ = ["Host", "Reception"]
 log = logging.getLogger(__name__)
 
 HELLO_SECONDS = 10.0
-MAX_BAD_FRAMES = 1000  # of one connection: beyond this it is noise, not a rank
 
 
 class Host(Protocol):
@@ -79,19 +78,17 @@ class Reception:
         return first
 
     async def _listen(self, hello: Hello, stream: RankStream) -> None:
-        bad = 0
+        """Until the stream ends, however many bad frames are in it: one that only makes noise has no heartbeat."""
         try:
-            while bad < MAX_BAD_FRAMES:
+            while True:
                 try:
                     message = await stream.receive()
                 except BadMessage as error:
-                    bad += 1
                     self._bad(f"a frame of {hello.rank}: {error.message}")
                     continue
                 if message is None:
                     return
                 self._host.hear(hello, message)
-            log.error("%s sent %d bad frames; it is no longer listened to", hello.rank, bad)
         except WireError as error:
             self._bad(f"the rest of {hello.rank}'s stream: {error.message}")
         finally:

@@ -89,8 +89,10 @@ class _Socket:
         raise NotImplementedError
 
     def _drop(self, error: BadMessage) -> None:
+        """Each power of two is logged: the first ones in full, a flood without filling the disk."""
         self.bad_frames += 1
-        log.warning("dropped a message: %s", error)
+        if self.bad_frames & (self.bad_frames - 1) == 0:
+            log.warning("dropped a message: %s (%d dropped so far)", error, self.bad_frames)
 
     def _transmit(self, frames: Sequence[Buffer]) -> None:
         last = len(frames) - 1

@@ -212,7 +212,7 @@ def test_a_gang_dies_and_starts_together_and_nobody_else_with_it(begin: Begin) -
 
 
 def test_frames_that_are_not_messages_are_dropped_and_the_rank_goes_on(begin: Begin) -> None:
-    cluster = begin({"decode/0": Script(bad_frames=20)})
+    cluster = begin({"decode/0": Script(bad_frames=10_000)})
     ready = cluster.until_rank("decode/0", READY)
     assert ready.incarnation == 1
     assert "dropped a frame of decode/0" in cluster.state.daemon_log.read_text()

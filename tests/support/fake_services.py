@@ -101,6 +101,14 @@ class FakeService:
         await self._tasks.close()
 
 
+class NeverReady(FakeService):
+    """Loads for ever."""
+
+    async def start(self, progress: Progress) -> Endpoints:
+        progress("weights", 1, 3)
+        return await asyncio.get_running_loop().create_future()
+
+
 class FakeEncoder(FakeService):
     """Says at once that an item is encoded; one whose model is called "holds" never does."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+import zmq
 
 from epdctl.encoder.router import RouterService
 from epdctl.encoder.worker import EncoderService
@@ -456,6 +457,88 @@ def test_the_loss_of_the_router_frees_what_was_done_for_it(sockets: Path) -> Non
         gate.open.set()
         await encoder.drain()
         assert world.prefill.landed.seen == []
+
+    in_world(sockets, test)
+
+
+def test_the_same_request_id_from_two_clients_is_two_requests(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        _, first, told = await world.router()
+        await world.encoder(gate.tower())
+        endpoint = world.peers["encoder-router/0"].endpoints.inbox
+        assert endpoint is not None
+        told_too = Facts()
+        second: Link[RouterToClient, ClientToRouter] = Link(
+            endpoint, ROUTER_TO_CLIENT, CLIENT_TO_ROUTER, lambda message, _: told_too.add(message)
+        )
+        world.stack.callback(second.close)
+        slots = [world.prefill.lease(), world.prefill.lease()]
+        for seed, client in enumerate((first, second)):
+            client.send(world.job(slot=slots[seed]), [picture(ROWS, seed)])
+        first.send(world.job(slot=slots[0]), [picture(ROWS, 0)])  # and a repetition is the same item
+        gate.open.set()
+        await told.count(1)
+        await told_too.count(1)
+        landed = {message.lease: message for message in await world.prefill.landed.count(2)}
+        for seed, slot in enumerate(slots):
+            assert torch.equal(world.prefill.read(landed[slot.lease]), embedding(ROWS, seed))
+        assert (len(told.seen), len(told_too.seen)) == (1, 1)
+
+    in_world(sockets, test)
+
+
+NOISE = 10_000
+
+
+def test_ten_thousand_bad_frames_in_every_direction_end_no_listener(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        _, gateway, answers = await world.router()
+        await world.encoder(ToyTower())
+        for rank in ("encoder-router/0", "encoder/0"):
+            flood(world, rank)
+        gateway.send(world.job(), [picture(ROWS, 3)])
+        (told,) = await answers.count(1)
+        assert isinstance(told, Encoded)
+
+    in_world(sockets, test)
+
+
+def flood(world: World, rank: str) -> None:
+    """NOISE frames of every bad kind, as fast as they go."""
+    endpoint = world.peers[rank].endpoints.inbox
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket.setsockopt(zmq.SNDHWM, 2 * NOISE)
+    socket.connect(str(endpoint))
+    for number in range(NOISE):
+        socket.send_multipart([b"\xc1", b"", b"\x81\xa1t\xa7Unknown", b"\x80" * 3][number % 4 :])
+    world.stack.callback(socket.close, 0)
+
+
+class NoisyEncoder:
+    """Answers every item with NOISE bad frames first."""
+
+    def __init__(self, world: World) -> None:
+        self.inbox = Inbox(f"ipc://{world.sockets}/noisy", ROUTER_TO_WORKER, self._arrived)
+        world.stack.callback(self.inbox.close)
+
+    def _arrived(self, router: bytes, message: RouterToWorker, _: list[memoryview]) -> None:
+        assert isinstance(message, EncodeItem)
+        for _number in range(NOISE // 8):  # beyond the high water mark zmq drops them, and nothing would be proved
+            self.inbox.reply(router, CancelItem(dispatch=1), ROUTER_TO_WORKER)
+        spec = TensorSpec(dtype="float32", shape=[1], nbytes=4)
+        self.inbox.reply(router, ItemEncoded(dispatch=message.dispatch, spec=spec), WORKER_TO_ROUTER)
+
+
+def test_bad_frames_of_a_rank_do_not_end_the_routers_listener(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        _, gateway, answers = await world.router()
+        noisy = NoisyEncoder(world)
+        world.peers["encoder/0"] = make_peer("encoder/0", Endpoints(inbox=noisy.inbox.endpoint))
+        world.tell()
+        for index in range(8):
+            gateway.send(world.job(index), [picture(ROWS, index)])
+            await answers.count(index + 1)
 
     in_world(sockets, test)
 
