@@ -19,6 +19,7 @@ from epdctl.wire.transfer import Extent, Landed, PieceHeader, PoolAddress, Recei
 
 __all__ = [
     "MAX_PAYLOAD_BYTES",
+    "Frame",
     "Landings",
     "Owner",
     "Parcel",
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 MAX_PAYLOAD_BYTES = 16 << 20  # of one message: what the receiving loop copies in one turn (about 3 ms)
+Frame = Buffer | torch.Tensor  # the second within one process: 1-D uint8, on a GPU
+
 PARCEL_BYTES = 1 << 20  # of one message as we cut them: its memory stays warm between messages, a larger one's does not
 MAX_PIECES = 256  # of one message
 
@@ -130,7 +133,7 @@ class Landings:
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
         self._pools: dict[str, LandingPool] = {}
-        self._copiers: dict[str, Callable[[int, Buffer], None]] = {}
+        self._copiers: dict[str, Callable[[int, Frame], None]] = {}
 
     def register(self, pool: LandingPool, backend: str, endpoint: str) -> PoolAddress:
         """Raises RegistrationFailed when a pool of this name is there."""
@@ -141,7 +144,7 @@ class Landings:
         rank, incarnation = self.owner.rank, self.owner.incarnation
         return PoolAddress(owner=rank, incarnation=incarnation, pool=pool.name, backend=backend, endpoint=endpoint)
 
-    def land(self, write: Write, frames: Sequence[Buffer]) -> ReceiverToWriter:
+    def land(self, write: Write, frames: Sequence[Frame]) -> ReceiverToWriter:
         """Copy the frames to where the lease allows, all of them or none, and say so."""
         try:
             self._check_frames(write, frames)
@@ -150,7 +153,7 @@ class Landings:
             return Rejected(write=write.write, kind=kind_of(error), text=error.message)
         return Landed(write=write.write)
 
-    def _check_frames(self, write: Write, frames: Sequence[Buffer]) -> None:
+    def _check_frames(self, write: Write, frames: Sequence[Frame]) -> None:
         if not same_token(write.token, self.owner.token):
             raise Refusal("token", "the writer belongs to another cluster")
         if len(frames) != len(write.pieces):
@@ -160,7 +163,7 @@ class Landings:
                 raise Refusal("frames", f"a frame of {len(frame)} bytes for a piece of {header.nbytes}")
             verify(header, frame)
 
-    def _copy(self, write: Write, frames: Sequence[Buffer]) -> None:
+    def _copy(self, write: Write, frames: Sequence[Frame]) -> None:
         pool = self._pools.get(write.pool)
         if pool is None:
             raise StaleGeneration(f"no pool is called {write.pool!r}")
@@ -172,9 +175,9 @@ class Landings:
             self._copiers[write.pool](place, frame)
 
 
-def verify(header: PieceHeader, data: Buffer) -> None:
+def verify(header: PieceHeader, data: Frame) -> None:
     """Raises Refusal when a checksum was sent and the bytes have another."""
-    if header.checksum is not None and (found := zlib.crc32(data)) != header.checksum:
+    if header.checksum is not None and (found := zlib.crc32(_on_host(data))) != header.checksum:
         raise Refusal(
             "checksum", f"{header.nbytes} bytes have the checksum {found:08x}, sent was {header.checksum:08x}"
         )
@@ -191,18 +194,29 @@ def place_of(header: PieceHeader, extents: Sequence[Extent]) -> int:
     return extent.offset + header.offset
 
 
-def _copier(memory: torch.Tensor) -> Callable[[int, Buffer], None]:
-    """Copies a frame into ``memory`` at an offset; into a GPU's through one pinned buffer."""
+def _on_host(frame: Frame) -> Buffer:
+    return payload(frame) if isinstance(frame, torch.Tensor) else frame
+
+
+def _copier(memory: torch.Tensor) -> Callable[[int, Frame], None]:
+    """Copies a frame into ``memory`` at an offset; from a host into a GPU's through one pinned buffer.
+
+    From GPU to GPU nobody waits: whoever reads the pool does so on the device's default stream, behind the copy.
+    """
     target = None if memory.is_cuda else memory.numpy()
     staged = torch.empty(MAX_PAYLOAD_BYTES, dtype=torch.uint8, pin_memory=True) if memory.is_cuda else None
 
-    def to_cpu(place: int, frame: Buffer) -> None:
+    def to_cpu(place: int, frame: Frame) -> None:
         assert target is not None
-        target[place : place + len(frame)] = numpy.frombuffer(frame, dtype=numpy.uint8)
+        target[place : place + len(frame)] = numpy.frombuffer(_on_host(frame), dtype=numpy.uint8)
 
-    def to_gpu(place: int, frame: Buffer) -> None:
+    def to_gpu(place: int, frame: Frame) -> None:
         assert staged is not None
-        staged.numpy()[: len(frame)] = numpy.frombuffer(frame, dtype=numpy.uint8)
-        memory[place : place + len(frame)].copy_(staged[: len(frame)])
+        there = memory[place : place + len(frame)]
+        if isinstance(frame, torch.Tensor):
+            there.copy_(frame)
+        else:
+            staged.numpy()[: len(frame)] = numpy.frombuffer(frame, dtype=numpy.uint8)
+            there.copy_(staged[: len(frame)])
 
     return to_cpu if staged is None else to_gpu

@@ -1,6 +1,6 @@
-"""The transport within one process: the same checks and errors as over a network, and no network. A shipped fake.
+"""The transport within one process, of mono ranks: the same checks and errors as over a network, and no network.
 
-Both ends share an Exchange. Faults are put in by its ``passing`` hook, not left to chance.
+Both ends share an Exchange. Tests put faults in by its ``passing`` hook, and leave nothing to chance.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import torch
 
 from epdctl.errors import DeadlineExceeded, PeerGone, RegistrationFailed
 from epdctl.transfer.base import LandingPool, Piece
-from epdctl.transfer.landing import Landings, Owner, cut, payload, refused
-from epdctl.wire.sockets import Buffer
+from epdctl.transfer.landing import Frame, Landings, Owner, cut, payload, refused
 from epdctl.wire.transfer import PoolAddress, ReceiverToWriter, Rejected, RemoteLease, Write
 
 __all__ = ["Exchange", "MemoryTransport", "Passing"]
 
-Passing = Callable[[str, Write, list[Buffer]], Awaitable[list[Buffer]]]
+Passing = Callable[[str, Write, Sequence[Frame]], Awaitable[Sequence[Frame]]]
 
 
-async def _unharmed(_: str, __: Write, frames: list[Buffer]) -> list[Buffer]:
+async def _unharmed(_: str, __: Write, frames: Sequence[Frame]) -> Sequence[Frame]:
     return frames
 
 
@@ -42,7 +41,7 @@ class Exchange:
     def leave(self, endpoint: str) -> None:
         self._listening.pop(endpoint, None)
 
-    async def deliver(self, endpoint: str, write: Write, frames: list[Buffer]) -> ReceiverToWriter:
+    async def deliver(self, endpoint: str, write: Write, frames: Sequence[Frame]) -> ReceiverToWriter:
         """Raises PeerGone when nobody listens."""
         frames = await self.passing(endpoint, write, frames)
         landings = self._listening.get(endpoint)
@@ -102,7 +101,7 @@ class MemoryTransport:
                 pieces=parcel.headers(checksum=self._landings.owner.checksum),
                 token=self._landings.owner.token,
             )
-            frames: list[Buffer] = [payload(piece.data) for piece in parcel.pieces]
+            frames: list[Frame] = [piece.data if piece.data.is_cuda else payload(piece.data) for piece in parcel.pieces]
             answer = await self._exchange.deliver(lease.pool.endpoint, write, frames)
             if isinstance(answer, Rejected):
                 raise refused(answer)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
 import pytest
 
 from epdctl.ids import Incarnation
+from epdctl.transfer.landing import Frame
 from epdctl.wire.config import Limits
 from epdctl.wire.encode import FailureKind
 from epdctl.wire.serve import Abort, Failed, Finished, Granted, Token
-from epdctl.wire.sockets import Buffer
 from epdctl.wire.transfer import Write
 from tests.support.language_ranks import Pair, Question, Rank, Setup, alone, item, pair, run, until
 
@@ -36,7 +36,7 @@ class Gate:
     opened: asyncio.Event = field(default_factory=asyncio.Event)
     passing: int = 0
 
-    async def __call__(self, _: str, write: Write, frames: list[Buffer]) -> list[Buffer]:
+    async def __call__(self, _: str, write: Write, frames: Sequence[Frame]) -> Sequence[Frame]:
         if write.pool == "kv":
             self.passing += 1
             await self.opened.wait()

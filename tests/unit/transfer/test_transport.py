@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from epdctl.ids import Incarnation, RankName
 from epdctl.transfer import landing
 from epdctl.transfer.allocators import RangeAllocator
 from epdctl.transfer.base import Piece, Transport
-from epdctl.transfer.landing import Owner
+from epdctl.transfer.landing import Frame, Owner
 from epdctl.transfer.memory import Exchange, MemoryTransport
 from epdctl.transfer.mooncake import MooncakeMover
 from epdctl.transfer.onesided import Mover, OneSidedTransport
@@ -125,7 +125,7 @@ class WithinProcess:
     def black_hole(self) -> tuple[str, Facts]:
         taken = Facts()
 
-        async def swallow(_: str, write: Write, __: list[Buffer]) -> list[Buffer]:
+        async def swallow(_: str, write: Write, __: Sequence[Frame]) -> Sequence[Frame]:
             taken.add(write)
             await asyncio.Event().wait()
             raise AssertionError("unreachable")
