@@ -187,7 +187,7 @@ class EncoderService:
         task.add_done_callback(lambda _: self._ended(work.dispatch))
 
     def _ended(self, dispatch: int) -> None:
-        del self._items[dispatch]
+        self._items.pop(dispatch, None)
         self._completed += 1
         if not self._items:
             self._idle.set()
@@ -204,6 +204,7 @@ class EncoderService:
             answer = ItemFailed(dispatch=work.dispatch, kind=FailureKind.DEADLINE, text=text)
         except (PeerGone, TransferError) as error:  # the slot's owner went, or gave the slot up
             answer = ItemFailed(dispatch=work.dispatch, kind=FailureKind.RANK_LOST, text=error.message)
+        self._items.pop(work.dispatch)  # first: the router may send the next one before this task has ended
         self._tell(work.router, answer)
 
     async def _produce(self, work: _Work) -> ItemEncoded:
