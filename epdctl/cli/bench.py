@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from epdctl.cli import options
 
 if TYPE_CHECKING:
     from epdctl.bench.supervisor import Report
+    from epdctl.bench.transfer import Row
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 
@@ -50,3 +52,60 @@ def _show(report: Report) -> None:
     for name in ("detect_ms", "ready_ms", "gone_ms", "cli_ms"):
         figures = getattr(report, name)
         console.data(f"{name:<10} {figures.p50:>10.1f} {figures.max:>10.1f}")
+
+
+@app.command()
+def transfer(
+    transports: Annotated[
+        list[str] | None, typer.Argument(metavar="[TRANSPORT]...", help="Only these; default: all that work here.")
+    ] = None,
+    largest: Annotated[str, typer.Option(metavar="SIZE", help="Up to this size, like 64MiB.")] = "1GiB",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw bandwidth over size, as a PNG.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON there.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Bytes between two processes: latency and bandwidth of every transport beside a plain copy of the same run.
+
+    With two GPUs also between them, each process seeing only its own; there the sizes of an embedding (74 MB) and of
+    a KV cache (596 MB) are measured too.
+    """
+    import os
+
+    from epdctl.bench.transfer import run
+    from epdctl.cli import console
+    from epdctl.wire.message import to_json
+
+    rows = run(transports or [], largest, os.environ, console.say)
+    if output is not None:
+        output.write_bytes(to_json(rows) + b"\n")
+    if plot is not None:
+        from epdctl.bench.plot import draw
+
+        draw(_lines(rows), "epdctl bench transfer: until the receiver may read", plot)
+    if json:
+        console.show_json(rows)
+    else:
+        _show_transfer(rows)
+
+
+def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        lines.setdefault(row.transport, []).append((row.bytes, row.gb_per_s))
+        lines.setdefault("copy, GPU to GPU" if row.transport.startswith("gpu") else "copy in memory", []).append(
+            (row.bytes, row.ceiling_gb_per_s)
+        )
+    return lines
+
+
+def _show_transfer(rows: Sequence[Row]) -> None:
+    from epdctl.cli import console
+
+    head = ("bytes", "p50 us", "GB/s", "copy GB/s", "register us", "summed us")
+    console.data(f"{'transport':<26} " + " ".join(f"{name:>11}" for name in head))
+    for row in rows:
+        summed = "-" if row.summed_us is None else f"{row.summed_us:.1f}"
+        console.data(
+            f"{row.transport:<26} {row.bytes:>11} {row.p50_us:>11.1f} {row.gb_per_s:>11.2f} "
+            f"{row.ceiling_gb_per_s:>11.2f} {row.register_us:>11.1f} {summed:>11}"
+        )

@@ -1,0 +1,220 @@
+"""How fast each transport moves bytes between two processes of this machine, beside a plain copy of the same run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import msgspec
+
+from epdctl.errors import EpdError, UserError
+from epdctl.topology.hardware import Gpu, Hardware, probe
+from epdctl.topology.values import parse_size
+
+__all__ = ["EMBEDDING", "KV", "KV_PAGE", "SIZES", "TRANSPORTS", "Row", "Way", "available", "measure", "run"]
+
+SIZES = (4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30)
+EMBEDDING = 10_368 * 3_584 * 2  # eight pictures of 1008 x 1008 for a model of 3,584, in 16 bits
+KV_PAGE = 16 * 57_344  # 16 tokens of a 7B
+KV = 650 * KV_PAGE  # 10,400 tokens
+GPU_SIZES = (EMBEDDING, KV)
+ROUND_BYTES = 1 << 30  # about so many in all for one figure
+END_SECONDS = 20.0
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One transport as it is measured. ``page``: bytes of the pieces, which lie in no order; 0: one piece."""
+
+    name: str
+    backend: str
+    protocol: str = ""
+    gpu: bool = False
+    page: int = 0
+    in_place: bool = False
+
+
+TRANSPORTS = (
+    Way("zmq", "zmq"),
+    Way("shm", "shm"),
+    Way("shm-in-slot", "shm", in_place=True),
+    Way("mooncake-tcp", "mooncake", "tcp"),
+    Way("mooncake-rdma", "mooncake", "rdma"),
+    Way("gpu-mooncake-nvlink", "mooncake", "nvlink", gpu=True),
+    Way("gpu-mooncake-nvlink-pages", "mooncake", "nvlink", gpu=True, page=KV_PAGE),
+    Way("gpu-zmq", "zmq", gpu=True),
+)
+
+
+class Row(msgspec.Struct, frozen=True):
+    """``p50_us``: until the receiver may read; ``summed_us``: until it has summed every byte (on CPUs)."""
+
+    transport: str
+    bytes: int
+    p50_us: float
+    gb_per_s: float
+    ceiling_gb_per_s: float
+    register_us: float
+    summed_us: float | None = None
+
+
+def run(wanted: Sequence[str], largest: str, environ: Mapping[str, str], say: Say) -> list[Row]:
+    """What ``wanted`` names, or everything that this machine has. Raises UserError."""
+    hardware = probe(environ)
+    names = {way.name for way in TRANSPORTS}
+    if unknown := sorted(set(wanted) - names):
+        raise UserError(f"no transport is called {unknown[0]!r}", hint=f"one of {', '.join(sorted(names))}")
+    limit = _bytes(largest)
+    ways = [way for way in available(hardware) if not wanted or way.name in wanted]
+    rows = measure(ways, [size for size in SIZES if size <= limit], hardware.gpus, say)
+    if not rows:
+        raise EpdError("no transport could be measured", hint="`epdctl doctor` says what is missing")
+    return rows
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UserError(f"--largest {text}: should be a size like 64MiB or 1GiB") from error
+
+
+def available(hardware: Hardware) -> list[Way]:
+    """What can be tried here; whether it works is seen when it is."""
+    return [way for way in TRANSPORTS if _possible(way, hardware)]
+
+
+def _possible(way: Way, hardware: Hardware) -> bool:
+    if way.gpu and (len(hardware.gpus) < 2 or any(gpu.mig_parent for gpu in hardware.gpus[:2])):
+        return False
+    if way.backend != "mooncake":
+        return True
+    if hardware.mooncake is None or (way.gpu and hardware.mooncake.endswith("non-cuda")):
+        return False
+    return way.protocol != "rdma" or os.path.isdir("/sys/class/infiniband")
+
+
+def measure(ways: Sequence[Way], sizes: Sequence[int], gpus: Sequence[Gpu], say: Say) -> list[Row]:
+    """A transport that does not work is said and left out."""
+    rows: list[Row] = []
+    for way in ways:
+        chosen = sorted({size for size in (*sizes, *(GPU_SIZES if way.gpu else ())) if size >= way.page})
+        try:
+            rows += _measure(way, chosen, gpus, say)
+        except EpdError as error:
+            say(f"{way.name}: does not work here: {error.message}")
+    return rows
+
+
+def _measure(way: Way, sizes: Sequence[int], gpus: Sequence[Gpu], say: Say) -> list[Row]:
+    both = [gpu.uuid for gpu in gpus[:2]] if way.gpu else ["", ""]
+    with contextlib.ExitStack() as stack:
+        sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="epd-"))
+        common = {
+            "backend": way.backend, "protocol": way.protocol, "gpu": way.gpu,
+            "sockets": sockets, "token": secrets.token_hex(16),
+        }  # fmt: skip
+        with _end(",".join(both) if way.gpu else "", way) as plain:
+            ceilings = plain.ask(do="ceiling", gpu=way.gpu, sizes=list(sizes), rounds=10)["rates"]
+        receiver = stack.enter_context(_end(both[1], way))
+        opened = receiver.ask(do="receive", sizes=list(sizes), page=way.page, **common)
+        say(f"{way.name}: {opened['note']}")
+        writer = stack.enter_context(_end(both[0], way))
+        writer.ask(do="attach", notify=opened["notify"], **common)
+        return [
+            _row(way, size, ceiling, lease, writer)
+            for size, ceiling, lease in zip(sizes, ceilings, opened["leases"], strict=True)
+        ]
+
+
+def _row(way: Way, size: int, ceiling: float, opened: dict[str, Any], writer: _End) -> Row:
+    rounds = max(5, min(100, ROUND_BYTES // size))
+    found = writer.ask(
+        do="write",
+        lease=opened["lease"],
+        bytes=size,
+        rounds=rounds,
+        in_place=way.in_place,
+        sum=not way.gpu and not way.page,
+        pooled=bool(way.page),
+    )
+    seconds = statistics.median(found["seconds"])
+    summed = statistics.median(found["summed"]) if "summed" in found and not way.gpu else None
+    return Row(
+        transport=way.name,
+        bytes=size,
+        p50_us=round(seconds * 1e6, 1),
+        gb_per_s=round(size / seconds / 1e9, 3),
+        ceiling_gb_per_s=round(ceiling, 3),
+        register_us=round(opened["register_us"], 1),
+        summed_us=None if summed is None else round(summed * 1e6, 1),
+    )
+
+
+class _End:
+    """One process, asked by lines."""
+
+    def __init__(self, process: subprocess.Popen[str], words: IO[str]) -> None:
+        self._process = process
+        self._words = words
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """Raises EpdError with its last words when it ends instead of answering."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            raise EpdError(self._last_words())
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _last_words(self) -> str:
+        self._words.seek(0)
+        lines = self._words.read().strip().splitlines()
+        return lines[-1] if lines else f"it ended with status {self._process.returncode}"
+
+    def close(self) -> None:
+        """The end of its input is its end; one that does not take it is killed."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _end(visible: str, way: Way) -> Iterator[_End]:
+    """A process that sees the GPUs ``visible`` and no others, as a rank does."""
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    quiet = {"GLOG_minloglevel": "1", "MC_LOG_LEVEL": "WARNING"}
+    environ = os.environ | threads | quiet | {"CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    if way.protocol == "nvlink":
+        environ["MC_INTRANODE_NVLINK"] = "1"
+    with tempfile.TemporaryFile("w+") as words:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "epdctl.bench.ends"],
+            env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, text=True,
+        )  # fmt: skip
+        end = _End(process, words)
+        try:
+            yield end
+        finally:
+            end.close()
