@@ -35,8 +35,8 @@ class Studio(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    record: float = 300.0  # from the start to being told to stop
-    write: float = 60.0  # from being told to stop to the file
+    record: float = 60.0  # from the start to being told to stop: a busy rank records 20 MB a second
+    write: float = 120.0  # from being told to stop to the file
 
 
 @dataclass(slots=True)
@@ -94,6 +94,12 @@ class Captures:
         if not recording.finished.is_set():
             self._stop_recording(recording)
         return await self._results(recording)
+
+    def patience(self, rank: RankName) -> float:
+        """Seconds that ``rank`` may be silent for longer than usual: torch ends and writes a recording without once
+        letting another thread of the process run, the one with the heartbeats included."""
+        recording = self._recording
+        return self._deadlines.write if recording is not None and rank in recording.pending else 0.0
 
     def written(self, rank: RankName, incarnation: Incarnation, message: CaptureWritten) -> None:
         recording = self._recording

@@ -297,7 +297,11 @@ class Daemon:
         return {name: member.rank.state for name, member in self.members.items()}
 
     def _rules(self, member: Member) -> Rules:
-        return Rules(self.plan.restart, self._stop.deadlines, 2.0 * self._luck.chance() - 1.0, member.gang is not None)
+        deadlines = self._stop.deadlines
+        if patience := self.captures.patience(member.name):
+            silence = {name: getattr(deadlines, name) + patience for name in ("unhealthy", "dead", "stuck")}
+            deadlines = replace(deadlines, **silence)
+        return Rules(self.plan.restart, deadlines, 2.0 * self._luck.chance() - 1.0, member.gang is not None)
 
 
 class _Stop:

@@ -17,10 +17,21 @@ from epdctl.launch.base import Command, Exit
 from epdctl.supervisor.daemon import Daemon
 from epdctl.supervisor.member import RankStream
 from epdctl.supervisor.rundir import claim
+from epdctl.supervisor.states import Timer
 from epdctl.topology.plan import Plan
 from epdctl.wire.config import RankSpec
-from epdctl.wire.control import RankState
-from epdctl.wire.lifecycle import SPEC, Endpoints, Fatal, FatalKind, Hello, Ready, SupervisorToRank
+from epdctl.wire.control import RankState, StartCaptures
+from epdctl.wire.lifecycle import (
+    SPEC,
+    CaptureWritten,
+    Endpoints,
+    Fatal,
+    FatalKind,
+    Heartbeat,
+    Hello,
+    Ready,
+    SupervisorToRank,
+)
 from epdctl.wire.message import PROTOCOL
 from tests.support.scripted import scripted_plan
 from tests.support.scripted_rank import Script
@@ -192,3 +203,23 @@ def test_while_the_gateway_drains_nothing_new_is_started_and_nothing_restarted(p
         assert not scene.daemon.settled.is_set()
 
     play(place, act, "gateway/0", DECODE)
+
+
+def test_a_rank_that_records_may_be_silent_for_as_long_as_writing_takes(place: dict[str, str]) -> None:
+    async def act(scene: Scene) -> None:
+        (process,) = scene.launcher.launched
+        hello = scene.connect(process)
+        scene.daemon.hear(hello, Ready(endpoints=Endpoints()))
+
+        def silence() -> float:
+            """Seconds from a heartbeat to the verdict that the rank is dead."""
+            scene.daemon.hear(hello, Heartbeat())
+            return scene.daemon.members[DECODE].timers[Timer.DEAD].when() - asyncio.get_running_loop().time()
+
+        usual = silence()
+        reply = scene.daemon.captures.start(StartCaptures(), [DECODE])
+        assert silence() > usual + 60
+        scene.daemon.hear(hello, CaptureWritten(capture=reply.capture, path="/trace"))
+        assert silence() < usual + 60
+
+    play(place, act)
