@@ -11,27 +11,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from epdctl.bench.clusters import GUARD_SECONDS, Say, await_ready, environment, kill, running
 from epdctl.control.client import Client
-from epdctl.control.cluster import DaemonProcess, start_daemon
 from epdctl.errors import DeadlineExceeded, EpdError, RankFailed
 from epdctl.ids import RankName, Stage
 from epdctl.supervisor.sweep import find
 from epdctl.topology.plan import Deadlines, Plan, PlannedRank, RestartPolicy
 from epdctl.wire.config import ModelConfig, RankConfig
-from epdctl.wire.control import Event, RankState, StatusReply
+from epdctl.wire.control import Event, RankState
 
 __all__ = ["Figures", "Report", "measure"]
 
 RANKS = 4
-GUARD_SECONDS = 60.0  # against hanging for ever
-Say = Callable[[str], None]
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -71,7 +68,7 @@ class Heard:
 def measure(kills: int, say: Say) -> Report:
     """Kill ranks, then daemons, ``kills`` times each. Raises DeadlineExceeded when something does not come."""
     with tempfile.TemporaryDirectory(prefix="epdctl-bench-", ignore_cleanup_errors=True) as folder:
-        environ = _environment(Path(folder))
+        environ = environment(Path(folder))
         detect, ready = _kill_ranks(kills, environ, say)
         gone = [_kill_daemon(environ, say) for _ in range(kills)]
         cli = [_time_help(environ) for _ in range(kills)]
@@ -109,35 +106,11 @@ def _idle_rank(replica: int, environ: dict[str, str]) -> PlannedRank:
     return PlannedRank(config=config, argv=(sys.executable, "-m", "epdctl.rank"), env=environ)
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """A place of its own, so that no other cluster of this user is seen or disturbed."""
-    return dict(os.environ) | {"EPDCTL_RUNTIME_DIR": str(folder / "run"), "EPDCTL_STATE_DIR": str(folder / "state")}
-
-
-@contextmanager
-def _daemon(environ: dict[str, str]) -> Generator[DaemonProcess]:
-    daemon = start_daemon(bench_plan(environ), environ=environ)
-    try:
-        yield daemon
-    finally:
-        _end(daemon)
-
-
-def _end(daemon: DaemonProcess) -> None:
-    """Take it down; one that was killed only has to be reaped."""
-    try:
-        for _ in daemon.cluster.client.down(force=True):
-            pass
-    except EpdError:
-        _kill(daemon.pid)
-    daemon.wait()
-
-
 def _kill_ranks(kills: int, environ: dict[str, str], say: Say) -> tuple[list[float], list[float]]:
     detect, ready = [], []
-    with _daemon(environ) as daemon:
+    with running(bench_plan(environ), environ) as daemon:
         client = daemon.cluster.client
-        _await_ready(client)
+        await_ready(client)
         heard = _listen(client)
         for number in range(kills):
             rank = RankName.of(Stage.ENCODER, number % RANKS)
@@ -185,37 +158,20 @@ def _await_event(heard: queue.Queue[Heard], wanted: Callable[[Event], bool]) -> 
             return item.at
 
 
-def _await_ready(client: Client) -> StatusReply:
-    for reply in client.watch():
-        for status in reply.ranks:
-            if status.state is RankState.FAILED:
-                raise RankFailed(status.rank, status.reason, status.log_tail)
-        if all(status.state is RankState.READY for status in reply.ranks):
-            return reply
-    raise EpdError("the daemon ended before its ranks were ready")
-
-
 def _kill_daemon(environ: dict[str, str], say: Say) -> float:
     """Seconds from the daemon's SIGKILL until nothing that carries the run's id is alive."""
-    with _daemon(environ) as daemon:
-        _await_ready(daemon.cluster.client)
+    with running(bench_plan(environ), environ) as daemon:
+        await_ready(daemon.cluster.client)
         run = daemon.cluster.record.run
         before = len(find(run))
         began = time.monotonic()
-        _kill(daemon.pid)
+        kill(daemon.pid)
         while find(run):
             if time.monotonic() - began > GUARD_SECONDS:
                 raise DeadlineExceeded(f"processes of {run} are alive {GUARD_SECONDS:.0f} s after their daemon")
         took = time.monotonic() - began
     say(f"daemon killed: {before} processes gone in {took * 1000:.0f} ms")
     return took
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def _time_help(environ: dict[str, str]) -> float:

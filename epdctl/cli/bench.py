@@ -11,6 +11,7 @@ import typer
 from epdctl.cli import options
 
 if TYPE_CHECKING:
+    from epdctl.bench.encoding import measure as encoding
     from epdctl.bench.supervisor import Report
     from epdctl.bench.transfer import Row
 
@@ -43,6 +44,55 @@ def supervisor(
         console.show_json(report)
     else:
         _show(report)
+
+
+@app.command()
+def encode(
+    size: Annotated[str, typer.Option(metavar="SIZE", help="Of the towers: 7b or tiny.")] = "7b",
+    encoders: Annotated[int, typer.Option(metavar="N", min=1, help="Encoder ranks, each with its own GPU.")] = 1,
+    seconds: Annotated[float, typer.Option(metavar="S", min=0.5, help="Of steady state with clients.")] = 30.0,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Without GPUs: shows that it works, not how fast.")] = False,
+    flows_only: Annotated[bool, typer.Option("--flows-only", help="Only ranks, not the tower alone.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON there.")] = None,
+    json: options.Json = False,
+) -> None:
+    """How fast pictures become embeddings: the tower alone, and ranks fed with JPEGs by 64 clients.
+
+    Random weights, pictures of noise, every one new. Starts a cluster of its own; touches no other.
+    """
+    from epdctl.bench.encoding.measure import Job, measure
+    from epdctl.cli import console
+    from epdctl.wire.message import to_json
+
+    job = Job(size=size, gpu=not cpu, encoders=encoders, seconds=seconds, towers=not flows_only)
+    report = measure(job, console.say)
+    if output is not None:
+        output.write_bytes(to_json(report) + b"\n")
+    if json:
+        console.show_json(report)
+    else:
+        _show_encoding(report)
+
+
+def _show_encoding(report: encoding.Report) -> None:
+    from epdctl.cli import console
+
+    console.data(f"{report.device}, {report.encoders} encoder ranks of {report.workers} preprocessing threads")
+    for tower in report.towers:
+        name = f"{tower.tower}, {tower.pictures} of {tower.side}²"
+        console.data(f"{name:<28} {tower.transformers_ms:>9.1f} ms by transformers {tower.fast_ms:>9.1f} ms ours")
+        errors = f"{tower.transformers_error:.4f} and {tower.fast_error:.4f}"
+        console.data(f"{'':<28} {errors:>18} off float32")
+    for one in report.packed:
+        name = f"one forward, {one.pictures} of {one.side}²"
+        console.data(f"{name:<28} {one.ms:>9.1f} ms {one.rate:>9.1f} pictures/s")
+    for flow in report.flows:
+        console.data(
+            f"{flow.name:<28} {flow.per_second:>9.1f} pictures/s, p50 {flow.p50_ms:.0f} ms, p99 {flow.p99_ms:.0f} ms"
+        )
+    for name, ratio in (("with decoding", report.packed_ratio), ("without", report.undecoded_ratio)):
+        if ratio is not None:
+            console.data(f"of one packed forward, {name}: {ratio:.1%}")
 
 
 def _show(report: Report) -> None:

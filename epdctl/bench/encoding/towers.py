@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["TRUE_SIZE", "qwen2_5_vl_config", "qwen2_5_vl_tower", "qwen3_vl_tower"]
+__all__ = ["TRUE_SIZE", "qwen2_5_vl_config", "qwen2_5_vl_tower", "qwen3_vl_tower", "whole_model"]
 
 TRUE_SIZE = "7b"
 
@@ -50,6 +50,23 @@ def qwen3_vl_tower(size: str, device: torch.device, dtype: torch.dtype, attentio
 
     config = Qwen3VLVisionConfig(patch_size=16, **_QWEN3[size])
     return _made(Qwen3VLVisionModel, config, device, dtype, attention)
+
+
+def whole_model(size: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Qwen2.5-VL as its family loads it for an encoder: the tower, and no language model."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+
+    vision = {"patch_size": 14, "window_size": 112, **_QWEN2_5[size]}
+    text = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, image_token_id=3, video_token_id=4)
+    module = _made(Qwen2_5_VLForConditionalGeneration, config, device, dtype, "sdpa")
+    module.model.language_model = module.lm_head = None
+    return module
 
 
 def _made(kind: Any, config: Any, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
