@@ -73,7 +73,7 @@ def test_nobody_else_sends_pictures_through_a_mono_rank() -> None:
         assert ["mono/0", "mono/0", "ipc://mono-0.encode"] in routes
 
     with_ranks([*SPLIT, "mono/0"], look)
-    with_ranks(["prefill/0", "decode/0", "mono/0"], lambda ranks: _all_through(ranks, "mono/0"))
+    with_ranks(["encoder/0", "prefill/0", "decode/0", "mono/0"], lambda ranks: _all_through(ranks, "mono/0"))
 
 
 def _all_through(ranks: Ranks, only: str) -> None:
