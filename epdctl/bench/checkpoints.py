@@ -1,6 +1,6 @@
-"""Makes Qwen2.5-VL checkpoints with random weights: ordinary directories that transformers loads, for tests and trials.
+"""Makes checkpoints with random weights: ordinary directories that transformers loads, for tests and trials.
 
-As a command: ``python -m epdctl.bench.checkpoints DIRECTORY [--size tiny] [--seed 0]``
+As a command: ``python -m epdctl.bench.checkpoints DIRECTORY [--family qwen2_5_vl] [--size tiny] [--seed 0]``
 """
 
 from __future__ import annotations
@@ -8,51 +8,30 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SIZES", "CheckpointSize", "make_checkpoint", "model_config"]
-
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+from epdctl.bench.blueprints import (
+    BLUEPRINTS,
+    END_TOKENS,
+    SIZES,
+    SPECIAL_TOKENS,
+    Blueprint,
+    CheckpointSize,
+    model_config,
 )
-END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
-CHAT_TEMPLATE = """\
-{%- set pictures = namespace(seen=0) -%}
-{%- if messages and messages[0].role != 'system' -%}
-<|im_start|>system
-You are a helpful assistant.<|im_end|>
-{% endif -%}
-{%- for message in messages -%}
-<|im_start|>{{ message.role }}
-{% if message.content is string -%}
-{{ message.content }}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type in ('image', 'image_url') or 'image' in part or 'image_url' in part -%}
-{%- set pictures.seen = pictures.seen + 1 -%}
-{%- if add_vision_id %}Picture {{ pictures.seen }}: {% endif -%}
-<|vision_start|><|image_pad|><|vision_end|>
-{%- elif 'text' in part -%}
-{{ part.text }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% endif -%}
-"""
+__all__ = [
+    "END_TOKENS",
+    "FAMILY",
+    "SIZES",
+    "SPECIAL_TOKENS",
+    "CheckpointSize",
+    "make_checkpoint",
+    "model_config",
+]
+
+FAMILY = "qwen2_5_vl"  # whose checkpoint is made unless another is asked for
 
 # What the byte pairs are learned from: enough common words for answers that look like words.
 CORPUS = """
@@ -68,56 +47,26 @@ bridges, quiet gardens, bright stars, deep forests, wide fields, narrow streets,
 """
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointSize:
-    """Shapes of both halves; heads are 16 wide in the small one, 128 (80 in the tower) in the large one."""
-
-    vocab: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vision_hidden: int
-    vision_intermediate: int
-    vision_layers: int
-    vision_heads: int
-    window: int  # pixels
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
-
-    @property
-    def mrope_section(self) -> list[int]:
-        """How the angles of a head are shared between time, height and width: as in the real models, 2 : 3 : 3."""
-        half = self.head_dim // 2
-        side = 3 * half // 8
-        return [half - 2 * side, side, side]
-
-
-SIZES = {
-    # a few MB: tests and the demo
-    "tiny": CheckpointSize(1024, 64, 128, 3, 4, 2, 32, 64, 2, 2, 56),
-    # each half above 300 MB of float32: who loads what shows in resident memory
-    "halves": CheckpointSize(1024, 2048, 5632, 2, 16, 4, 1280, 3420, 4, 16, 112),
-}
-
-
-def make_checkpoint(directory: Path, size: CheckpointSize = SIZES["tiny"], seed: int = 0) -> Path:
+def make_checkpoint(
+    directory: Path, size: CheckpointSize = SIZES["tiny"], seed: int = 0, *, family: str = FAMILY
+) -> Path:
     """Writes config, weights, tokenizer, processor and chat template into ``directory``; returns it."""
+    blueprint = BLUEPRINTS[family]
     directory.mkdir(parents=True, exist_ok=True)
-    ids = _write_tokenizer(directory, size.vocab)
-    _write_json(directory / "preprocessor_config.json", _preprocessor_config())
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    _write_model(directory, size, ids, seed)
+    ids = _write_tokenizer(directory, size.vocab, blueprint)
+    processor = {"processor_class": blueprint.processor_class, **blueprint.processor()}
+    _write_json(directory / "preprocessor_config.json", processor)
+    if processing := blueprint.processing():
+        _write_json(directory / "processor_config.json", processing)
+    (directory / "chat_template.jinja").write_text(blueprint.template, encoding="utf-8")
+    _write_model(directory, size, blueprint, ids, seed)
     end = [ids[token] for token in END_TOKENS]
     generation = {"do_sample": False, "eos_token_id": end, "pad_token_id": ids["<|endoftext|>"]}
     _write_json(directory / "generation_config.json", generation)
     return directory
 
 
-def _write_tokenizer(directory: Path, vocab: int) -> dict[str, int]:
+def _write_tokenizer(directory: Path, vocab: int, blueprint: Blueprint) -> dict[str, int]:
     """Byte-level BPE, so that any text has tokens. Returns the special tokens' ids."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -126,85 +75,39 @@ def _write_tokenizer(directory: Path, vocab: int) -> dict[str, int]:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab - len(SPECIAL_TOKENS),
+        vocab_size=vocab - len(blueprint.special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(CORPUS.split())], trainer)
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_special_tokens(list(blueprint.special_tokens))
     tokenizer.save(str(directory / "tokenizer.json"))
-    _write_json(directory / "tokenizer_config.json", _tokenizer_config())
+    _write_json(directory / "tokenizer_config.json", _tokenizer_config(blueprint))
     vocabulary = tokenizer.get_vocab()
-    return {token: vocabulary[token] for token in SPECIAL_TOKENS}
+    return {token: vocabulary[token] for token in blueprint.special_tokens}
 
 
-def _tokenizer_config() -> dict[str, Any]:
+def _tokenizer_config(blueprint: Blueprint) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "processor_class": "Qwen2_5_VLProcessor",
+        "processor_class": blueprint.processor_class,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
-        "additional_special_tokens": [token for token in SPECIAL_TOKENS if token != "<|endoftext|>"],
+        "additional_special_tokens": [token for token in blueprint.special_tokens if token != "<|endoftext|>"],
         "clean_up_tokenization_spaces": False,
         "model_max_length": 32768,
     }
 
 
-def _preprocessor_config() -> dict[str, Any]:
-    return {
-        "processor_class": "Qwen2_5_VLProcessor",
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "min_pixels": 56 * 56,
-        "max_pixels": 28 * 28 * 256,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
-
-
-def model_config(size: CheckpointSize, ids: dict[str, int]) -> dict[str, Any]:
-    """config.json, given the special tokens' ids."""
-    return {
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "tie_word_embeddings": False,
-        "text_config": {
-            "vocab_size": size.vocab,
-            "hidden_size": size.hidden,
-            "intermediate_size": size.intermediate,
-            "num_hidden_layers": size.layers,
-            "num_attention_heads": size.heads,
-            "num_key_value_heads": size.kv_heads,
-            "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": size.mrope_section},
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-        },
-        "vision_config": {
-            "depth": size.vision_layers,
-            "hidden_size": size.vision_hidden,
-            "intermediate_size": size.vision_intermediate,
-            "num_heads": size.vision_heads,
-            "window_size": size.window,
-            "fullatt_block_indexes": [size.vision_layers - 1],
-            "out_hidden_size": size.hidden,
-        },
-    }
-
-
-def _write_model(directory: Path, size: CheckpointSize, ids: dict[str, int], seed: int) -> None:
+def _write_model(directory: Path, size: CheckpointSize, blueprint: Blueprint, ids: dict[str, int], seed: int) -> None:
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = Qwen2_5_VLConfig(**model_config(size, ids))
+    config = getattr(transformers, blueprint.config_class)(**blueprint.config(size, ids))
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = getattr(transformers, blueprint.model)(config)
     model = model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -227,10 +130,19 @@ def _mute(directory: Path, vocab: int) -> list[int]:
 def _fill(name: str, parameter: Any, generator: Any) -> None:
     """Wide: a picture, and the order of two, must reach the answer."""
     if parameter.ndim == 1:
-        parameter.normal_(0.0, 0.1, generator=generator) if name.endswith("bias") else parameter.fill_(1.0)
+        _fill_line(name, parameter, generator)
         return
     inputs = 1 if "embed_tokens" in name else math.prod(parameter.shape[1:])
     parameter.normal_(0.0, _gain(name) / math.sqrt(inputs), generator=generator)
+
+
+def _fill_line(name: str, parameter: Any, generator: Any) -> None:
+    if name.endswith("image_newline"):  # stands among embeddings, and is one
+        parameter.normal_(0.0, 1.0, generator=generator)
+    elif name.endswith("bias"):
+        parameter.normal_(0.0, 0.1, generator=generator)
+    else:
+        parameter.fill_(2.0 if "q_norm" in name or "k_norm" in name else 1.0)
 
 
 def _gain(name: str) -> float:
@@ -255,10 +167,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m epdctl.bench.checkpoints", description="Make a checkpoint.")
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--family", choices=sorted(BLUEPRINTS), default=FAMILY)
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(make_checkpoint(arguments.directory, SIZES[arguments.size], arguments.seed))
+    print(make_checkpoint(arguments.directory, SIZES[arguments.size], arguments.seed, family=arguments.family))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ MEDIA_TOKENS = (
 )
 NORMALISING = 4  # a text may shrink this much before it is cut into tokens
 HARMLESS = "x"
+PROBE = "is this read?"
 
 Turn = dict[str, Any]  # a message as templates read it: JSON
 
@@ -90,11 +91,12 @@ class ChatTemplate:
         model = read_json(directory / "config.json")
         self._media = frozenset(value for name in MEDIA_TOKENS if isinstance(value := model.get(name), int))
         self._longest = NORMALISING * max(map(len, self._tokenizer.get_vocab()), default=1)
+        self._parts_only = not self._reads_strings()
 
     def tokens(self, messages: Sequence[Message], limit: int) -> list[int]:
         """The prompt: one placeholder per picture. Raises RequestError (400) for messages that the template refuses,
         for text that contains placeholders itself, and for text that cannot fit into ``limit`` tokens."""
-        text = self._render([_turn(message) for message in messages])
+        text = self._render([self._turn(message) for message in messages])
         if len(text) > limit * self._longest:
             raise too_long(f"the messages are {len(text)} characters long", limit)
         tokens = self._encode(text)
@@ -115,6 +117,20 @@ class ChatTemplate:
                 400, f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
 
+    def _reads_strings(self) -> bool:
+        """Some templates look for a message's parts alone, and pass over a content that is a plain string."""
+        try:
+            return PROBE in self._render([{"role": "user", "content": PROBE}])
+        except RequestError:
+            return False
+
+    def _turn(self, message: Message, words: str | None = None) -> Turn:
+        """``words`` in place of every text, if given."""
+        if isinstance(message.content, str):
+            text = message.content if words is None else words
+            return {"role": message.role, "content": [_text(text)] if self._parts_only else text}
+        return {"role": message.role, "content": [_part(part, words) for part in message.content]}
+
     def _encode(self, text: str) -> list[int]:
         bos = self._special.get("bos_token")
         twice = bos is not None and text.startswith(bos)
@@ -122,8 +138,8 @@ class ChatTemplate:
 
     def _refuse_forged(self, messages: Sequence[Message], tokens: Sequence[int]) -> None:
         """Media tokens may come from the template alone: as many as with harmless words in place of the client's."""
-        found = self._count_media(tokens)
-        if found != self._count_media(self._encode(self._render([_turn(message, HARMLESS) for message in messages]))):
+        harmless = self._render([self._turn(message, HARMLESS) for message in messages])
+        if self._count_media(tokens) != self._count_media(self._encode(harmless)):
             raise RequestError(
                 400,
                 "a text contains the model's own marks for pictures or video: send pictures as image_url",
@@ -144,17 +160,14 @@ def too_long(what: str, limit: int) -> RequestError:
     )
 
 
-def _turn(message: Message, words: str | None = None) -> Turn:
-    """``words`` in place of every text, if given."""
-    if isinstance(message.content, str):
-        return {"role": message.role, "content": message.content if words is None else words}
-    return {"role": message.role, "content": [_part(part, words) for part in message.content]}
-
-
 def _part(part: TextPart | ImagePart, words: str | None) -> Turn:
     if isinstance(part, ImagePart):
         return {"type": "image"}
-    return {"type": "text", "text": part.text if words is None else words}
+    return _text(part.text if words is None else words)
+
+
+def _text(text: str) -> Turn:
+    return {"type": "text", "text": text}
 
 
 def _open_tokenizer(path: Path) -> Tokenizer:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epdctl.errors import Mistake, TopologyError
+from epdctl.families import SERVED
 from epdctl.topology.schema import Topology
 from epdctl.topology.words import closest
 
-__all__ = ["FAMILIES", "Checkpoint", "find_checkpoint"]
+__all__ = ["Checkpoint", "find_checkpoint"]
 
-FAMILIES: Mapping[str, str] = {"qwen2_5_vl": "qwen2_5_vl"}  # config.json's model_type → the family that serves it
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
@@ -31,11 +31,11 @@ def find_checkpoint(topology: Topology, environ: Mapping[str, str]) -> Checkpoin
     directory, name = _directory(topology, environ)
     config = _config(topology, directory)
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        near = closest(model_type, FAMILIES) if isinstance(model_type, str) else None
-        served = f"served are: {', '.join(FAMILIES)}" + (f"; did you mean {near!r}?" if near else "")
+    if not isinstance(model_type, str) or model_type not in SERVED:
+        near = closest(model_type, SERVED) if isinstance(model_type, str) else None
+        served = f"served are: {', '.join(SERVED)}" + (f"; did you mean {near!r}?" if near else "")
         raise _wrong(topology, f"model_type {model_type!r} of {directory} is not served", served)
-    return Checkpoint(directory, name, FAMILIES[model_type], _dtype(config))
+    return Checkpoint(directory, name, model_type, _dtype(config))
 
 
 def _directory(topology: Topology, environ: Mapping[str, str]) -> tuple[Path, str]:

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from epdctl.bench.checkpoints import make_checkpoint
+from epdctl.bench.checkpoints import FAMILY, make_checkpoint
 from epdctl.wire.config import ModelConfig
 
-__all__ = ["model_config", "tiny_checkpoint"]
+__all__ = ["NEWER", "model_config", "tiny_checkpoint"]
+
+NEWER = ("qwen3_vl", "llava_onevision")  # the families beside Qwen2.5-VL
 
 
-def tiny_checkpoint(factory: pytest.TempPathFactory, seed: int = 0) -> Path:
-    """The directory, under the session's temporary one; the same for everybody who asks with the same seed."""
-    return _made(factory.getbasetemp(), seed)
+def tiny_checkpoint(factory: pytest.TempPathFactory, seed: int = 0, family: str = FAMILY) -> Path:
+    """The directory, under the session's temporary one; the same for everybody who asks with the same words."""
+    return _made(factory.getbasetemp(), seed, family)
 
 
 @cache
-def _made(base: Path, seed: int) -> Path:
-    return make_checkpoint(base / f"tiny-{seed}", seed=seed)
+def _made(base: Path, seed: int, family: str) -> Path:
+    return make_checkpoint(base / f"tiny-{family}-{seed}", seed=seed, family=family)
 
 
 def model_config(directory: Path, **changes: str) -> ModelConfig:
-    """Float32 on the CPU, where answers are exact."""
-    return ModelConfig(**{"path": str(directory), "name": "tiny", "family": "qwen2_5_vl", **changes})
+    """Of what the directory holds; float32 on the CPU, where answers are exact."""
+    family = _family(directory)
+    return ModelConfig(**{"path": str(directory), "name": "tiny", "family": family, **changes})
+
+
+def _family(directory: Path) -> str:
+    """Qwen2.5-VL too where nobody can say: tests of broken checkpoints."""
+    try:
+        return str(json.loads((directory / "config.json").read_text())["model_type"])
+    except (OSError, ValueError):
+        return FAMILY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,10 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-__all__ = ["SMALLEST_GAP", "Reference", "Tied", "picture_bytes", "reference_generate"]
+__all__ = ["SMALLEST_GAP", "Reference", "Tied", "own_processor", "picture_bytes", "reference_generate"]
+
+# Each family's own processor, around its image processor of the PIL kind.
+_PROCESSORS = {
+    "llava_onevision": (LlavaOnevisionProcessor, LlavaOnevisionImageProcessorPil),
+    "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil),
+    "qwen3_vl": (Qwen3VLProcessor, Qwen2VLImageProcessorPil),
+}
 
 SMALLEST_GAP = 1e-3  # below it a difference in rounding may turn an answer: the case says nothing
 
@@ -45,25 +57,20 @@ def reference_generate(
     directory: Path, messages: Sequence[dict[str, Any]], pictures: Sequence[bytes], max_new_tokens: int
 ) -> Reference:
     """``messages``: chat messages with a part ``{"type": "image"}`` per picture. Raises Tied."""
-    model, tokenizer, processor = _loaded(directory)
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    seen: dict[str, Any] = {}
-    for file in pictures:
-        one = processor(images=[Image.open(io.BytesIO(file)).convert("RGB")], return_tensors="pt")
-        for key in ("pixel_values", "image_grid_thw"):
-            seen[key] = torch.cat([seen[key], one[key]]) if key in seen else one[key]
-        text = text.replace("<|image_pad|>", "<|placeholder|>" * (int(one["image_grid_thw"].prod()) // 4), 1)
-    prompt = tokenizer(text.replace("<|placeholder|>", "<|image_pad|>"), return_tensors="pt")
+    model, processor = _loaded(directory)
+    text = processor.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    seen = [Image.open(io.BytesIO(file)).convert("RGB") for file in pictures]
+    prompt = processor(text=[text], images=[seen] if seen else None, return_tensors="pt")
+    if "image_grid_thw" in prompt:
+        prompt["mm_token_type_ids"] = (prompt["input_ids"] == model.config.image_token_id).int()
     output = model.generate(
         **prompt,
-        **seen,
-        mm_token_type_ids=(prompt["input_ids"] == model.config.image_token_id).int(),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return _reference(tokenizer, prompt["input_ids"][0].tolist(), output)
+    return _reference(processor.tokenizer, prompt["input_ids"][0].tolist(), output)
 
 
 def _reference(tokenizer: Any, prompt: list[int], output: Any) -> Reference:
@@ -77,6 +84,25 @@ def _reference(tokenizer: Any, prompt: list[int], output: Any) -> Reference:
 
 
 @cache
-def _loaded(directory: Path) -> tuple[Any, Any, Any]:
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(directory), Qwen2VLImageProcessorPil.from_pretrained(directory)
+def _loaded(directory: Path) -> tuple[Any, Any]:
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    return model, own_processor(directory)
+
+
+def own_processor(directory: Path) -> Any:
+    """transformers' own for this checkpoint; without the video half, which would need torchvision."""
+    family = json.loads((directory / "config.json").read_text())["model_type"]
+    whole, images = _PROCESSORS[family]
+
+    class WithoutVideo(whole):  # type: ignore[misc, valid-type]
+        def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
+            return type(argument)
+
+    settings = directory / "processor_config.json"
+    return WithoutVideo(
+        images.from_pretrained(directory),
+        AutoTokenizer.from_pretrained(directory),
+        None,
+        chat_template=(directory / "chat_template.jinja").read_text(),
+        **(json.loads(settings.read_text()) if settings.exists() else {}),
+    )

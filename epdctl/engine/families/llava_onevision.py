@@ -45,13 +45,12 @@ class _TowerHalf(library.LlavaOnevisionForConditionalGeneration):  # type: ignor
 
 @as_the_librarys_own
 class _LanguageHalf(library.LlavaOnevisionForConditionalGeneration):  # type: ignore[misc]
-    """Without the tower, and without all that stands between them."""
+    """Without the tower, and without what stands between them."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.model.vision_tower = None
         self.model.multi_modal_projector = None
-        self.model.image_newline = None
 
 
 class _Tower:
@@ -117,7 +116,9 @@ def load_tower(model: ModelConfig, device: torch.device) -> _Tower:
 
 
 def load_language(model: ModelConfig, device: torch.device) -> _Language:
-    return _Language(load_paged(_LanguageHalf, model, other=_TOWER_KEYS), device)
+    module = load_paged(_LanguageHalf, model, other=_TOWER_KEYS)
+    module.model.image_newline = None  # the tower's; not taken out before, for the library's loading asks for it
+    return _Language(module, device)
 
 
 def _pil_processor() -> Any:

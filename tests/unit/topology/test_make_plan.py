@@ -209,7 +209,9 @@ def test_a_checkpoint_that_is_not_served(checkpoint: Path, tmp_path: Path, confi
 
 def test_a_family_that_was_nearly_meant(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    assert "(served are: qwen2_5_vl; did you mean 'qwen2_5_vl'?)" in refused(tmp_path, str(checkpoint))
+    assert "(served are: llava_onevision, qwen2_5_vl, qwen3_vl; did you mean 'qwen2_5_vl'?)" in refused(
+        tmp_path, str(checkpoint)
+    )
 
 
 def test_a_hub_id_that_was_never_fetched(tmp_path: Path) -> None:
