@@ -18,7 +18,7 @@ from epdctl.cli.screen import screen
 from epdctl.cli.tables import changes, event_line
 from epdctl.control.client import Client
 from epdctl.control.cluster import ClusterRef
-from epdctl.errors import DeadlineExceeded, NotRunning, RankFailed, Unreachable
+from epdctl.errors import DeadlineExceeded, NotRunning, RankError, RankFailed, Unreachable
 from epdctl.topology.plan import Plan
 from epdctl.wire.control import Event, FollowLogs, LogLine, RankState, RankStatus, StatusReply
 
@@ -63,13 +63,16 @@ class Session:
         return self.cluster.client
 
     def await_ready(self, seconds: float) -> StatusReply:
-        """Raises RankFailed at once when a rank is given up, DeadlineExceeded after ``seconds``, Interrupted."""
+        """Raises RankFailed at once when a rank is given up, RankError when somebody else takes the cluster down,
+        DeadlineExceeded after ``seconds``, Interrupted."""
         deadline = time.monotonic() + seconds
         self.inbox.pump("watch", self.client.watch())
         with screen() as view:
             while True:
                 reply = self._next_status(deadline, seconds)
                 view.show(reply)
+                if reply.stopping:
+                    raise RankError("the cluster was taken down from elsewhere before every rank was ready")
                 if (lost := given_up(reply)) is not None:
                     raise RankFailed(lost.rank, lost.reason, lost.log_tail)
                 if all_ready(reply):

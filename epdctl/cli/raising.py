@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from epdctl.cli.leftovers import Footprint, await_nothing
 from epdctl.cli.sweeping import clear, dead_runs
 from epdctl.cli.tables import event_line
 from epdctl.control.cluster import ClusterRef, find_cluster, list_clusters, start_daemon
+from epdctl.control.handover import CUT_LOOSE
 from epdctl.errors import AlreadyRunning, EpdError, NotRunning, RankError
 from epdctl.topology.plan import Plan
 
@@ -34,13 +36,14 @@ def refuse_second(file: Path) -> None:
 def detached(plan: Plan, wait_timeout: float | None) -> None:
     """Return when every rank is ready; whatever goes wrong before, leave nothing behind and raise."""
     inbox: Inbox[News] = Inbox()
-    with inbox.catching_signals():
-        session = Session(start_daemon(plan).cluster, inbox)
+    with inbox.catching_signals(), _lifeline() as lifeline:
+        session = Session(start_daemon(plan, lifeline=lifeline.reader).cluster, inbox)
         try:
             session.await_ready(_seconds(plan, wait_timeout))
         except (EpdError, Interrupted) as error:
             _stop(session)
             raise _explained(error, session.cluster) from error
+        lifeline.cut_loose()
     _announce(session.cluster)
 
 
@@ -48,7 +51,7 @@ def foreground(plan: Plan, wait_timeout: float | None) -> None:
     """Stay until somebody asks for the end, then drain and stop."""
     inbox: Inbox[News] = Inbox()
     with inbox.catching_signals(), _lifeline() as lifeline:
-        daemon = start_daemon(plan, lifeline=lifeline)
+        daemon = start_daemon(plan, lifeline=lifeline.reader)
         session = Session(daemon.cluster, inbox)
         try:
             ready = session.await_ready(_seconds(plan, wait_timeout))
@@ -74,15 +77,26 @@ def take_down(name: str | None, *, drain_s: float | None, force: bool) -> None:
     _prove(cluster, footprint)
 
 
+@dataclass(frozen=True, slots=True)
+class _Lifeline:
+    """A pipe whose only writer is this process: when it is gone, however it went, the daemon stops."""
+
+    reader: int
+    writer: int
+
+    def cut_loose(self) -> None:
+        """The daemon is to outlive this process."""
+        os.write(self.writer, CUT_LOOSE)
+
+
 @contextmanager
-def _lifeline() -> Generator[int]:
-    """The read end of a pipe whose only writer is this process: when it is gone, however it went, the daemon stops."""
-    read, write = os.pipe()
+def _lifeline() -> Generator[_Lifeline]:
+    reader, writer = os.pipe()
     try:
-        yield read
+        yield _Lifeline(reader, writer)
     finally:
-        os.close(read)
-        os.close(write)
+        os.close(reader)
+        os.close(writer)
 
 
 def _seconds(plan: Plan, wait_timeout: float | None) -> float:

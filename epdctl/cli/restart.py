@@ -15,11 +15,16 @@ def restart(
         list[str],
         typer.Argument(metavar="RANK…", autocompletion=options.complete_ranks, help="encoder/0, a stage, or all."),
     ],
+    json: options.Json = False,
     cluster: options.Cluster = None,
 ) -> None:
-    """Drain ranks and start them anew; the others serve on. A failed rank gets a new budget."""
+    """Drain ranks and start them anew, all at once; the others serve on. A failed rank gets a new budget."""
     from epdctl.cli import console
 
-    for rank in options.client(ctx, cluster).restart(ranks).ranks:
-        console.data(rank)
+    accepted = options.client(ctx, cluster).restart(ranks)
+    if json:
+        console.show_json(accepted)
+    else:
+        for rank in accepted.ranks:
+            console.data(rank)
     console.say("restarting; `epdctl status -w` shows it")

@@ -28,7 +28,7 @@ from epdctl.control.paths import (
     state_base,
 )
 from epdctl.control.select import did_you_mean
-from epdctl.errors import AlreadyRunning, EpdError, NotRunning, SelectorError, Unreachable
+from epdctl.errors import AlreadyRunning, EpdError, NotRunning, SelectorError, Unreachable, UserError
 from epdctl.ids import new_run_id
 from epdctl.topology.plan import Plan
 from epdctl.wire.control import Refused
@@ -36,6 +36,7 @@ from epdctl.wire.control import Refused
 __all__ = ["ClusterRef", "DaemonProcess", "find_cluster", "last_run", "last_run_logs", "list_clusters", "start_daemon"]
 
 START_SECONDS = 60.0  # until the control socket answers; a sweep of what an earlier daemon left may come first
+REAP_SECONDS = 5.0
 LIFELINE_FD = 3
 LOG_TAIL = 20
 
@@ -125,7 +126,7 @@ def start_daemon(
     _refuse_second(directory)
     handover = Handover(plan=plan, run=(run := new_run_id()), state_dir=str(state_base(env) / plan.cluster / run))
     state = RunState(Path(handover.state_dir))
-    state.path.mkdir(parents=True, mode=0o700)
+    _make_state(state.path)
     argv = [*python, "-m", "epdctl.supervisor", "--cluster", plan.cluster]
     with _spawned(argv, env, state, lifeline) as (pid, speak, answer):
         try:
@@ -135,6 +136,16 @@ def start_daemon(
         except EpdError:
             _abandon(pid, state)
             raise
+
+
+def _make_state(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        raise UserError(
+            f"cannot make {path}, where logs and events are kept: {error.strerror}",
+            hint="set EPDCTL_STATE_DIR to a directory that you can write to",
+        ) from error
 
 
 def _ref(directory: ClusterDir) -> ClusterRef | None:
@@ -195,9 +206,17 @@ _ALL_DEFAULT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, si
 
 
 def _hand_over(pipe: BinaryIO, data: bytes) -> None:
-    """Write everything and close. A daemon that died meanwhile shows when its answer is read."""
+    """Write everything and close. A daemon that died meanwhile shows when its answer is read.
+
+    Raises Unreachable when the daemon does not read: a pipe holds 64 KiB, the plan of many ranks more.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    os.set_blocking(pipe.fileno(), False)
     with contextlib.suppress(BrokenPipeError), pipe:
-        pipe.write(data)
+        while data:
+            if not select.select([], [pipe], [], max(0.0, deadline - time.monotonic()))[1]:
+                raise Unreachable(f"the daemon did not read its plan within {START_SECONDS:.0f} s of its start")
+            data = data[os.write(pipe.fileno(), data) :]
 
 
 def _read_outcome(pipe: BinaryIO, state: RunState) -> None:
@@ -227,6 +246,8 @@ def _abandon(pid: int, state: RunState) -> None:
     """End and reap a daemon that did not start; its reason has been told, so its empty run need not be kept."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    deadline = time.monotonic() + REAP_SECONDS
+    while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:  # it may hang in the kernel
+        time.sleep(0.01)
     if not state.events.exists():
         shutil.rmtree(state.path, ignore_errors=True)

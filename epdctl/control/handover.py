@@ -7,7 +7,9 @@ from epdctl.topology.plan import Plan
 from epdctl.wire.control import Refused
 from epdctl.wire.message import Codec, Message
 
-__all__ = ["HANDOVER", "OUTCOME", "Handover", "Outcome", "Started"]
+__all__ = ["CUT_LOOSE", "HANDOVER", "OUTCOME", "Handover", "Outcome", "Started"]
+
+CUT_LOOSE = b"."  # on the lifeline: its end is no longer the daemon's
 
 
 class Handover(Message, frozen=True):

@@ -116,7 +116,7 @@ class Daemon:
         return self._stop.deadlines
 
     def status(self) -> StatusReply:
-        return status_reply(self.plan, self.rundir.run, self.members.values(), self._luck.clock())
+        return status_reply(self.plan, self.rundir.run, self.members.values(), self._luck.clock(), self.stopping)
 
     def start(self) -> None:
         self.events.record("command", "up")

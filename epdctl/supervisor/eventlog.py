@@ -18,6 +18,7 @@ __all__ = ["EventLog"]
 log = logging.getLogger(__name__)
 
 KEPT = 4096
+LONGEST_FILE = 64 << 20  # bytes; then a new one is begun, and the one before is kept
 
 
 class EventLog:
@@ -30,6 +31,7 @@ class EventLog:
         self._began = clock()
         self._kept: deque[Event] = deque(maxlen=KEPT)
         self._count = 0
+        self._path = path
         self._file = path.open("ab", buffering=0)  # an event is in the file before its consequences are
 
     @property
@@ -88,6 +90,13 @@ class EventLog:
 
     def _write(self, event: Event) -> None:
         try:
+            if self._file.tell() > LONGEST_FILE:
+                self._turn_over()
             self._file.write(to_json(event) + b"\n")
         except OSError as error:  # a full disk must not take the cluster down; the daemon's log says so
             log.error("cannot write to the event log: %s", error)
+
+    def _turn_over(self) -> None:
+        self._path.replace(self._path.with_name(self._path.name + ".1"))
+        self._file.close()
+        self._file = self._path.open("ab", buffering=0)

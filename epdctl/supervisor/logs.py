@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from epdctl.errors import SelectorError
 from epdctl.ids import RankName
 from epdctl.wire.control import FollowLogs, LogLine
 
-__all__ = ["LogReader", "drop_old", "read_logs"]
+__all__ = ["LogReader", "bound", "drop_old", "read_logs"]
 
 POLL_SECONDS = 0.2  # only while somebody follows
 KEPT_INCARNATIONS = 10  # of each rank
 _BLOCK = 256 << 10  # read in one go, so that one busy rank does not starve the others
+LONGEST_LOG = 64 << 20  # bytes of one incarnation
 LONGEST_LINE = 64 << 10  # bytes; a longer one is cut into several
 
 
@@ -50,6 +52,8 @@ class LogReader:
     def _read(self) -> bytes:
         try:
             with self.file.path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._offset:  # it was cut since
+                    self._offset = 0
                 file.seek(self._offset)
                 data = file.read(_BLOCK)
         except FileNotFoundError:  # the rank has not been started yet, or the log was dropped as old
@@ -92,6 +96,23 @@ def drop_old(directory: Path, rank: RankName) -> None:
     """Delete the logs of a rank's oldest incarnations: a rank that restarts for weeks must not fill the disk."""
     for file in _of(directory, rank)[:-KEPT_INCARNATIONS]:
         file.path.unlink(missing_ok=True)
+
+
+def bound(directory: Path, limit: int = LONGEST_LOG) -> None:
+    """Cut logs that have grown beyond ``limit`` bytes: the newest half moves to ``<name>.1``, and the file begins anew.
+
+    The rank goes on writing to the same open file, always at its end; a line in the making may be lost.
+    """
+    for file in log_files(directory):
+        if file.path.stat().st_size > limit:
+            file.path.with_name(file.path.name + ".1").write_bytes(_last(file.path, limit // 2))
+            os.truncate(file.path, 0)
+
+
+def _last(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-size, os.SEEK_END)
+        return file.read(size)
 
 
 def _of(directory: Path, rank: RankName) -> list[LogFile]:

@@ -17,9 +17,15 @@ __all__ = ["SCHEMA", "rank_status", "reason", "rss", "status_reply"]
 SCHEMA = 1  # of ``status --json``; raised when a field changes its meaning or goes
 
 
-def status_reply(plan: Plan, run: RunId, members: Iterable[Member], now: float) -> StatusReply:
-    statuses = [rank_status(member, now) for member in members]
-    return StatusReply(schema=SCHEMA, cluster=plan.cluster, run=run, gateway=plan.gateway_url, ranks=statuses)
+def status_reply(plan: Plan, run: RunId, members: Iterable[Member], now: float, stopping: bool) -> StatusReply:
+    return StatusReply(
+        schema=SCHEMA,
+        cluster=plan.cluster,
+        run=run,
+        gateway=plan.gateway_url,
+        ranks=[rank_status(member, now) for member in members],
+        stopping=stopping,
+    )
 
 
 def rank_status(member: Member, now: float) -> RankStatus:

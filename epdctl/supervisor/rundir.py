@@ -93,9 +93,14 @@ def _check_lengths(directory: ClusterDir, ranks: Iterable[RankName]) -> None:
 
 def _private(base: Path) -> None:
     """Make ``base`` if need be; refuse one that somebody else could write, list or have put there."""
-    with contextlib.suppress(FileExistsError):
-        base.mkdir(parents=True, mode=0o700)
-    found = base.lstat()
+    try:
+        base.mkdir(parents=True, mode=0o700, exist_ok=True)
+        found = base.lstat()
+    except OSError as error:
+        raise UserError(
+            f"cannot make {base}, where the sockets of a running cluster are: {error.strerror}",
+            hint="set EPDCTL_RUNTIME_DIR to a short path of a directory that you can write to",
+        ) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise UserError(
             f"{base} must be a directory of your own that nobody else can enter (mode 0700)",

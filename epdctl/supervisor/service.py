@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 
+from epdctl.control.handover import CUT_LOOSE
 from epdctl.control.paths import Record, process_start
 from epdctl.control.server import ControlServer
 from epdctl.errors import EpdError
@@ -15,6 +16,7 @@ from epdctl.ids import RunId
 from epdctl.launch.local import LocalLauncher
 from epdctl.supervisor.commands import Commands
 from epdctl.supervisor.daemon import Daemon
+from epdctl.supervisor.logs import bound
 from epdctl.supervisor.reception import Reception
 from epdctl.supervisor.rundir import RunDir
 from epdctl.supervisor.sweep import sweep
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 10.0
 FAREWELL_SECONDS = 2.0  # for clients to read the end of their streams
+LOGS_SECONDS = 60.0  # between two looks at how long the ranks' logs have become
 SLACK_SECONDS = 30.0  # beyond the deadlines of the ranks, before a stop that does not end is ended
 
 
@@ -35,6 +38,7 @@ async def serve(plan: Plan, rundir: RunDir, lifeline: int | None, started: Calla
     launcher = LocalLauncher(asyncio.get_running_loop())
     daemon = Daemon(plan, rundir, launcher)
     reception, control = Reception(daemon), ControlServer(Commands(daemon))
+    keeper = asyncio.create_task(_bound_logs(rundir))
     try:
         await reception.start(rundir.directory.ranks)
         await control.start(rundir.directory.control)
@@ -46,10 +50,12 @@ async def serve(plan: Plan, rundir: RunDir, lifeline: int | None, started: Calla
         started()
         await _until_settled(daemon)
     finally:
+        keeper.cancel()
         await launcher.close()
-        _report_left(daemon, sweep(rundir.run, SWEEP_SECONDS))
+        left = sweep(rundir.run, SWEEP_SECONDS)
+        _report_left(daemon, left)
         rundir.release()
-        daemon.events.record("down", "nothing is left of the cluster")
+        daemon.events.record("down", f"{len(left)} processes are left" if left else "nothing is left of the cluster")
         daemon.events.close()
         daemon.changed.ring()
         reception.close()
@@ -87,7 +93,7 @@ def _obey_signals(daemon: Daemon) -> None:
 
 
 def _hold(lifeline: int, daemon: Daemon) -> None:
-    """Stop when the last writer of this pipe is gone: the terminal that the cluster belongs to."""
+    """Stop when the last writer of this pipe is gone: the terminal that the cluster belongs to. Unless it was cut."""
     loop = asyncio.get_running_loop()
     os.set_inheritable(lifeline, False)
     os.set_blocking(lifeline, False)
@@ -97,9 +103,11 @@ def _hold(lifeline: int, daemon: Daemon) -> None:
             data = os.read(lifeline, 4096)
         except BlockingIOError:
             return
+        if data and data != CUT_LOOSE:
+            return
+        loop.remove_reader(lifeline)
+        os.close(lifeline)
         if not data:
-            loop.remove_reader(lifeline)
-            os.close(lifeline)
             log.info("whoever started this cluster is gone")
             daemon.stop()
 
@@ -115,6 +123,15 @@ async def _until_settled(daemon: Daemon) -> None:
             await daemon.settled.wait()
     except TimeoutError:
         log.error("the stop did not end within %.0f s; killing what is left", limit)
+
+
+async def _bound_logs(rundir: RunDir) -> None:
+    while True:
+        await asyncio.sleep(LOGS_SECONDS)
+        try:
+            bound(rundir.state.logs)
+        except OSError as error:  # a full disk must not take the cluster down
+            log.error("cannot bound the ranks' logs: %s", error)
 
 
 def _report_left(daemon: Daemon, left: Sequence[object]) -> None:

@@ -15,6 +15,8 @@ from epdctl.topology.schema import LanguageStage, StageSection, TopologyFile
 
 __all__ = ["CHECKS", "Finding", "check"]
 
+MAX_RANKS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -103,6 +105,13 @@ def gpu_list_matches_ranks(file: TopologyFile) -> Iterator[Finding]:
         elif stage.share * wanted > 1 + 1e-9:
             problem = f"{wanted} ranks with share {stage.share:g} need {stage.share * wanted:g} of one GPU"
             yield Finding(("stages", name, "share"), problem, f"write share: {_even(wanted)} or less", also)
+
+
+def a_machine_can_hold_it(file: TopologyFile) -> Iterator[Finding]:
+    ranks = sum(stage.ranks for _, stage in _stages(file))
+    if ranks > MAX_RANKS:
+        problem = f"{ranks} ranks; one machine is given at most {MAX_RANKS}"
+        yield Finding(("stages",), problem, "write fewer replicas or dp")
 
 
 def gpu_is_listed_once(file: TopologyFile) -> Iterator[Finding]:
@@ -205,6 +214,7 @@ CHECKS: tuple[Check, ...] = (
     mono_stands_alone,
     mono_moves_nothing,
     tensor_parallel_is_not_served,
+    a_machine_can_hold_it,
     gpu_list_matches_ranks,
     gpu_is_listed_once,
     share_needs_a_gpu,

@@ -122,6 +122,7 @@ class StatusReply(Message, frozen=True):
     run: RunId
     gateway: str | None
     ranks: list[RankStatus]
+    stopping: bool = False  # somebody asked for the end
 
 
 class Problem(Part, frozen=True):

@@ -6,11 +6,13 @@ import os
 import signal
 import socket
 import stat
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from epdctl.control.cluster import find_cluster, last_run_logs, list_clusters
+from epdctl.control.handover import CUT_LOOSE
 from epdctl.errors import AlreadyRunning, NotRunning, SelectorError, UserError
 from epdctl.wire.control import CaptureReply, Event, FollowLogs, RankState
 from tests.lifecycle.conftest import Begin
@@ -93,6 +95,18 @@ def test_the_end_of_the_lifeline_drains_and_stops(begin: Begin) -> None:
     os.close(theirs)
     assert cluster.wait() == 0
     assert len(cluster.facts("decode/0", "drained")) == 1
+
+
+def test_a_lifeline_that_was_cut_loose_ends_nothing(begin: Begin) -> None:
+    ours, theirs = os.pipe()
+    cluster = begin(ONE, lifeline=ours)
+    os.write(theirs, CUT_LOOSE)
+    os.close(theirs)
+    cluster.until_ready()
+    assert os.read(ours, 1) == b"", "the daemon did not take what cuts it loose"
+    os.close(ours)
+    assert not cluster.client.status().stopping
+    list(cluster.client.down())
 
 
 def test_a_second_daemon_of_the_name_is_refused_and_the_first_goes_on(begin: Begin, place: dict[str, str]) -> None:
@@ -293,3 +307,24 @@ def test_an_event_is_heard_by_whoever_follows(begin: Begin) -> None:
         return event.state is READY
 
     assert cluster.until_event(ready).rank == "decode/0"
+
+
+def test_a_state_directory_that_cannot_be_made_is_named_with_its_variable(
+    begin: Begin, place: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    place["EPDCTL_STATE_DIR"] = str(tmp_path / "file" / "below")
+    with pytest.raises(UserError) as caught:
+        begin(ONE)
+    assert str(tmp_path / "file") in caught.value.message
+    assert "EPDCTL_STATE_DIR" in (caught.value.hint or "")
+
+
+def test_a_runtime_directory_that_cannot_be_made_is_named_with_its_variable(
+    begin: Begin, place: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "f").write_text("")
+    os.symlink(tmp_path / "f", link := f"{place['EPDCTL_RUNTIME_DIR']}/l")
+    place["EPDCTL_RUNTIME_DIR"] = f"{link}/r"
+    with pytest.raises(UserError, match=r"cannot make .*sockets"):
+        begin(ONE)

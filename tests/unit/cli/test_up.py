@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from epdctl.cli.attach import all_ready, given_up, longest_start
 from epdctl.control.cluster import ClusterRef, DaemonProcess
@@ -73,6 +74,13 @@ def test_detached_fails_at_once_with_the_reason_and_the_last_lines_and_leaves_no
     assert "it was taken down again" in result.stderr
     assert cluster.script.asked[-1] == Down()
     assert not cluster.directory.path.exists()
+
+
+def test_detached_says_that_somebody_else_took_the_cluster_down(run: Run, cluster: Cluster) -> None:
+    cluster.script.watched = [STARTING, replace(STARTING, stopping=True)]
+    result = run("up", "-d", "demo.yaml")
+    assert result.exit_code == 1
+    assert "taken down from elsewhere" in result.stderr
 
 
 def test_detached_gives_up_at_the_time_out_and_leaves_nothing(run: Run, cluster: Cluster) -> None:

@@ -29,6 +29,13 @@ def only_mistake(marked: str) -> tuple[Mistake, str]:
 
 
 MISTAKES = [
+    (
+        "more ranks than a machine holds",
+        "model: {path: x}\nstages: «{language: {replicas: 1024, dp: 1024}}",
+        "stages",
+        "1048576 ranks; one machine is given at most 1024",
+        "fewer replicas or dp",
+    ),
     # keys
     ("typo in a key", LANGUAGE + "«limts: {}", "limts", "unknown key 'limts'", "did you mean 'limits'?"),
     ("typo deep down", LANGUAGE + "limits:\n  «max_image: 3", "limits.max_image", "unknown key", "'max_images'?"),
