@@ -58,4 +58,4 @@ class LanguageService(PromptRank[PromptStay, ToLanguage]):
         if advance.prompt_done:
             self._prompt_done(stay)
         if advance.token is not None:
-            self._answer(stay, advance.token, advance.finished)
+            self._answer(stay, advance.token, advance.finished, advance.likelihood)

@@ -53,6 +53,7 @@ class DecodeStay(Stay):
     room: Room
     sampling: Sampling
     prefill_at: RankRef
+    tokens: Sequence[int]  # the prompt, or empty
     prefill: Peer | None = None
 
 
@@ -104,9 +105,15 @@ class DecodeService(LanguageRank[DecodeStay, ToDecode]):
             room=message.room,
             sampling=message.sampling,
             prefill_at=message.prefill_at,
+            tokens=message.tokens,
         )
-        if self._enter(stay):
-            self._rooms[stay.room, stay.attempt] = stay
+        if not self._enter(stay):
+            return
+        self._rooms[stay.room, stay.attempt] = stay
+        if message.sampling.looks_back and len(message.tokens) != message.prompt_tokens:
+            text = f"a prompt of {message.prompt_tokens} tokens whose penalties know {len(message.tokens)} of them"
+            self._end(stay, Refusal(FailureKind.INTERNAL, text))
+        else:
             self._queue(stay)
 
     # -- memory --
@@ -207,11 +214,11 @@ class DecodeService(LanguageRank[DecodeStay, ToDecode]):
         """The pages are full: turn late writers away, send the first token, and go on from there."""
         (lease,) = stay.holding().leases
         self._kv.filled(lease.id, lease.generation)
-        self._answer(stay, ready.first_token, self._ends_with(stay.sampling, ready.first_token))
+        self._answer(stay, ready.first_token, self._ends_with(stay.sampling, ready.first_token), ready.likelihood)
         if stay.over:
             return
-        # The engine computes from the first token on and never looks at prompt tokens: zeros hold their places.
-        tokens = [0] * stay.prompt_tokens + [ready.first_token]
+        # The engine computes from the first token on; only penalties look at the prompt, else zeros hold its places.
+        tokens = [*(stay.tokens or [0] * stay.prompt_tokens), ready.first_token]
         new = NewSequence(
             id=stay.name,
             tokens=tokens,
@@ -230,7 +237,7 @@ class DecodeService(LanguageRank[DecodeStay, ToDecode]):
 
     def _advanced(self, stay: DecodeStay, advance: Advance) -> None:
         if advance.token is not None:
-            self._answer(stay, advance.token, advance.finished)
+            self._answer(stay, advance.token, advance.finished, advance.likelihood)
 
     async def close(self) -> None:
         self._links.close()

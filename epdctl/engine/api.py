@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 
 from epdctl.wire.encode import MediaItem
-from epdctl.wire.serve import FinishReason, KvLayout, PromptItem, Sampling
+from epdctl.wire.serve import FinishReason, KvLayout, Likelihood, PromptItem, Sampling
 
 if TYPE_CHECKING:
     from epdctl.engine.attention import PagedBatch
@@ -153,3 +153,4 @@ class Advance:
     finished: FinishReason | None = None
     rope_delta: int = 0  # of this sequence; valid from the first step on
     failed: str | None = None  # the model gave numbers that are none: only this sequence is given up, and why
+    likelihood: Likelihood | None = None  # of ``token``, where its sampling asks for logprobs

@@ -12,9 +12,10 @@ from epdctl.engine.api import Advance, LanguageModel, NewSequence, StepInput, Vi
 from epdctl.engine.attention import PagedBatch, Span
 from epdctl.engine.kv import KvPool, Memory, own_memory
 from epdctl.engine.pages import pages_for
-from epdctl.engine.sampler import NonFiniteLogits, sample
+from epdctl.engine.sampler import NonFiniteLogits, draw
 from epdctl.engine.scheduler import Slice, schedule
 from epdctl.engine.sequence import Sequence, SequenceState
+from epdctl.engine.settings import likelihood
 from epdctl.errors import RequestError
 from epdctl.wire.config import EngineConfig, ModelConfig
 
@@ -134,11 +135,13 @@ class Engine:
         sequence = part.sequence
         sequence.enter(SequenceState.RUNNING)
         sequence.computed = part.end
-        token, finished, failed = None, None, None
+        token, finished, failed, likely = None, None, None, None
         if logits is not None:
+            sampling = sequence.new.sampling
             try:
-                token = sample(logits, sequence.new.sampling, len(sequence.tokens))
+                token = draw(logits, sampling, sequence.tokens)
                 finished = sequence.append(token)
+                likely = None if sampling.logprobs is None else likelihood(logits, token, sampling.logprobs)
             except NonFiniteLogits as error:
                 failed = str(error)
         if finished is not None or failed is not None:
@@ -151,6 +154,7 @@ class Engine:
             token=token,
             finished=finished,
             rope_delta=sequence.rope_delta,
+            likelihood=likely,
             failed=failed,
         )
 

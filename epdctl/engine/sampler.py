@@ -4,13 +4,16 @@ the batch, and one that is taken up again goes on as it would have.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from epdctl.engine.settings import adjusted
 from epdctl.wire.serve import Sampling
 
-__all__ = ["NonFiniteLogits", "gumbel", "sample"]
+__all__ = ["NonFiniteLogits", "draw", "gumbel", "sample"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -19,14 +22,28 @@ class NonFiniteLogits(ArithmeticError):
     """The model gave NaN or infinity where a number was due."""
 
 
+def draw(logits: torch.Tensor, sampling: Sampling, tokens: Sequence[int]) -> int:
+    """The token behind ``tokens``, which are the sequence so far. ``logits``: [vocab]. Raises NonFiniteLogits."""
+    _refuse_non_finite(logits, len(tokens))
+    return _pick(adjusted(logits, sampling, tokens), sampling, len(tokens))
+
+
 def sample(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
-    """``logits``: [vocab]; ``position``: index in the sequence of the token to be drawn. Raises NonFiniteLogits."""
+    """Without penalties. ``position``: index in the sequence of the token to be drawn. Raises NonFiniteLogits."""
+    _refuse_non_finite(logits, position)
+    return _pick(logits, sampling, position)
+
+
+def _refuse_non_finite(logits: torch.Tensor, position: int) -> None:
     bad = int((~torch.isfinite(logits)).sum())
     if bad:
         raise NonFiniteLogits(f"{bad} of {logits.numel()} logits at position {position} are not finite")
+
+
+def _pick(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
     if sampling.temperature <= 0:
         return int(logits.argmax())
-    scores = logits.double().cpu().numpy() / sampling.temperature
+    scores = _above_min_p(logits.double().cpu().numpy() / sampling.temperature, sampling.min_p)
     kept = _within_top_p(_within_top_k(scores, sampling.top_k), sampling.top_p)
     return int(np.argmax(kept + gumbel(sampling.seed, position, kept.size)))
 
@@ -41,6 +58,13 @@ def gumbel(seed: int, position: int, size: int) -> Floats:
     uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # never 0 nor 1
     noise: Floats = -np.log(-np.log(uniform))
     return noise
+
+
+def _above_min_p(scores: Floats, min_p: float) -> Floats:
+    """Tokens whose share is at least ``min_p`` of the likeliest one's."""
+    if min_p <= 0:
+        return scores
+    return _only(scores, np.flatnonzero(scores >= scores.max() + np.log(min_p)))
 
 
 def _within_top_k(scores: Floats, top_k: int) -> Floats:

@@ -47,6 +47,7 @@ class Brief:
             sampling=self.sampling,
             prefill_at=_ref(self.route.entry),
             budget_s=budget_s,
+            tokens=self.tokens if self.order.sampling.looks_back else [],
         )
 
     def prefill(self, budget_s: float) -> Prefill:

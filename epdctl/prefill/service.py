@@ -30,6 +30,7 @@ from epdctl.wire.serve import (
     KvLease,
     KvReady,
     KvWithdrawn,
+    Likelihood,
     Prefill,
     PrefillToDecode,
     RankRef,
@@ -53,6 +54,7 @@ class PrefillStay(PromptStay):
     outgoing: Outgoing
     offer: Offer | None = None
     first_token: int | None = None
+    likelihood: Likelihood | None = None
     rope_delta: int = 0
 
     @property
@@ -180,6 +182,7 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
         stay.outgoing.computed(advance.computed)
         if advance.prompt_done:
             stay.first_token = advance.token
+            stay.likelihood = advance.likelihood
             self._prompt_done(stay)
         self._write_on(stay)
 
@@ -208,7 +211,13 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
         if stay.over or stay.first_token is None or not stay.outgoing.done or stay.offer is None:
             return
         offer, stay.offer = stay.offer, None
-        ready = KvReady(room=stay.room, attempt=stay.attempt, first_token=stay.first_token, rope_delta=stay.rope_delta)
+        ready = KvReady(
+            room=stay.room,
+            attempt=stay.attempt,
+            first_token=stay.first_token,
+            rope_delta=stay.rope_delta,
+            likelihood=stay.likelihood,
+        )
         self._say(offer, ready)
         self._end(stay)
 

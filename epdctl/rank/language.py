@@ -24,7 +24,17 @@ from epdctl.wire.config import RankSpec
 from epdctl.wire.encode import FailureKind
 from epdctl.wire.lifecycle import Endpoints, Peer
 from epdctl.wire.message import Codec
-from epdctl.wire.serve import RANK_TO_GATEWAY, Abort, Failed, Finished, FinishReason, RankToGateway, Token, Usage
+from epdctl.wire.serve import (
+    RANK_TO_GATEWAY,
+    Abort,
+    Failed,
+    Finished,
+    FinishReason,
+    Likelihood,
+    RankToGateway,
+    Token,
+    Usage,
+)
 from epdctl.wire.sockets import Inbox, Sender
 from epdctl.wire.transfer import PoolAddress
 
@@ -302,12 +312,18 @@ class LanguageRank(ABC, Generic[S, In]):
 
     # -- to the gateway --
 
-    def _answer(self, stay: S, token: int, finished: FinishReason | None) -> None:
+    def _answer(self, stay: S, token: int, finished: FinishReason | None, likelihood: Likelihood | None = None) -> None:
         """Send a sampled token on, and the end of the answer. An end token is counted, not sent."""
         stay.sampled += 1
         if finished is not FinishReason.STOP:
-            index = stay.sampled - 1
-            self._tell(stay, Token(request=stay.request, attempt=stay.attempt, index=index, token=token))
+            said = Token(
+                request=stay.request,
+                attempt=stay.attempt,
+                index=stay.sampled - 1,
+                token=token,
+                likelihood=likelihood,
+            )
+            self._tell(stay, said)
         if finished is not None:
             usage = Usage(prompt_tokens=stay.prompt_tokens, completion_tokens=stay.sampled)
             self._tell(stay, Finished(request=stay.request, attempt=stay.attempt, reason=finished, usage=usage))

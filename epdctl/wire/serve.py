@@ -41,6 +41,7 @@ __all__ = [
     "KvLease",
     "KvReady",
     "KvWithdrawn",
+    "Likelihood",
     "Prefill",
     "PrefillToDecode",
     "PromptItem",
@@ -69,12 +70,25 @@ class Sampling(Part, frozen=True):
     seed: int = 0
     max_tokens: int = 16
     ignore_eos: bool = False
-    stop_token_ids: list[int] = []  # the model's end tokens; not sent out, they end the answer
+    stop_token_ids: list[int] = []  # the model's end tokens and the client's; not sent out, they end the answer
+    min_p: float = 0.0  # of the likeliest token's share
+    presence_penalty: float = 0.0  # over the answer
+    frequency_penalty: float = 0.0  # over the answer
+    repetition_penalty: float = 1.0  # over prompt and answer
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0  # of the answer, before one of stop_token_ids may end it
+    answer_from: int = 0  # where in the sequence the answer begins: what an earlier attempt answered belongs to it
+    logprobs: int | None = None  # so many alternatives with each token's own; None: not even that
 
+    @property
+    def looks_back(self) -> bool:
+        """The next token depends on which tokens came before, and not on the model alone."""
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
 
-class RankRef(Part, frozen=True):
-    rank: RankName
-    incarnation: Incarnation
+    @property
+    def adjusts(self) -> bool:
+        """Something changes the logits before the choice."""
+        return self.looks_back or bool(self.logit_bias or self.min_tokens)
 
 
 class PromptItem(Part, frozen=True):
@@ -85,6 +99,13 @@ class PromptItem(Part, frozen=True):
     grid: list[int]  # three numbers of the family: (t, h, w) in patches where positions follow from them
     offset: int
     rows: int
+
+
+class Likelihood(Part, frozen=True):
+    """How likely the model found a token, and what it found likeliest: natural logarithms, before any setting."""
+
+    logprob: float
+    top: list[tuple[int, float]] = []  # (token, logprob), the likeliest first
 
 
 class Prefill(Message, frozen=True):
@@ -106,6 +127,7 @@ class Decode(Message, frozen=True):
     sampling: Sampling
     prefill_at: RankRef
     budget_s: float
+    tokens: list[int] = []  # the prompt, where ``sampling.looks_back``; nothing else on a decode rank reads it
 
 
 class Generate(Message, frozen=True):
@@ -167,6 +189,7 @@ class KvReady(Message, frozen=True):
     first_token: int
     rope_delta: int
     cached_tokens: int = 0
+    likelihood: Likelihood | None = None  # of the first token
 
 
 class KvFailed(Message, frozen=True):
@@ -198,6 +221,7 @@ class Token(Message, frozen=True):
     attempt: int
     index: int
     token: int
+    likelihood: Likelihood | None = None  # where ``sampling.logprobs`` asks for it
 
 
 class Finished(Message, frozen=True):
