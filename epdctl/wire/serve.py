@@ -91,6 +91,11 @@ class Sampling(Part, frozen=True):
         return self.looks_back or bool(self.logit_bias or self.min_tokens)
 
 
+class RankRef(Part, frozen=True):
+    rank: RankName
+    incarnation: Incarnation
+
+
 class PromptItem(Part, frozen=True):
     """Where one item's embeddings go in the prompt: ``rows`` placeholder tokens from ``offset`` on."""
 
