@@ -106,7 +106,8 @@ class NeverReady(FakeService):
 
     async def start(self, progress: Progress) -> Endpoints:
         progress("weights", 1, 3)
-        return await asyncio.get_running_loop().create_future()
+        never: asyncio.Future[Endpoints] = asyncio.get_running_loop().create_future()
+        return await never
 
 
 class FakeEncoder(FakeService):

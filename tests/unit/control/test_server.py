@@ -136,7 +136,7 @@ def test_a_bug_in_the_daemon_is_told_as_our_fault_and_the_daemon_goes_on(served:
 
 def test_a_stream_stops_when_its_reader_hangs_up(served: tuple[Backend, Client]) -> None:
     backend, client = served
-    with contextlib.closing(client.watch()) as statuses:  # type: ignore[type-var]
+    with contextlib.closing(client.watch()) as statuses:
         assert next(statuses) == STATUS
     assert backend.left.wait(60)
 
