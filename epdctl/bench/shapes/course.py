@@ -11,19 +11,22 @@ from epdctl.bench.shapes.questions import MOST_PICTURES, Task
 
 __all__ = ["COURSE", "Course", "Progress", "Stage"]
 
-LEARNT = 0.9  # of all answers at the present number of pictures: time for more of them
 MEMORY = 0.97  # of the running average
 LEVELS: Mapping[Task, tuple[int, ...]] = {Task.COLOURS: (2, 4, MOST_PICTURES), Task.WHICH: (2, 4)}
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """``tasks`` with how often each comes; none: the tower learns alone. The rate goes in a line between its ends."""
+    """``tasks`` with how often each comes; none: the tower learns alone. The rate goes in a line between its ends.
+
+    Where ``learnt`` of the answers are right, a question comes with more pictures.
+    """
 
     name: str
     steps: int
     rate: tuple[float, float]
     tasks: Mapping[Task, float] = field(default_factory=dict)
+    learnt: float = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +68,17 @@ class Progress:
         key = f"{task} {pictures}"
         self.right[key] = MEMORY * self.right.get(key, 0.0) + (1 - MEMORY) * right
 
-    def pictures(self, task: Task, rng: np.random.Generator) -> int:
+    def pictures(self, task: Task, learnt: float, rng: np.random.Generator) -> int:
         """Half of the questions have as many as the task has come to, the others fewer."""
         if task not in LEVELS:
             return 2 if task is Task.SAME else 1
-        level = self._level(task)
+        level = self._level(task, learnt)
         return level if rng.random() < 0.5 else int(rng.integers(2, level + 1))
 
-    def _level(self, task: Task) -> int:
+    def _level(self, task: Task, learnt: float) -> int:
         levels = LEVELS[task]
-        learnt = (level for level in levels if self.right.get(f"{task} {level}", 0.0) < LEARNT)
-        return next(learnt, levels[-1])
+        ahead = (level for level in levels if self.right.get(f"{task} {level}", 0.0) < learnt)
+        return next(ahead, levels[-1])
 
 
 FIRST = {Task.COLOUR: 1.0, Task.PLACE: 0.5, Task.COLOURS: 3.0}
@@ -88,11 +91,25 @@ ALL = {
     Task.WHICH: 2.0,
     Task.SAME: 2.0,
 }
+LONGER = {**ALL, Task.COLOUR: 0.5, Task.SHAPE: 0.7, Task.COLOURS: 4.0}
+SLOW = {  # what the others leave behind gets the time
+    Task.COLOUR: 0.3,
+    Task.SHAPE: 0.4,
+    Task.COUNT: 3.0,
+    Task.PLACE: 0.8,
+    Task.COLOURS: 2.5,
+    Task.WHICH: 3.0,
+    Task.SAME: 2.0,
+}
+SLOWEST = {**SLOW, Task.WHICH: 5.0, Task.SAME: 2.5}
 COURSE = Course(
     stages=(
         Stage("tower", 1500, (1.5e-3, 1.5e-3)),
-        Stage("colours", 800, (1.5e-3, 1.5e-3), FIRST),
-        Stage("all", 3000, (1.5e-3, 1.0e-3), ALL),
-        Stage("rest", 700, (1.0e-3, 1e-5), ALL),
+        Stage("colours", 500, (1.5e-3, 1.5e-3), FIRST),
+        Stage("all", 500, (1.5e-3, 1.4e-3), ALL),
+        Stage("longer", 750, (1.4e-3, 1.17e-3), LONGER, learnt=0.8),
+        Stage("slow ones", 250, (1.17e-3, 0.985e-3), SLOW, learnt=0.8),
+        Stage("slower", 600, (0.985e-3, 0.8e-3), SLOWEST, learnt=0.8),
+        Stage("rest", 850, (0.8e-3, 1e-5), SLOWEST, learnt=0.8),
     )
 )

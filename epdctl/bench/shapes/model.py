@@ -52,6 +52,7 @@ def _save_weights(directory: Path, rounded: Any, model: Any) -> None:
     logging.disable_progress_bar()
     rounded.load_state_dict(model.state_dict())
     rounded.to(torch.bfloat16).save_pretrained(directory)
+    (directory / "model.safetensors").chmod(0o644)  # the library leaves it to its owner alone
 
 
 def _ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from epdctl.bench.shapes.course import COURSE, Course, Progress
+from epdctl.bench.shapes.course import COURSE, Course, Progress, Stage
 from epdctl.bench.shapes.lessons import Writer, lookout, study
 from epdctl.bench.shapes.model import build, pack
+from epdctl.bench.shapes.questions import Task
 from epdctl.bench.shapes.scenes import TRAINED, Composer
 from epdctl.bench.shapes.student import Student
 from epdctl.bench.shapes.tokens import make_tokenizer
@@ -54,7 +54,7 @@ class Training:
         if stage.tasks:
             tasks, weights = list(stage.tasks), torch.tensor(list(stage.tasks.values())).double().numpy()
             for chosen in composer.rng.choice(len(tasks), self.course.lessons, p=weights / weights.sum()):
-                seen |= self._practise(tasks[chosen], composer)
+                seen |= self._practise(tasks[chosen], stage, composer)
         else:
             seen |= self._look(composer)
         self._learn(rate)
@@ -67,8 +67,8 @@ class Training:
         torch.autograd.backward(score.loss)
         return {"tower loss": float(score.loss.detach()), "tower": score.right}
 
-    def _practise(self, task: Any, composer: Composer) -> dict[str, float]:
-        pictures = self._progress.pictures(task, composer.rng)
+    def _practise(self, task: Task, stage: Stage, composer: Composer) -> dict[str, float]:
+        pictures = self._progress.pictures(task, stage.learnt, composer.rng)
         lesson = study(task, composer, self._writer, pictures, self.course.sequences)
         features = self.student.see(lesson.sight)
         described = self.student.describe(features, lesson.sight)

@@ -36,7 +36,7 @@ def learn(progress: Progress, task: Task, pictures: int) -> None:
 
 def pictures(progress: Progress, task: Task) -> set[int]:
     rng = np.random.default_rng(0)
-    return {progress.pictures(task, rng) for _ in range(200)}
+    return {progress.pictures(task, 0.9, rng) for _ in range(200)}
 
 
 def test_lists_grow_as_they_are_learnt() -> None:
@@ -56,6 +56,13 @@ def test_other_questions_have_as_many_pictures_as_they_need() -> None:
     assert pictures(progress, Task.SAME) == {2}
     for task in (Task.COLOUR, Task.SHAPE, Task.COUNT, Task.PLACE):
         assert pictures(progress, task) == {1}
+
+
+def test_a_patient_course_waits_longer() -> None:
+    progress = Progress({"colours 2": 0.85})
+    rng = np.random.default_rng(0)
+    assert {progress.pictures(Task.COLOURS, 0.9, rng) for _ in range(99)} == {2}
+    assert {progress.pictures(Task.COLOURS, 0.8, rng) for _ in range(99)} == {2, 3, 4}
 
 
 def test_one_good_lesson_is_not_enough() -> None:
