@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import secrets
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -108,6 +108,7 @@ class Ended:
     by: RankKey | None = None
     kind: FailureKind | None = None
     text: str = ""
+    lost: tuple[RankKey, ...] = ()
 
 
 Action = Send | Cancel | Ended
@@ -122,6 +123,7 @@ class _Item:
     at: RankKey | None = None
     dispatch: int = 0
     tried: set[RankName] = field(default_factory=set)
+    lost: list[RankKey] = field(default_factory=list)  # the ranks that left while they had it
 
     def move(self, event: ItemEvent) -> None:
         after = TRANSITIONS.get((self.state, event))
@@ -150,6 +152,7 @@ class Dispatcher:
         self._waiting: deque[_Item] = deque()
         self._dispatched: dict[int, _Item] = {}
         self._holders: OrderedDict[str, RankKey] = OrderedDict()  # content → who had it last; the oldest news first
+        self._resting: frozenset[RankKey] = frozenset()  # these finish what they have, and are given nothing new
         self._ranks: dict[RankKey, set[int]] = {}  # the dispatches each works on; the first is the next among equals
 
     def __len__(self) -> int:
@@ -180,29 +183,56 @@ class Dispatcher:
             actions += self._fail(item, FailureKind.FULL, f"{self.queue} pictures are waiting already")
         return actions
 
-    def changed(self, joined: Sequence[RankKey], left: Sequence[RankKey], now: float) -> list[Action]:
+    def changed(
+        self, joined: Sequence[RankKey], left: Sequence[RankKey], now: float, resting: Iterable[RankKey] = ()
+    ) -> list[Action]:
         """Items of ranks that left go to the front of the queue, the most urgent first, or fail RANK_LOST where no
-        rank that they have not been on is there.
+        rank that they have not been on is there. Ranks that are ``resting`` keep theirs. A rank in ``joined`` and
+        ``left`` had been given up and is there again.
         """
         lost = [item for item in self._dispatched.values() if item.at in left]  # in the order sent
-        for rank in joined:
-            self._ranks.setdefault(rank, set())
         for item in lost:
-            self._leave_rank(item)
-            item.move(ItemEvent.RANK_LEFT)
+            if item.at is not None:
+                item.lost.append(item.at)
+            self._requeue(item)
         for rank in left:
             self._ranks.pop(rank, None)
         for content in [content for content, rank in self._holders.items() if rank in left]:
             del self._holders[content]
+        for rank in joined:
+            self._ranks.setdefault(rank, set())
+        self._resting = frozenset(resting)
         self._waiting.extendleft(sorted(lost, key=lambda item: item.deadline)[::-1])
         return [*self._fail_stranded(), *self._pump(now)]
+
+    def _requeue(self, item: _Item) -> None:
+        """It has to stand in the queue again: where, the caller knows."""
+        self._leave_rank(item)
+        item.move(ItemEvent.RANK_LEFT)
 
     def _fail_stranded(self) -> list[Action]:
         actions: list[Action] = []
         for item in [item for item in self._waiting if item.tried and not self._untried(item)]:
             tried = ", ".join(sorted(item.tried))
-            actions += self._fail(item, FailureKind.RANK_LOST, f"lost with {tried}; no other encoder is ready")
+            how = "lost with" if item.lost else "refused by"
+            actions += self._fail(item, FailureKind.RANK_LOST, f"{how} {tried}; no other encoder is ready")
         return actions
+
+    def abandon(self, text: str) -> list[Action]:
+        """Everything that waits or is dispatched ends: nobody waits for it any more."""
+        actions: list[Action] = []
+        for item in [item for item in self._items.values() if item.state is not ItemState.ENCODED]:
+            actions += self._fail(item, FailureKind.RANK_LOST, text)
+        return actions
+
+    def refused(self, dispatch: int, by: RankKey, now: float) -> list[Action]:
+        """The rank takes nothing new: the item goes on to another."""
+        item = self._reply(dispatch, by)
+        if item is None:
+            return []
+        self._requeue(item)
+        self._waiting.appendleft(item)
+        return [*self._fail_stranded(), *self._pump(now)]
 
     def encoded(self, dispatch: int, by: RankKey, now: float) -> list[Action]:
         item = self._reply(dispatch, by)
@@ -248,7 +278,7 @@ class Dispatcher:
         return actions + self._pump(now)
 
     def _lateness(self, item: _Item) -> tuple[FailureKind, str]:
-        if item.state is ItemState.QUEUED and not self._ranks:
+        if item.state is ItemState.QUEUED and not self._open:
             return FailureKind.NO_RANK, "no encoder was ready within the deadline"
         where = f"on {item.at.rank}" if item.at else "waiting for an encoder"
         return FailureKind.DEADLINE, f"out of time {where}"
@@ -257,15 +287,20 @@ class Dispatcher:
         """Give waiting items, oldest first, to ranks with room."""
         sent: list[Action] = []
         for item in list(self._waiting):
-            if not any(len(work) < self.cap for work in self._ranks.values()):
+            if not any(len(self._ranks[rank]) < self.cap for rank in self._open):
                 break
             if (rank := self._choose(item)) is not None:
                 self._waiting.remove(item)
                 sent.append(self._send(item, rank, now))
         return sent
 
+    @property
+    def _open(self) -> list[RankKey]:
+        """Ranks that take new items."""
+        return [rank for rank in self._ranks if rank not in self._resting]
+
     def _untried(self, item: _Item) -> list[RankKey]:
-        return [rank for rank in self._ranks if rank.rank not in item.tried]
+        return [rank for rank in self._open if rank.rank not in item.tried]
 
     def _choose(self, item: _Item) -> RankKey | None:
         """Least pending, among equals the one that was sent to longest ago; or who has had this picture before."""
@@ -322,7 +357,7 @@ class Dispatcher:
         at = item.at
         actions = self._withdraw(item)
         self._end(item, ItemEvent.FAIL)
-        return [*actions, Ended(item.key, item.state, by=at, kind=kind, text=text)]
+        return [*actions, Ended(item.key, item.state, by=at, kind=kind, text=text, lost=tuple(item.lost))]
 
     def _end(self, item: _Item, event: ItemEvent) -> None:
         item.move(event)

@@ -16,7 +16,7 @@ import msgspec
 from epdctl.encoder.dispatch import Action, Cancel, Dispatcher, Ended, ItemKey, ItemState, RankKey, Send
 from epdctl.errors import PeerGone
 from epdctl.ids import Stage
-from epdctl.rank.peers import Links
+from epdctl.rank.peers import Links, Place
 from epdctl.rank.service import Progress, Pulse
 from epdctl.wire.config import RankSpec
 from epdctl.wire.encode import (
@@ -35,6 +35,7 @@ from epdctl.wire.encode import (
     ItemEncoded,
     ItemFailed,
     ItemSized,
+    RankRef,
     RouterToClient,
     RouterToWorker,
     WorkerToRouter,
@@ -67,6 +68,7 @@ class RouterService:
         self._clock = asyncio.get_running_loop().time
         remember = REMEMBERED if spec.config.encoder.cache_bytes else 0
         self._dispatcher = Dispatcher(cap=limits.inflight, queue=limits.queue, remember=remember)
+        self._place = Place(spec.rank, spec.incarnation)
         self._jobs: dict[ItemKey, _Job] = {}
         self._media_bytes = 0
         self._completed = 0
@@ -87,7 +89,14 @@ class RouterService:
     def peers_changed(self, peers: Sequence[Peer]) -> None:
         changes = self._encoders.peers_changed(peers)
         joined, left = map(_key, changes.joined), map(_key, changes.left)
-        self._apply(self._dispatcher.changed(tuple(joined), tuple(left), self._clock()))
+        resting = [_key(peer) for peer in self._encoders.table if not peer.accepting]
+        self._apply(self._dispatcher.changed(tuple(joined), tuple(left), self._clock(), resting))
+        if self._place.lost(peers):
+            self.cut_off()
+
+    def cut_off(self) -> None:
+        """This router had been given up, and with it every item that it was given."""
+        self._apply(self._dispatcher.abandon(f"{self._spec.rank} was withdrawn for a while"))
 
     def _arrived(self, client: Sender, message: ClientToRouter, frames: list[memoryview]) -> None:
         match message:
@@ -126,6 +135,8 @@ class RouterService:
                 log.debug("%s: item %d has %d bytes", peer.rank, message.dispatch, message.spec.nbytes)
             case ItemEncoded():
                 self._apply(self._dispatcher.encoded(message.dispatch, _key(peer), now))
+            case ItemFailed(kind=FailureKind.NO_RANK):
+                self._apply(self._dispatcher.refused(message.dispatch, _key(peer), now))
             case ItemFailed(kind=kind, text=text):
                 self._apply(self._dispatcher.failed(message.dispatch, _key(peer), (kind, text), now))
             case _:
@@ -169,7 +180,7 @@ class RouterService:
             told = self._tell(key.client, _success(key, end.by))
             (self._dispatcher.delivered if told else self._dispatcher.undeliverable)(key)
         elif end.kind is not None:
-            self._tell(key.client, _failure(key, end.kind, end.text))
+            self._tell(key.client, _failure(key, end.kind, end.text, end.lost))
 
     def _tell(self, client: Sender, message: RouterToClient) -> bool:
         if self._inbox is None:
@@ -220,5 +231,6 @@ def _success(key: ItemKey, by: RankKey) -> Encoded:
     return Encoded(request=key.request, attempt=key.attempt, index=key.item, by=by.rank, incarnation=by.incarnation)
 
 
-def _failure(key: ItemKey, kind: FailureKind, text: str) -> EncodeFailed:
-    return EncodeFailed(request=key.request, attempt=key.attempt, index=key.item, kind=kind, text=text)
+def _failure(key: ItemKey, kind: FailureKind, text: str, lost: Sequence[RankKey] = ()) -> EncodeFailed:
+    on = [RankRef(rank=rank, incarnation=incarnation) for rank, incarnation in lost]
+    return EncodeFailed(request=key.request, attempt=key.attempt, index=key.item, kind=kind, text=text, lost=on)

@@ -26,7 +26,7 @@ from epdctl.ids import Stage
 from epdctl.rank.compute import ComputeThread
 from epdctl.rank.device import prepare_device
 from epdctl.rank.machine import Machine
-from epdctl.rank.peers import PeerTable
+from epdctl.rank.peers import PeerTable, Place
 from epdctl.rank.profile import Profiler
 from epdctl.rank.service import Progress, Pulse
 from epdctl.rank.tasks import Tasks
@@ -108,6 +108,7 @@ class EncoderService:
         self._tasks = Tasks()
         self._notices = Notices()
         self._peers = PeerTable()
+        self._place = Place(spec.rank, spec.incarnation)
         self._loaded: _Loaded | None = None
         self._items: dict[int, asyncio.Task[None]] = {}
         self._completed = 0
@@ -148,11 +149,16 @@ class EncoderService:
     def peers_changed(self, peers: Sequence[Peer]) -> None:
         for peer in self._peers.replace(peers).left:
             self._forget(peer)
+        if self._place.lost(peers):  # the router gave our items to others, who write to the same slots
+            self._give_up()
+
+    def _give_up(self) -> None:
+        for task in list(self._items.values()):
+            task.cancel()
 
     def _forget(self, peer: Peer) -> None:
         if peer.stage is Stage.ENCODER_ROUTER:  # nobody is left to answer to; the next router sends its items anew
-            for task in list(self._items.values()):
-                task.cancel()
+            self._give_up()
         if peer.endpoints.inbox is not None:
             self._notices.withdraw(peer.endpoints.inbox)
         if peer.endpoints.transfer is not None:
@@ -174,7 +180,7 @@ class EncoderService:
 
     def _refusal(self, frames: list[memoryview]) -> tuple[FailureKind, str] | None:
         if self._draining:
-            return FailureKind.RANK_LOST, f"{self._spec.rank} is being stopped"
+            return FailureKind.NO_RANK, f"{self._spec.rank} is being stopped"
         if len(frames) != 1:
             return FailureKind.INTERNAL, f"an item came with {len(frames)} pictures"
         if len(self._items) >= self._spec.config.limits.inflight:

@@ -14,6 +14,7 @@ from epdctl.encoder.router import RouterService
 from epdctl.encoder.worker import EncoderService
 from epdctl.ids import Stage
 from epdctl.rank.machine import NATIVE, Machine, Parts
+from epdctl.rank.peers import Place
 from epdctl.rank.service import Progress, Pulse
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import Endpoints, Peer
@@ -36,6 +37,7 @@ class MonoService:
         encoder: Callable[[RankSpec, Machine], EncoderService] = _native_encoder,
     ) -> None:
         self._spec = spec
+        self._place = Place(spec.rank, spec.incarnation)
         self._make_encoder = encoder
         self._language = LanguageService(spec, parts)
         self._router = RouterService(spec, purpose="encode")
@@ -59,7 +61,10 @@ class MonoService:
         return Peer(rank=spec.rank, stage=Stage.ENCODER, incarnation=spec.incarnation, endpoints=endpoints)
 
     def peers_changed(self, peers: Sequence[Peer]) -> None:
-        """No link leads out of this process: gateways come to it."""
+        """No link leads out of this process: gateways come to it, and leave it."""
+        if self._place.lost(peers):
+            self._language.cut_off()
+            self._router.cut_off()
 
     def pulse(self) -> Pulse:
         """A request and each of its pictures are a piece of work each, as on ranks of their own."""

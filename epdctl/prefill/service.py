@@ -254,22 +254,31 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
             self._decode_lost(peer)
 
     def _decode_lost(self, peer: Peer) -> None:
+        """It may only have been withdrawn: its link to us stands, and its pages wait for what we say."""
+        gone = Refusal(FailureKind.RANK_LOST, f"{peer.rank} went away before it had the prompt")
         for stay in list(self._rooms.values()):
             if (stay.decode_at.rank, stay.decode_at.incarnation) == (peer.rank, peer.incarnation):
-                stay.offer = None
-                self._end(stay, Refusal(FailureKind.RANK_LOST, f"{peer.rank} went away before it had the prompt"))
+                self._end(stay, gone)
         for key, early in list(self._early.items()):
             pool = early.offer.kv.lease.pool
             if (pool.owner, pool.incarnation) == (peer.rank, peer.incarnation):
-                del self._early[key]
-                early.alarm.cancel()
+                self._send_back(key, gone)
+
+    def _send_back(self, key: RoomKey, refusal: Refusal) -> None:
+        """An offer whose prompt will not come."""
+        early = self._early.pop(key)
+        early.alarm.cancel()
+        self._refuse(early.offer, refusal)
+
+    def cut_off(self) -> None:
+        for key in list(self._early):
+            self._send_back(key, self._given_up)
+        super().cut_off()
 
     async def drain(self) -> None:
         self._draining = True
-        for early in self._early.values():
-            early.alarm.cancel()
-            self._refuse(early.offer, Refusal(FailureKind.RANK_LOST, f"{self._spec.rank} is draining"))
-        self._early.clear()
+        for key in list(self._early):
+            self._send_back(key, Refusal(FailureKind.RANK_LOST, f"{self._spec.rank} is draining"))
         await super().drain()
 
     async def close(self) -> None:

@@ -16,7 +16,7 @@ from epdctl.errors import EpdError, PeerGone
 from epdctl.ids import RequestId
 from epdctl.rank.admission import Capacity, Line, Need, Refusal
 from epdctl.rank.machine import Machine, Parts
-from epdctl.rank.peers import Changes, PeerTable
+from epdctl.rank.peers import Changes, PeerTable, Place
 from epdctl.rank.sequences import Grant, Phase, Stay, User, stay_name
 from epdctl.rank.service import Progress, Pulse
 from epdctl.transfer.pool import Pool
@@ -56,6 +56,7 @@ class LanguageRank(ABC, Generic[S, In]):
         self._parts = parts
         self._loop = asyncio.get_running_loop()
         self._table = PeerTable()
+        self._place = Place(spec.rank, spec.incarnation)
         self._machine: Machine | None = None
         self._inbox: Inbox[In] | None = None
         self._stays: dict[str, S] = {}
@@ -130,6 +131,17 @@ class LanguageRank(ABC, Generic[S, In]):
             if peer.endpoints.transfer is not None and self._machine is not None:
                 self._machine.transport.withdraw(peer.endpoints.transfer)
         self._peers(peers, changes)
+        if self._place.lost(peers):
+            self.cut_off()
+
+    def cut_off(self) -> None:
+        """This rank had been given up: nothing that was asked of it until now is waited for."""
+        for stay in list(self._stays.values()):
+            self._end(stay, self._given_up)
+
+    @property
+    def _given_up(self) -> Refusal:
+        return Refusal(FailureKind.RANK_LOST, f"{self._spec.rank} was withdrawn for a while")
 
     def pulse(self) -> Pulse:
         """Raises QuarantineFull, which ends the rank: only a new process is sure of all its memory again."""

@@ -12,7 +12,7 @@ from epdctl.wire.lifecycle import Peer
 from epdctl.wire.message import Codec
 from epdctl.wire.sockets import Buffer, Link
 
-__all__ = ["Changes", "Links", "PeerTable"]
+__all__ = ["Changes", "Links", "PeerTable", "Place"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -64,12 +64,31 @@ class PeerTable:
     def of(self, stage: Stage) -> list[Peer]:
         return [peer for peer in self._peers.values() if peer.stage is stage]
 
+    @property
+    def accepting(self) -> list[Peer]:
+        """Those that new work may be given to."""
+        return [peer for peer in self._peers.values() if peer.accepting]
+
     def find(self, rank: RankName, incarnation: Incarnation | None = None) -> Peer | None:
         """The peer of this name; with ``incarnation``, that one or nobody."""
         for peer in self._peers.values():
             if peer.rank == rank and incarnation in (None, peer.incarnation):
                 return peer
         return None
+
+
+class Place:
+    """A rank's own place in the table. Who loses it has been given up by all its peers, whether it noticed or not: they
+    closed their links, so that nobody is going to call off what they had asked for."""
+
+    def __init__(self, rank: RankName, incarnation: Incarnation) -> None:
+        self._who = rank, incarnation
+        self._held: Peer | None = None
+
+    def lost(self, peers: Sequence[Peer]) -> bool:
+        """Take the new table. True when the place of the last one is gone, or is another one by now."""
+        before, self._held = self._held, next((peer for peer in peers if _key(peer) == self._who), None)
+        return before is not None and before != self._held
 
 
 class Links(Generic[In, Out]):

@@ -226,6 +226,7 @@ class Daemon:
                 self._handle(*self._queue.popleft())
         finally:
             self._turning = False
+        self._peers.note(self.members.values())
         if self._peers.version != told:
             self._tell_peers()
         if self.stopping and all(state in SETTLED for state in self._states().values()):

@@ -179,7 +179,7 @@ class DisarmAll:
 
 @dataclass(frozen=True, slots=True)
 class Advertise:
-    pass
+    """Tell the peers of this rank, or what is new about it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from epdctl.wire.control import RankState
 
 __all__ = [
     "ALIVE",
+    "LINKED",
     "ROUTABLE",
     "SETTLED",
     "IllegalTransition",
@@ -26,7 +27,8 @@ __all__ = [
 ]
 
 ALIVE = frozenset({RankState.STARTING, RankState.READY, RankState.UNHEALTHY, RankState.DRAINING, RankState.STOPPING})
-ROUTABLE = frozenset({RankState.READY})
+ROUTABLE = frozenset({RankState.READY})  # gets new work
+LINKED = ROUTABLE | {RankState.DRAINING}  # finishes the work it has, so its peers keep their links to it
 SETTLED = frozenset({RankState.STOPPED, RankState.FAILED})
 _WANTED = frozenset({RankState.WAITING, RankState.STARTING, RankState.READY, RankState.UNHEALTHY, RankState.BACKOFF})
 
@@ -63,6 +65,11 @@ class Rank:
     incarnation: Incarnation = Incarnation(0)  # noqa: RUF009
     faults: tuple[float, ...] = ()  # when the restarts within the window were decided
     history: tuple[tuple[RankState, str], ...] = ()
+
+    @property
+    def died(self) -> bool:
+        """The present incarnation ended, or is ending, by a fault."""
+        return self.faulted or self.state in (RankState.BACKOFF, RankState.FAILED)
 
     @property
     def restarts(self) -> int:

@@ -1,7 +1,8 @@
 """The life of one rank as a table: (state, event) in, (state, actions) out. No I/O, no clock.
 
-A process exists iff the state is in ALIVE; a rank is advertised iff its state is in ROUTABLE. What follows from the
-states alone (Withdraw, Advertise, disarming) is derived in ``_move``, so that no handler can forget it.
+A process exists iff the state is in ALIVE; a rank is advertised iff its state is in LINKED, for new work iff it is
+in ROUTABLE. What follows from the states alone (Withdraw, Advertise, disarming) is derived in ``_move``, so that no
+handler can forget it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from epdctl.supervisor.events import (
 )
 from epdctl.supervisor.rank import (
     ALIVE,
+    LINKED,
     ROUTABLE,
     SETTLED,
     IllegalTransition,
@@ -58,6 +60,7 @@ from epdctl.wire.control import RankState
 __all__ = [
     "ALIVE",
     "IGNORED",
+    "LINKED",
     "ROUTABLE",
     "SETTLED",
     "TIMERS",
@@ -128,8 +131,8 @@ def _is_stale(rank: Rank, event: Event) -> bool:
 def _move(rank: Rank, to: RankState, reason: str, *actions: Action) -> Outcome:
     left = rank.state
     moved = replace(rank, state=to, reason=reason, history=(*rank.history, (to, reason))[-HISTORY:])
-    before: list[Action] = [Withdraw()] if left in ROUTABLE and to not in ROUTABLE else []
-    after: list[Action] = [Advertise()] if to in ROUTABLE and left not in ROUTABLE else []
+    before: list[Action] = [Withdraw()] if left in LINKED and to not in LINKED else []
+    after: list[Action] = [Advertise()] if to in LINKED and to is not left else []
     return moved, [*before, *_disarm(left, to), *actions, *after]
 
 

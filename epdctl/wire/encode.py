@@ -27,6 +27,7 @@ __all__ = [
     "ItemFailed",
     "ItemSized",
     "MediaItem",
+    "RankRef",
     "RouterToClient",
     "RouterToWorker",
     "Source",
@@ -52,6 +53,11 @@ class Source(enum.StrEnum):
     MADE = "made"
     SHARED = "shared"  # an identical item was in flight
     CACHED = "cached"
+
+
+class RankRef(Part, frozen=True):
+    rank: RankName
+    incarnation: Incarnation
 
 
 class MediaItem(Part, frozen=True):
@@ -97,6 +103,7 @@ class EncodeFailed(Message, frozen=True):
     index: int
     kind: FailureKind
     text: str
+    lost: list[RankRef] = []  # the encoders that went away while they had the item
 
 
 class EncodeItem(Message, frozen=True):
@@ -127,6 +134,8 @@ class ItemEncoded(Message, frozen=True):
 
 
 class ItemFailed(Message, frozen=True):
+    """NO_RANK: this rank did not take it, and another may."""
+
     dispatch: int
     kind: FailureKind
     text: str

@@ -15,6 +15,7 @@ __all__ = [
     "RANK_TO_SUPERVISOR",
     "SPEC",
     "SUPERVISOR_TO_RANK",
+    "Absent",
     "CaptureWritten",
     "Drain",
     "Drained",
@@ -44,13 +45,38 @@ class Endpoints(Part, frozen=True):
     encode: str | None = None  # of a mono rank: a second inbox, which takes pictures as an encoder router's does
 
 
-class Peer(Part, frozen=True):
-    """One routable rank."""
+class Peer(Part, frozen=True, eq=False):
+    """One rank that others may have links to. It stays the same peer when only ``accepting`` changes."""
 
     rank: RankName
     stage: Stage
     incarnation: Incarnation
     endpoints: Endpoints
+    epoch: int = 0  # another one after every absence: what was asked of an earlier one has been given up
+    accepting: bool = True  # False: it finishes what it has, and is given nothing new
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Peer) and self._self == other._self
+
+    def __ne__(self, other: object) -> bool:  # a Struct has one of its own, which goes by identity
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._self)
+
+    @property
+    def _self(self) -> tuple[RankName, Stage, Incarnation, Endpoints, int]:
+        return self.rank, self.stage, self.incarnation, self.endpoints, self.epoch
+
+
+class Absent(Part, frozen=True):
+    """One planned rank that nobody may have links to."""
+
+    rank: RankName
+    stage: Stage
+    incarnation: Incarnation  # its latest; 0 before the first
+    died: bool = False  # that one ended by a fault, and not because somebody wanted it to
+    hopeless: str | None = None  # why it is not there, when nobody is going to start it
 
 
 class FatalKind(enum.StrEnum):
@@ -118,10 +144,11 @@ class Drain(Message, frozen=True):
 
 
 class PeersChanged(Message, frozen=True):
-    """Every routable rank of the cluster, whole; a higher version replaces a lower one."""
+    """Every rank of the cluster, whole; a higher version replaces a lower one."""
 
     version: int
     peers: list[Peer]
+    absent: list[Absent] = []
 
 
 class StartCapture(Message, frozen=True):

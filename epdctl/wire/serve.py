@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import enum
 
-from epdctl.ids import Incarnation, RankName, RequestId, Room
-from epdctl.wire.encode import EmbeddingLanded, FailureKind
+from epdctl.ids import RequestId, Room
+from epdctl.wire.encode import EmbeddingLanded, FailureKind, RankRef
 from epdctl.wire.message import Codec, Message, Part
 from epdctl.wire.transfer import RemoteLease
 
@@ -89,11 +89,6 @@ class Sampling(Part, frozen=True):
     def adjusts(self) -> bool:
         """Something changes the logits before the choice."""
         return self.looks_back or bool(self.logit_bias or self.min_tokens)
-
-
-class RankRef(Part, frozen=True):
-    rank: RankName
-    incarnation: Incarnation
 
 
 class PromptItem(Part, frozen=True):

@@ -47,6 +47,60 @@ def ends(actions: list[Action]) -> list[tuple[int, ItemState, FailureKind | None
     return [(action.item.item, action.state, action.kind) for action in actions if isinstance(action, Ended)]
 
 
+def test_a_rank_that_leaves_finishes_what_it_has_and_gets_nothing_new() -> None:
+    router = dispatcher(cap=1)
+    router.changed([rank(0), rank(1)], [], 0)
+    assert sends(router.submit(key(0), 10, 0)) == [(0, "encoder/0")]
+    assert router.changed([], [], 1, resting=[rank(0)]) == []
+    assert sends(router.submit(key(1), 10, 1)) == [(1, "encoder/1")]
+    assert router.submit(key(2), 10, 1) == []
+    assert ends(router.encoded(1, rank(0), 2)) == [(0, ItemState.ENCODED, None)]
+    assert sends(router.encoded(2, rank(1), 2)) == [(2, "encoder/1")]
+    router.check()
+
+
+def test_what_a_leaving_rank_refuses_goes_to_another() -> None:
+    router = dispatcher(cap=1)
+    router.changed([rank(0), rank(1)], [], 0)
+    router.submit(key(0), 10, 0)
+    assert sends(router.refused(1, rank(0), 1)) == [(0, "encoder/1")]
+    (end,) = router.refused(2, rank(1), 1)
+    assert isinstance(end, Ended)
+    assert (end.kind, end.lost) == (FailureKind.RANK_LOST, ()), "nobody was lost with it"
+    router.check()
+
+
+def test_whoever_waits_learns_which_ranks_went_away_with_the_item() -> None:
+    router = dispatcher(cap=1)
+    router.changed([rank(0), rank(1)], [], 0)
+    router.submit(key(0), 10, 0)
+    router.changed([], [rank(0)], 1)
+    (end,) = router.changed([], [rank(1)], 1)
+    assert isinstance(end, Ended)
+    assert end.lost == (rank(0), rank(1))
+
+
+def test_a_rank_that_had_been_given_up_and_is_there_again_starts_with_nothing() -> None:
+    router = dispatcher(cap=1)
+    router.changed([rank(0)], [], 0)
+    router.submit(key(0), 10, 0)
+    assert ends(router.changed([rank(0)], [rank(0)], 1)) == [(0, ItemState.FAILED, FailureKind.RANK_LOST)]
+    assert sends(router.submit(key(1), 10, 1)) == [(1, "encoder/0")]
+    router.check()
+
+
+def test_a_router_that_had_been_given_up_ends_all_it_has() -> None:
+    router = dispatcher(cap=1)
+    router.changed([rank(0)], [], 0)
+    router.submit(key(0), 10, 0)
+    router.submit(key(1), 10, 0)
+    actions = router.abandon("withdrawn")
+    assert [action.dispatch for action in actions if isinstance(action, Cancel)] == [1]
+    assert ends(actions) == [(number, ItemState.FAILED, FailureKind.RANK_LOST) for number in (0, 1)]
+    assert len(router) == 0
+    router.check()
+
+
 def test_least_pending_and_round_robin_among_equals() -> None:
     router = dispatcher(cap=9)
     router.changed([rank(0), rank(1), rank(2)], [], 0)

@@ -419,7 +419,7 @@ def test_draining_finishes_what_is_there_and_takes_nothing_new(sockets: Path) ->
         await asyncio.sleep(0)
         router.send(EncodeItem(dispatch=2, job=world.job()), [picture(ROWS, 2)])
         await answers.until(of(ItemFailed, 1))
-        assert (answers.seen[-1].dispatch, answers.seen[-1].kind) == (2, FailureKind.RANK_LOST)
+        assert (answers.seen[-1].dispatch, answers.seen[-1].kind) == (2, FailureKind.NO_RANK), "another may take it"
         assert not drained.done()
         gate.open.set()
         await drained
@@ -457,6 +457,57 @@ def test_the_loss_of_the_router_frees_what_was_done_for_it(sockets: Path) -> Non
         gate.open.set()
         await encoder.drain()
         assert world.prefill.landed.seen == []
+
+    in_world(sockets, test)
+
+
+def test_an_encoder_that_finds_itself_withdrawn_gives_up_what_it_had(sockets: Path) -> None:
+    """It only stood still; its items are with others now, who write to the same slots."""
+
+    async def test(world: World) -> None:
+        gate = Gate()
+        encoder = await world.encoder(gate.tower())
+        encoder.peers_changed([world.peers["encoder/0"]])
+        router, answers = world.as_router()
+        router.send(EncodeItem(dispatch=1, job=world.job()), [picture(ROWS, 1)])
+        await answers.until(of(ItemSized, 1))
+        encoder.peers_changed([])
+        gate.open.set()
+        await encoder.drain()
+        assert world.prefill.landed.seen == []
+
+    in_world(sockets, test)
+
+
+def test_a_router_that_finds_itself_withdrawn_ends_all_it_has(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        router, gateway, answers = await world.router()
+        gateway.send(world.job(), [picture(ROWS, 1)])
+        await turns_until(lambda: router.pulse().inflight == 1)
+        router.peers_changed([world.peers["encoder-router/0"]])
+        router.peers_changed([msgspec.structs.replace(world.peers["encoder-router/0"], epoch=1)])
+        (end,) = await answers.count(1)
+        assert (type(end), end.kind) == (EncodeFailed, FailureKind.RANK_LOST)
+        assert router.pulse().inflight == 0
+
+    in_world(sockets, test)
+
+
+def test_an_encoder_that_leaves_is_given_nothing_new_and_loses_nothing(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        _, gateway, answers = await world.router()
+        await world.encoder(gate.tower(), 0)
+        gateway.send(world.job(0), [picture(ROWS, 1)])
+        await gate.began.count(1)
+        world.peers["encoder/0"] = msgspec.structs.replace(world.peers["encoder/0"], accepting=False)
+        await world.encoder(ToyTower(), 1)
+        gateway.send(world.job(1), [picture(ROWS, 2)])
+        (first,) = await answers.count(1)
+        assert (first.index, first.by) == (1, "encoder/1")
+        gate.open.set()
+        _, second = await answers.count(2)
+        assert (second.index, second.by) == (0, "encoder/0")
 
     in_world(sockets, test)
 

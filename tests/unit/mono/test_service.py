@@ -252,6 +252,26 @@ def test_an_abort_while_the_tower_works_frees_everything() -> None:
     run(scene())
 
 
+def test_a_rank_that_finds_itself_withdrawn_gives_up_what_both_halves_had() -> None:
+    gate = threading.Event()
+    began = threading.Event()
+
+    async def scene() -> None:
+        async with mono(ToyTower(gate=gate, began=began.set)) as rank:
+            rank.service.peers_changed([peer_of(Stage.MONO, 1, rank.endpoints)])
+            rank.ask(asked(3))
+            await rank.show(asked(3))
+            await until(began.is_set)
+            rank.service.peers_changed([])
+            assert isinstance(await rank.gateway.outcome(), Failed)
+            gate.set()
+            await rank.idle()
+            again = asked(3, attempt=2)
+            assert await rank.answer(again) == alone(again)
+
+    run(scene())
+
+
 def test_a_torn_picture_is_told_to_the_gateway_and_harms_no_other() -> None:
     good = asked(2, name="good")
 

@@ -12,6 +12,7 @@ from epdctl.ids import Incarnation, RankName
 from epdctl.supervisor.states import (
     ALIVE,
     IGNORED,
+    LINKED,
     ROUTABLE,
     TIMERS,
     TRANSITIONS,
@@ -267,8 +268,8 @@ def test_long_silence_kills_and_restarts(before: Make) -> None:
 def test_a_stop_drains_first() -> None:
     life = draining()
     assert (life.state, life.reason) == (RankState.DRAINING, "stop asked for")
-    assert life.actions[0] == Withdraw()
-    assert life.actions[-2:] == [SendDrain(20.0), Arm(Timer.DRAIN, 20.0)]
+    assert Withdraw() not in life.actions, "what it works on is not lost: its peers keep their links to it"
+    assert life.actions[-3:] == [SendDrain(20.0), Arm(Timer.DRAIN, 20.0), Advertise()]
     assert Disarm(Timer.DEAD) not in life.actions  # a rank that dies while it drains is not waited for
 
 
@@ -276,6 +277,19 @@ def test_an_unhealthy_rank_drains_without_a_second_withdraw() -> None:
     life = unhealthy().then(StopRequested())
     assert life.state is RankState.DRAINING
     assert Withdraw() not in life.actions
+
+
+def test_a_drained_rank_is_withdrawn_when_it_has_to_leave() -> None:
+    assert draining().then(DrainedReported(FIRST)).actions[0] == Withdraw()
+
+
+def test_only_a_fault_is_a_death() -> None:
+    assert ready().crash().rank.died
+    assert ready().fires(Timer.DEAD).rank.died
+    assert not unhealthy().rank.died
+    assert not draining().rank.died
+    assert not draining().then(DrainedReported(FIRST)).rank.died
+    assert not ready().crash().fires(Timer.BACKOFF).comes_up().rank.died
 
 
 @pytest.mark.parametrize("end", [DrainedReported(FIRST), TimerFired(Timer.DRAIN, FIRST)])
@@ -672,4 +686,4 @@ def test_check_notices_what_cannot_be() -> None:
 
 
 def test_routable_is_alive() -> None:
-    assert ROUTABLE < ALIVE
+    assert ROUTABLE < LINKED < ALIVE

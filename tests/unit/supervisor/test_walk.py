@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from epdctl.ids import Incarnation, RankName
 from epdctl.supervisor.states import (
     ALIVE,
+    LINKED,
     ROUTABLE,
     SETTLED,
     TIMERS,
@@ -93,7 +94,7 @@ class World(RuleBasedStateMachine):
             case DisarmAll():
                 self.timers.clear()
             case Advertise():
-                assert not self.advertised
+                assert not self.advertised or self.rank.state not in ROUTABLE
                 self.advertised = True
             case Withdraw():
                 assert self.advertised
@@ -183,8 +184,8 @@ class World(RuleBasedStateMachine):
         assert self.process is None or self.process == self.rank.incarnation
 
     @invariant()
-    def advertised_iff_routable(self) -> None:
-        assert self.advertised == (self.rank.state in ROUTABLE)
+    def advertised_iff_it_may_have_links(self) -> None:
+        assert self.advertised == (self.rank.state in LINKED)
 
     @invariant()
     def only_timers_that_the_state_keeps_run(self) -> None:

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from epdctl.errors import BadMessage
-from epdctl.ids import Incarnation, RankName, RunId
-from epdctl.wire.lifecycle import RANK_TO_SUPERVISOR, SPEC, Endpoints, Hello, Ready
+from epdctl.ids import Incarnation, RankName, RunId, Stage
+from epdctl.wire.lifecycle import RANK_TO_SUPERVISOR, SPEC, Endpoints, Hello, Peer, Ready
 from epdctl.wire.message import Codec, to_json
 from epdctl.wire.transfer import RECEIVER_TO_WRITER, Landed, Rejected
 from tests.support.ranks import make_spec
@@ -76,3 +76,13 @@ def test_json_has_the_fields_and_no_tag() -> None:
     assert msgspec.json.decode(to_json(Ready(endpoints=Endpoints(inbox="i")))) == {
         "endpoints": {"inbox": "i", "transfer": None, "http": None, "encode": None}
     }
+
+
+def test_a_peer_is_the_same_until_it_comes_back_as_another() -> None:
+    peer = Peer(rank=RankName("decode/0"), stage=Stage.DECODE, incarnation=Incarnation(1), endpoints=Endpoints())
+    leaving, back = msgspec.structs.replace(peer, accepting=False), msgspec.structs.replace(peer, epoch=1)
+    assert peer == leaving
+    assert not peer != leaving  # noqa: SIM202 - it has two comparisons
+    assert {peer: 1}[leaving] == 1
+    assert peer != back
+    assert not peer == back  # noqa: SIM201
