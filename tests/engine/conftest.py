@@ -1,4 +1,4 @@
-"""The tiny checkpoint's two halves, each loaded by itself."""
+"""A tiny checkpoint's two halves, each loaded by itself: Qwen2.5-VL's, or the family's that a test is given."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from epdctl.bench.checkpoints import FAMILY
 from epdctl.engine.api import LanguageModel, Tower
 from epdctl.engine.loading import load_language, load_tower
 from tests.support.checkpoints import model_config, tiny_checkpoint
@@ -15,8 +16,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory, family=getattr(request, "param", FAMILY))
 
 
 @pytest.fixture(scope="session")

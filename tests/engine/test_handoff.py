@@ -27,7 +27,7 @@ from epdctl.wire.serve import Finished, FinishReason, Granted
 from tests.engine.harness import Case, pictures
 from tests.engine.harness import Question as Asked
 from tests.engine.harness import question as prepared
-from tests.support.checkpoints import model_config
+from tests.support.checkpoints import every_family, model_config
 from tests.support.language_ranks import Pair, Question, Setup, pair, run, single, until, world
 
 
@@ -73,6 +73,7 @@ def sent(asked: Asked) -> list[int]:
     return answer[:-1] if answer[-1] in asked.sampling.stop_token_ids else answer
 
 
+@every_family
 @pytest.mark.parametrize("build", [no_picture, two_between_text])
 @pytest.mark.parametrize("chunk_tokens", [13, 512])
 def test_split_into_prefill_and_decode_the_answer_is_that_of_generate(
@@ -91,6 +92,7 @@ def test_split_into_prefill_and_decode_the_answer_is_that_of_generate(
     run(scene())
 
 
+@every_family
 def test_six_at_once_through_the_handoff(checkpoint: Path, tower: Tower, language: LanguageModel) -> None:
     asked = {number: prepared(numbered(number), checkpoint, tower) for number in range(6)}
 
@@ -105,6 +107,7 @@ def test_six_at_once_through_the_handoff(checkpoint: Path, tower: Tower, languag
     run(scene())
 
 
+@every_family
 def test_a_language_rank_answers_as_generate_does(checkpoint: Path, tower: Tower, language: LanguageModel) -> None:
     asked = prepared(two_between_text, checkpoint, tower)
     question = wire(asked)
@@ -120,6 +123,7 @@ def test_a_language_rank_answers_as_generate_does(checkpoint: Path, tower: Tower
     run(scene())
 
 
+@every_family
 def test_a_lost_page_would_show(
     checkpoint: Path, tower: Tower, language: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +145,7 @@ def test_a_lost_page_would_show(
     run(scene())
 
 
+@every_family
 @pytest.mark.parametrize("service", [PrefillService, DecodeService, LanguageService])
 def test_a_rank_builds_its_own_engine_from_the_checkpoint(
     service: Callable[[RankSpec], LanguageRank[Any, Any]], checkpoint: Path

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from msgspec import structs
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from epdctl.engine.api import Prepared, Tower
 from epdctl.errors import RequestError
 from tests.engine.harness import media_item, pictures
-from tests.support.reference import picture_bytes
+from tests.support.checkpoints import every_family
+from tests.support.reference import own_processor, picture_bytes
+
+pytestmark = every_family
 
 SIZES = [(140, 140), (112, 168), (300, 90), (84, 84), (56, 56)]
 
@@ -35,17 +40,45 @@ def opened(file: bytes) -> Image.Image:
     return Image.open(io.BytesIO(file))
 
 
+def whole_models(whole: Any, processor: Any, files: Sequence[bytes]) -> list[torch.Tensor]:
+    """[rows, width] for each picture of one request, by the family's own processor and the undivided model."""
+    seen = [opened(file).convert("RGB") for file in files]
+    inputs = processor(text=[processor.image_token * len(seen)], images=[seen], return_tensors="pt")
+    values = {key: inputs[key] for key in inputs if key.startswith(("pixel_", "image_", "batch_"))}
+    with torch.no_grad():
+        found = whole.model.get_image_features(**values, return_dict=True)
+    sets = [found.pooler_output, *getattr(found, "deepstack_features", ())]
+    rows = torch.cat([each if isinstance(each, torch.Tensor) else torch.cat(list(each)) for each in sets], dim=1)
+    return [*torch.split(rows, [len(each) for each in found.pooler_output])]
+
+
 def test_packed_pictures_get_what_the_whole_model_gives_them(checkpoint: Path, tower: Tower) -> None:
-    batch = [prepared(tower, checkpoint, file) for file in pictures(1, SIZES)]
-    embeddings = tower.encode(batch)
-    assert [tuple(each.shape) for each in embeddings] == [(each.rows, tower.width) for each in batch]
-    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint).eval()
-    for each, found in zip(batch, embeddings, strict=True):
-        with torch.no_grad():
-            due = whole.get_image_features(each.pixels, torch.tensor([each.grid]), return_dict=True).pooler_output[0]
-        torch.testing.assert_close(found, due, atol=1e-5, rtol=1e-5)
-        assert each.patches == each.pixels.shape[0] == 4 * each.rows
-        assert float(found.std()) > 0.1
+    """Of two requests with several pictures and of five with one, all in one forward."""
+    files = pictures(1, SIZES)
+    requests = [files[:2], *([file] for file in files), files[2:]]
+    whole = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    processor = own_processor(checkpoint)
+    due = [rows for request in requests for rows in whole_models(whole, processor, request)]
+    batch = [
+        tower.prepare(file, media_item(checkpoint, file, index, len(request)))
+        for request in requests
+        for index, file in enumerate(request)
+    ]
+    found = tower.encode(batch)
+    assert [tuple(each.shape) for each in found] == [(each.rows, tower.width) for each in batch]
+    for one, other in zip(found, due, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+        assert float(one.std()) > 0.1
+
+
+def test_what_a_forward_costs_is_its_patches(checkpoint: Path, tower: Tower) -> None:
+    for each in (prepared(tower, checkpoint, file) for file in pictures(1, SIZES)):
+        tiles = each.pixels.ndim == 4
+        assert (
+            each.patches
+            == (16 * len(each.pixels) if tiles else len(each.pixels))
+            == each.grid[0] * (16 if tiles else 4 * each.rows)
+        )
 
 
 def test_many_threads_prepare_as_one_does(checkpoint: Path, tower: Tower) -> None:
@@ -116,13 +149,14 @@ def test_broken_bytes_are_a_400(kind: str, checkpoint: Path, tower: Tower) -> No
 
 
 def test_a_picture_of_another_size_than_was_said_is_a_400(checkpoint: Path, tower: Tower) -> None:
-    item = media_item(checkpoint, GOOD, 0, 1)
-    for file in (picture_bytes(6, 140, 168), picture_bytes(6, 112, 140)):  # larger; turned without saying so
+    good = picture_bytes(6, 168, 84)
+    item = media_item(checkpoint, good, 0, 1)
+    for file in (picture_bytes(6, 168, 140), picture_bytes(6, 84, 168)):  # larger; turned without saying so
         with pytest.raises(RequestError, match="was sized for") as caught:
             tower.prepare(file, item)
         assert caught.value.status == 400
     with pytest.raises(RequestError, match="was sized for"):
-        tower.prepare(GOOD, structs.replace(item, rows=item.rows + 1))
+        tower.prepare(good, structs.replace(item, rows=item.rows + 1))
 
 
 def test_a_bomb_is_refused_by_its_header(checkpoint: Path, tower: Tower) -> None:

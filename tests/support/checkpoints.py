@@ -11,9 +11,12 @@ import pytest
 from epdctl.bench.checkpoints import FAMILY, make_checkpoint
 from epdctl.wire.config import ModelConfig
 
-__all__ = ["NEWER", "model_config", "tiny_checkpoint"]
+__all__ = ["NEWER", "every_family", "model_config", "tiny_checkpoint"]
 
 NEWER = ("qwen3_vl", "llava_onevision")  # the families beside Qwen2.5-VL
+
+# On a test that takes the fixture ``checkpoint``: once with each family's.
+every_family = pytest.mark.parametrize("checkpoint", [FAMILY, *NEWER], indirect=True, scope="session")
 
 
 def tiny_checkpoint(factory: pytest.TempPathFactory, seed: int = 0, family: str = FAMILY) -> Path:
