@@ -96,8 +96,10 @@ def status_view(reply: StatusReply) -> Group:
 
 
 def remarks(reply: StatusReply) -> list[str]:
-    """In full, what a table has no room for: why each rank that is not ready is not, and its last words."""
-    lines = []
+    """What a table has no room for: how bytes move; why each rank that is not ready is not, and its last words."""
+    lines = [
+        f"transfer: {how}" for how in sorted({plain(status.transfer) for status in reply.ranks if status.transfer})
+    ]
     for status in reply.ranks:
         if status.state is RankState.READY:
             continue

@@ -13,8 +13,9 @@ from typing import Generic, TypeVar
 
 from epdctl.engine.api import Advance, NewSequence
 from epdctl.errors import EpdError, PeerGone
-from epdctl.ids import RequestId
+from epdctl.ids import RequestId, Stage
 from epdctl.rank.admission import Capacity, Line, Need, Refusal
+from epdctl.rank.facts import facts_of
 from epdctl.rank.machine import Machine, Parts
 from epdctl.rank.peers import Changes, PeerTable, Place
 from epdctl.rank.sequences import Grant, Phase, Stay, User, stay_name
@@ -22,7 +23,7 @@ from epdctl.rank.service import Progress, Pulse
 from epdctl.transfer.pool import Pool
 from epdctl.wire.config import RankSpec
 from epdctl.wire.encode import FailureKind
-from epdctl.wire.lifecycle import Endpoints, Peer
+from epdctl.wire.lifecycle import Endpoints, Facts, Peer
 from epdctl.wire.message import Codec
 from epdctl.wire.serve import (
     RANK_TO_GATEWAY,
@@ -124,6 +125,15 @@ class LanguageRank(ABC, Generic[S, In]):
             pool.freed = self._serve_soon
         self._inbox = Inbox(self._spec.endpoint("inbox"), self._incoming, self._received)
         return Endpoints(inbox=self._inbox.endpoint, transfer=self._machine.transport.endpoint)
+
+    def facts(self) -> Facts:
+        loaded = self.machine.loaded
+        exchanges = self._spec.config.stage in (Stage.PREFILL, Stage.DECODE)
+        return facts_of(self._spec.config, width=loaded.width, layout=loaded.kv.layout if exchanges else None)
+
+    @property
+    def transfer_note(self) -> str:
+        return self.machine.transport.note
 
     def peers_changed(self, peers: Sequence[Peer]) -> None:
         changes = self._table.replace(peers)

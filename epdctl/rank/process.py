@@ -16,9 +16,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, assert_never
 
-from epdctl.errors import BadMessage, UserError, WireError
+from epdctl.errors import BadMessage, IncompatiblePeer, UserError, WireError
 from epdctl.rank.fatal import Departure, fatal, status_of
-from epdctl.rank.service import Service
+from epdctl.rank.service import Factual, Service
 from epdctl.rank.tasks import Tasks
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import (
@@ -27,6 +27,7 @@ from epdctl.wire.lifecycle import (
     CaptureWritten,
     Drain,
     Drained,
+    Endpoints,
     Exit,
     Fatal,
     Heartbeat,
@@ -38,6 +39,7 @@ from epdctl.wire.lifecycle import (
     StartCapture,
     StopCapture,
     SupervisorToRank,
+    Unfit,
 )
 from epdctl.wire.message import PROTOCOL
 from epdctl.wire.stream import Stream, connect
@@ -144,7 +146,7 @@ class RankProcess:
         self._ready = True
         if self._peers is not None:
             self._service.peers_changed(self._peers.peers)
-        self._post(Ready(endpoints=endpoints))
+        self._post(_ready(self._service, endpoints))
 
     def _find_service(self, name: str) -> ServiceFactory:
         self._report("imports", 0, 1)
@@ -218,6 +220,8 @@ class RankProcess:
             case StopCapture():
                 if self._service is not None and self._ready:
                     self._service.stop_capture()
+            case Unfit(text=text):
+                self._leave(fatal(IncompatiblePeer(text), serving=False))
             case Exit():
                 self._leave(Departure.ASKED)
             case _:
@@ -252,6 +256,12 @@ class RankProcess:
             tell(f"{self._spec.rank} is still loading")
         else:
             self._service.start_capture(order.path, order.steps, written)
+
+
+def _ready(service: Service, endpoints: Endpoints) -> Ready:
+    if isinstance(service, Factual):
+        return Ready(endpoints=endpoints, facts=service.facts(), transfer=service.transfer_note)
+    return Ready(endpoints=endpoints)
 
 
 class Loads:

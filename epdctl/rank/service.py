@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from epdctl.wire.lifecycle import Endpoints, Peer
+from epdctl.wire.lifecycle import Endpoints, Facts, Peer
 
-__all__ = ["Progress", "Pulse", "Service"]
+__all__ = ["Factual", "Progress", "Pulse", "Service"]
 
 Progress = Callable[[str, int, int], None]  # phase, done, total; callable from any thread
 
@@ -58,3 +58,13 @@ class Service(Protocol):
     async def close(self) -> None:
         """Free pools, sockets and threads. Called once, also after a failed start."""
         ...
+
+
+@runtime_checkable
+class Factual(Protocol):
+    """A Service with a model, which must fit those of other ranks. Asked once ``start`` has returned."""
+
+    def facts(self) -> Facts: ...
+
+    @property
+    def transfer_note(self) -> str: ...

@@ -21,10 +21,11 @@ from epdctl.launch.base import Launcher
 from epdctl.supervisor import gang as gangs
 from epdctl.supervisor.bell import Bell
 from epdctl.supervisor.captures import Captures
+from epdctl.supervisor.compatibility import misfit
 from epdctl.supervisor.effects import Effects
 from epdctl.supervisor.eventlog import EventLog
 from epdctl.supervisor.gang import Changed, Faulted, Gang, may_start
-from epdctl.supervisor.member import Member, RankStream
+from epdctl.supervisor.member import Life, Member, RankStream
 from epdctl.supervisor.order import States, dependencies_met, next_to_stop
 from epdctl.supervisor.peers import PeerTable
 from epdctl.supervisor.report import status_reply
@@ -62,6 +63,7 @@ from epdctl.wire.lifecycle import (
     RankToSupervisor,
     Ready,
     SupervisorToRank,
+    Unfit,
 )
 from epdctl.wire.message import PROTOCOL
 
@@ -184,9 +186,8 @@ class Daemon:
             case Loading():
                 life.loading = message
                 self.changed.ring()
-            case Ready(endpoints=endpoints):
-                life.endpoints = endpoints
-                self._post(member, ReadyReported(number))
+            case Ready():
+                self._readied(member, life, message)
             case Heartbeat():
                 life.beat = message
                 self._post(member, HeartbeatSeen(number, message.unhealthy, message.standstill_s))
@@ -198,6 +199,16 @@ class Daemon:
                 self._post(member, FatalReported(number, _last_words(message), message.restartable))
             case Hello():
                 log.warning("%s said Hello twice", member.name)
+
+    def _readied(self, member: Member, life: Life, ready: Ready) -> None:
+        serving = ((one.name, one.life.facts) for one in self.members.values() if one is not member and one.life)
+        others = [(name, facts) for name, facts in serving if facts is not None]
+        why = misfit(member.name, ready.facts, others) if ready.facts is not None else None
+        if why is not None:
+            self._effects.tell(member, Unfit(text=why))  # it leaves, and is not started again
+            return
+        life.endpoints, life.facts, life.transfer = ready.endpoints, ready.facts, ready.transfer
+        self._post(member, ReadyReported(life.incarnation))
 
     def hung_up(self, hello: Hello) -> None:
         member = self.members[hello.rank]

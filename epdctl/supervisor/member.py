@@ -10,7 +10,7 @@ from epdctl.ids import Incarnation, RankName
 from epdctl.launch.base import Exit, Handle
 from epdctl.supervisor.states import Rank, Timer, initial
 from epdctl.topology.plan import PlannedRank
-from epdctl.wire.lifecycle import Endpoints, Heartbeat, Loading, RankToSupervisor, SupervisorToRank
+from epdctl.wire.lifecycle import Endpoints, Facts, Heartbeat, Loading, RankToSupervisor, SupervisorToRank
 from epdctl.wire.stream import Stream
 
 __all__ = ["Life", "Member", "RankStream"]
@@ -28,6 +28,8 @@ class Life:
     loading: Loading | None = None
     beat: Heartbeat | None = None
     endpoints: Endpoints = field(default_factory=Endpoints)
+    facts: Facts | None = None  # what it said at Ready; others are compared with it
+    transfer: str | None = None
     greeted: bool = False
     exit: Exit | None = None  # it is gone, and its last words are still being read
     deaf: bool = False  # it was killed because it did not read

@@ -46,6 +46,7 @@ def rank_status(member: Member, now: float) -> RankStatus:
         inflight=beat.inflight if beat is not None else None,
         completed=beat.completed if beat is not None else None,
         endpoints=life.endpoints if life is not None else Endpoints(),
+        transfer=life.transfer if life is not None else None,
         log_tail=list(member.log_tail) if member.rank.state is RankState.FAILED else [],
     )
 

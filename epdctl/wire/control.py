@@ -67,6 +67,7 @@ class RankStatus(Part, frozen=True):
     inflight: int | None
     completed: int | None
     endpoints: Endpoints
+    transfer: str | None = None  # how its bytes move, and what that was measured to reach at start
     log_tail: list[str] = []  # only when failed
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "Drained",
     "Endpoints",
     "Exit",
+    "Facts",
     "Fatal",
     "FatalKind",
     "Heartbeat",
@@ -33,6 +34,7 @@ __all__ = [
     "StartCapture",
     "StopCapture",
     "SupervisorToRank",
+    "Unfit",
 ]
 
 
@@ -79,6 +81,20 @@ class Absent(Part, frozen=True):
     hopeless: str | None = None  # why it is not there, when nobody is going to start it
 
 
+class Facts(Part, frozen=True):
+    """What ranks must have in common before they exchange data. None: this rank has no such thing."""
+
+    protocol: int | None = None  # of these messages
+    transformers: str | None = None  # its version: halves of a model differ between versions
+    checkpoint: str | None = None  # a fingerprint of its files
+    revision: str | None = None
+    image_processor: str | None = None
+    dtype: str | None = None
+    width: int | None = None  # values of one embedding
+    kv_pages: str | None = None  # layout of a page
+    transport: str | None = None
+
+
 class FatalKind(enum.StrEnum):
     """Why a rank cannot go on: decides whether a restart is worth it, and what a person reads."""
 
@@ -107,6 +123,8 @@ class Loading(Message, frozen=True):
 
 class Ready(Message, frozen=True):
     endpoints: Endpoints
+    facts: Facts | None = None  # of a rank with a model
+    transfer: str | None = None  # its transport's own word, for people: "mooncake nvlink, 1930.4 GB/s to itself"
 
 
 class Heartbeat(Message, frozen=True):
@@ -161,12 +179,18 @@ class StopCapture(Message, frozen=True):
     capture: str
 
 
+class Unfit(Message, frozen=True):
+    """What this rank said at Ready is not what the others said: it must not serve, and a restart does not help."""
+
+    text: str
+
+
 class Exit(Message, frozen=True):
     """End now, in order: close pools and transports, then leave."""
 
 
 RankToSupervisor = Hello | Loading | Ready | Heartbeat | Drained | CaptureWritten | Fatal
-SupervisorToRank = Drain | PeersChanged | StartCapture | StopCapture | Exit
+SupervisorToRank = Drain | PeersChanged | StartCapture | StopCapture | Unfit | Exit
 
 RANK_TO_SUPERVISOR: Codec[RankToSupervisor] = Codec(RankToSupervisor)
 SUPERVISOR_TO_RANK: Codec[SupervisorToRank] = Codec(SupervisorToRank)

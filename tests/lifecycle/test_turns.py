@@ -25,12 +25,14 @@ from epdctl.wire.lifecycle import (
     SPEC,
     CaptureWritten,
     Endpoints,
+    Facts,
     Fatal,
     FatalKind,
     Heartbeat,
     Hello,
     Ready,
     SupervisorToRank,
+    Unfit,
 )
 from epdctl.wire.message import PROTOCOL
 from tests.support.scripted import scripted_plan
@@ -174,6 +176,28 @@ def test_what_cannot_happen_is_noted_and_changes_nothing(place: dict[str, str]) 
         assert [event.kind for event in scene.daemon.events.since(0)].count("illegal") == 1
 
     play(place, act)
+
+
+def test_a_rank_that_differs_from_one_that_serves_is_told_so_and_is_not_ready(place: dict[str, str]) -> None:
+    async def act(scene: Scene) -> None:
+        first, second = scene.launcher.launched
+        scene.daemon.hear(scene.connect(first), Ready(endpoints=Endpoints(), facts=Facts(transformers="5.17.0")))
+        hello = scene.connect(second)
+        scene.daemon.hear(hello, Ready(endpoints=Endpoints(), facts=Facts(transformers="5.23.0")))
+        assert scene.state("decode/1") is RankState.STARTING
+        life = scene.daemon.members[RankName("decode/1")].life
+        assert life is not None
+        told = cast("Ear", life.stream).heard[-1]
+        assert isinstance(told, Unfit)
+        assert "transformers is 5.23.0 on decode/1 and 5.17.0 on decode/0" in told.text
+        scene.daemon.hear(hello, Fatal(kind=FatalKind.INCOMPATIBLE, text=told.text, restartable=False))
+        second.ended(Exit(85))
+        scene.daemon.hung_up(hello)
+        assert scene.state("decode/1") is RankState.FAILED
+        assert "5.17.0 on decode/0" in scene.daemon.status().ranks[1].reason
+        assert scene.state() is RankState.READY
+
+    play(place, act, DECODE, "decode/1")
 
 
 def test_a_rank_gets_its_spec_and_the_mark_of_its_run(place: dict[str, str]) -> None:

@@ -35,6 +35,7 @@ from epdctl.wire.lifecycle import (
     Ready,
     StartCapture,
     StopCapture,
+    Unfit,
 )
 from epdctl.wire.message import PROTOCOL
 from epdctl.wire.sockets import Link
@@ -70,6 +71,18 @@ def test_a_rank_says_hello_loads_is_ready_beats_and_leaves_when_told(sockets: Pa
         assert rest[-1] == Ready(endpoints=Endpoints(inbox="ipc:///somewhere"))
         await child.tell(Exit())
         assert await child.ended() == Departure.ASKED
+
+    supervised(sockets, test)
+
+
+def test_a_rank_that_does_not_fit_the_others_says_why_and_asks_for_no_restart(sockets: Path) -> None:
+    async def test(supervisor: Supervisor) -> None:
+        child = await supervisor.start("decode/0")
+        await child.hears(Ready)
+        await child.tell(Unfit(text="width is 8 here and 9 there"))
+        (last,) = await child.hears(Fatal)
+        assert last == Fatal(kind=FatalKind.INCOMPATIBLE, text="width is 8 here and 9 there", restartable=False)
+        assert await child.ended() == Departure.INCOMPATIBLE
 
     supervised(sockets, test)
 
