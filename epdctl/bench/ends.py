@@ -17,10 +17,12 @@ from typing import Any
 import msgspec
 import torch
 
+from epdctl.errors import TransferError
 from epdctl.ids import Incarnation, LocalGpu, RankName, RequestId, RunId
 from epdctl.transfer.allocators import RangeAllocator
 from epdctl.transfer.base import Piece, Transport
 from epdctl.transfer.leases import Lease
+from epdctl.transfer.onesided import OneSidedTransport
 from epdctl.transfer.open import open_transport
 from epdctl.transfer.pool import Pool
 from epdctl.transfer.tensors import spec_of, spread
@@ -33,7 +35,7 @@ __all__ = ["main"]
 
 LEASE_SECONDS = 600.0
 WRITE_SECONDS = 120.0
-SUM_UNIT = 8  # bytes read at a time
+MASK = 2**63 - 1
 
 
 def _spec(order: dict[str, Any], rank: str) -> RankSpec:
@@ -79,7 +81,7 @@ class Receiver:
         return {
             "note": self._transport.note,
             "notify": self._inbox.endpoint,
-            "leases": [self._open(size, min(page, size) if page else size) for size in sizes],
+            "leases": [self._open(size, page) for size in sizes],
         }
 
     def _open(self, size: int, page: int) -> dict[str, Any]:
@@ -91,8 +93,9 @@ class Receiver:
         began = time.perf_counter()
         address = self._transport.register(pool)
         seconds = allocated + time.perf_counter() - began
-        extents = [extent for _ in range(-(-size // page)) for extent in pool.allocator.take(page)]
-        random.Random(0).shuffle(extents)
+        piece = page or size
+        extents = [extent for _ in range(-(-size // piece)) for extent in pool.allocator.take(piece)]
+        random.Random(0).shuffle(extents)  # one extent stays where it is
         lease = pool.leases.grant(extents, "bench", seconds=LEASE_SECONDS)
         self._pools[pool.name], self._leases[pool.name] = pool, lease
         remote = json.loads(msgspec.json.encode(lease.remote(address), enc_hook=str))
@@ -100,11 +103,10 @@ class Receiver:
 
     def _landed(self, sender: bytes, message: EmbeddingLanded, _: list[memoryview]) -> None:
         """Every byte is read; the sum says so."""
-        pool = self._pools[message.request]
-        place = self._leases[message.request].extents[0].offset
-        part = pool.memory[place : place + message.spec.nbytes // SUM_UNIT * SUM_UNIT]
-        total = int(part.view(torch.int64).sum())
-        answer = msgspec.structs.replace(message, generation=total & (2**63 - 1))
+        memory = self._pools[message.request].memory
+        extents = self._leases[message.request].extents
+        total = sum(_sum(memory[extent.offset : extent.offset + extent.nbytes]) for extent in extents)
+        answer = msgspec.structs.replace(message, generation=total & MASK)
         self._inbox.reply(sender, answer, ENCODER_TO_LANGUAGE)
 
     async def close(self) -> None:
@@ -135,15 +137,24 @@ class Writer:
         data = whole.random_(0, 255)
         _done(self._device)
         if order["in_place"]:
-            return {"seconds": [await self._hand_over(lease, data) for _ in range(rounds)]}
+            return {"seconds": [await self._hand_over(lease, data) for _ in range(rounds)], "moving": []}
         pieces = spread(data, lease.extents)
         await self._write(lease, pieces)
-        seconds, summed = [], []
+        if await self._have_summed(lease, data) != _sum(data) & MASK:
+            raise TransferError("what arrived is not what was sent")
+        seconds, summed, moving = [], [], []
         for _ in range(rounds):
+            before = self._moving
             took, until_summed = await self._round(lease, pieces, data, order["sum"])
             seconds.append(took)
             summed.append(until_summed)
-        return {"seconds": seconds, "summed": summed}
+            moving.append(self._moving - before)
+        return {"seconds": seconds, "summed": summed, "moving": moving if all(moving) else []}
+
+    @property
+    def _moving(self) -> float:
+        """Seconds of moving so far, where the transport counts them."""
+        return self._transport.moved.seconds if isinstance(self._transport, OneSidedTransport) else 0.0
 
     async def _round(
         self, lease: RemoteLease, pieces: list[Piece], data: torch.Tensor, with_sum: bool
@@ -167,17 +178,21 @@ class Writer:
         await self._write(lease, [Piece(slot[: data.numel()], 0)])
         return time.perf_counter() - began
 
-    async def _have_summed(self, lease: RemoteLease, data: torch.Tensor) -> None:
+    async def _have_summed(self, lease: RemoteLease, data: torch.Tensor) -> int:
         self._sum = asyncio.get_running_loop().create_future()
         said = EmbeddingLanded(
             request=RequestId(lease.pool.pool), attempt=0, index=0, lease=lease.lease, generation=0, spec=spec_of(data)
         )
         self._link.send(said)
-        await self._sum
+        return await self._sum
 
     async def close(self) -> None:
         self._link.close()
         await self._transport.close()
+
+
+def _sum(data: torch.Tensor) -> int:
+    return int(data.view(torch.int64).sum())
 
 
 def _empty(size: int, device: torch.device) -> torch.Tensor:
@@ -241,7 +256,6 @@ async def _obey() -> None:
 
 
 def main(run: Callable[..., None] = asyncio.run) -> None:
-    torch.set_num_threads(1)
     run(_obey())
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 import msgspec
 
 from epdctl.errors import EpdError, UserError
-from epdctl.topology.hardware import Gpu, Hardware, probe
+from epdctl.topology.hardware import Gpu, Hardware, probe, usable_cores
 from epdctl.topology.values import parse_size
 
 __all__ = ["EMBEDDING", "KV", "KV_PAGE", "SIZES", "TRANSPORTS", "Row", "Way", "available", "measure", "run"]
@@ -57,7 +57,8 @@ TRANSPORTS = (
 
 
 class Row(msgspec.Struct, frozen=True):
-    """``p50_us``: until the receiver may read; ``summed_us``: until it has summed every byte (on CPUs)."""
+    """``p50_us``: until the receiver may read; ``summed_us``: until it has summed every byte (on CPUs);
+    ``moving_gb_per_s``: in the movement alone, without what is said before and after (where that is known)."""
 
     transport: str
     bytes: int
@@ -66,6 +67,7 @@ class Row(msgspec.Struct, frozen=True):
     ceiling_gb_per_s: float
     register_us: float
     summed_us: float | None = None
+    moving_gb_per_s: float | None = None
 
 
 def run(wanted: Sequence[str], largest: str, environ: Mapping[str, str], say: Say) -> list[Row]:
@@ -101,7 +103,12 @@ def _possible(way: Way, hardware: Hardware) -> bool:
         return True
     if hardware.mooncake is None or (way.gpu and hardware.mooncake.endswith("non-cuda")):
         return False
-    return way.protocol != "rdma" or os.path.isdir("/sys/class/infiniband")
+    return way.protocol != "rdma" or bool(_rdma_devices())
+
+
+def _rdma_devices() -> list[str]:
+    folder = "/sys/class/infiniband"
+    return os.listdir(folder) if os.path.isdir(folder) else []
 
 
 def measure(ways: Sequence[Way], sizes: Sequence[int], gpus: Sequence[Gpu], say: Say) -> list[Row]:
@@ -149,6 +156,7 @@ def _row(way: Way, size: int, ceiling: float, opened: dict[str, Any], writer: _E
         pooled=bool(way.page),
     )
     seconds = statistics.median(found["seconds"])
+    moving = size / statistics.median(found["moving"]) / 1e9 if found["moving"] else None
     summed = statistics.median(found["summed"]) if "summed" in found and not way.gpu else None
     return Row(
         transport=way.name,
@@ -158,6 +166,7 @@ def _row(way: Way, size: int, ceiling: float, opened: dict[str, Any], writer: _E
         ceiling_gb_per_s=round(ceiling, 3),
         register_us=round(opened["register_us"], 1),
         summed_us=None if summed is None else round(summed * 1e6, 1),
+        moving_gb_per_s=None if moving is None else round(moving, 3),
     )
 
 
@@ -202,7 +211,8 @@ class _End:
 @contextlib.contextmanager
 def _end(visible: str, way: Way) -> Iterator[_End]:
     """A process that sees the GPUs ``visible`` and no others, as a rank does."""
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    share = str(max(1, usable_cores() // 2))  # what a plan gives each of two ranks
+    threads = {"OMP_NUM_THREADS": share, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
     quiet = {"GLOG_minloglevel": "1", "MC_LOG_LEVEL": "WARNING"}
     environ = os.environ | threads | quiet | {"CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)

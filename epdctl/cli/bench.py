@@ -74,6 +74,32 @@ def encode(
         _show_encoding(report)
 
 
+@app.command()
+def dispatch(
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Of both, in turns.")] = 5,
+    items: Annotated[int, typer.Option(metavar="N", min=1, help="One at a time, in each round.")] = 400,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON there.")] = None,
+    json: options.Json = False,
+) -> None:
+    """What the encoder router costs an item, against plain sockets with as many hops.
+
+    One frame of 100 KiB to a rank that only answers, and back. Starts a cluster of its own; touches no other.
+    """
+    from epdctl.bench.dispatching.measure import measure
+    from epdctl.cli import console
+    from epdctl.wire.message import to_json
+
+    report = measure(rounds, items, console.say)
+    if output is not None:
+        output.write_bytes(to_json(report) + b"\n")
+    if json:
+        console.show_json(report)
+    else:
+        console.data(f"{'':<14} {'baseline':>10} {'epdctl':>10} {'ratio':>7}")
+        console.data(f"{'p50, µs':<14} {report.base_p50_us:>10.1f} {report.p50_us:>10.1f} {report.ratio_p50:>7.2f}")
+        console.data(f"{'64 under way':<14} {report.base_rate:>8.0f}/s {report.rate:>8.0f}/s {report.ratio_rate:>7.2f}")
+
+
 def _show_encoding(report: encoding.Report) -> None:
     from epdctl.cli import console
 
@@ -151,11 +177,12 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
 def _show_transfer(rows: Sequence[Row]) -> None:
     from epdctl.cli import console
 
-    head = ("bytes", "p50 us", "GB/s", "copy GB/s", "register us", "summed us")
+    head = ("bytes", "p50 us", "GB/s", "copy GB/s", "register us", "moving GB/s", "summed us")
     console.data(f"{'transport':<26} " + " ".join(f"{name:>11}" for name in head))
     for row in rows:
         summed = "-" if row.summed_us is None else f"{row.summed_us:.1f}"
+        moving = "-" if row.moving_gb_per_s is None else f"{row.moving_gb_per_s:.2f}"
         console.data(
             f"{row.transport:<26} {row.bytes:>11} {row.p50_us:>11.1f} {row.gb_per_s:>11.2f} "
-            f"{row.ceiling_gb_per_s:>11.2f} {row.register_us:>11.1f} {summed:>11}"
+            f"{row.ceiling_gb_per_s:>11.2f} {row.register_us:>11.1f} {moving:>11} {summed:>11}"
         )

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ from epdctl.transfer.landing import Owner
 from epdctl.transfer.onesided import OneSidedTransport, Put
 from epdctl.wire.transfer import PoolLocation
 
-__all__ = ["NVLINK_VARIABLE", "PROTOCOLS", "Engine", "MooncakeMover", "engine_of", "mooncake_transport"]
+__all__ = ["NVLINK_VARIABLE", "PROTOCOLS", "Engine", "MooncakeMover", "engine_of", "mooncake_transport", "rdma_devices"]
 
 NVLINK_VARIABLE = "MC_INTRANODE_NVLINK"  # without it the same engine falls to TCP and does not say so
 HOST = "127.0.0.1"
@@ -32,22 +33,24 @@ HOST = "127.0.0.1"
 class Way:
     """How one protocol is asked for, and what it must reach at start. ``settle_seconds``: see Guests.
 
-    ``staged``: it reads registered memory only, so what lies elsewhere goes through a buffer that is.
+    ``batch_bytes``: between two looks at whether the writer was told to stop. ``staged``: it reads registered memory
+    only, so what lies elsewhere goes through a buffer that is.
     """
 
     engine: str
     probe_bytes: int
     least_gb_per_s: float
     settle_seconds: float
+    batch_bytes: int
     staged: bool = False
 
 
 PROTOCOLS = {
-    "tcp": Way("tcp", 4 << 20, 0.0, 5.0),
-    "rdma": Way("rdma", 16 << 20, 0.0, 5.0, staged=True),
-    "nvlink": Way("tcp", 256 << 20, 50.0, 1.0),  # TCP in its place would reach 2 to 6
+    "tcp": Way("tcp", 4 << 20, 0.0, 5.0, 64 << 20),
+    "rdma": Way("rdma", 16 << 20, 0.0, 5.0, 256 << 20, staged=True),
+    "nvlink": Way("tcp", 256 << 20, 50.0, 1.0, 1 << 30),  # TCP in its place would reach 2 to 6
 }
-BATCH_BYTES = 64 << 20  # between two looks at whether the writer was told to stop
+STAGE_BYTES = 64 << 20
 
 
 class RawEngine(Protocol):
@@ -74,6 +77,7 @@ class Engine:
 
     def __init__(self, raw: RawEngine, protocol: str) -> None:
         self.protocol = protocol
+        self.way = PROTOCOLS[protocol]
         self._raw = raw
         self._known: dict[int, int] = {}  # address → bytes
         self.session = f"{HOST}:{raw.get_rpc_port()}"
@@ -108,6 +112,11 @@ def engine_of(protocol: str) -> Engine:
         raise UserError("one process has one Mooncake engine, and it runs with another protocol already")
     if (protocol == "nvlink") != (os.environ.get(NVLINK_VARIABLE, "0") not in ("", "0")):
         raise UserError(f"protocol {protocol} and {NVLINK_VARIABLE}={os.environ.get(NVLINK_VARIABLE)} do not agree")
+    if protocol == "rdma" and not rdma_devices():
+        raise UserError(
+            "protocol rdma, and this machine has no RDMA device: Mooncake would use TCP and not say so",
+            hint="write transfer.protocol: tcp",
+        )
     try:
         from mooncake.engine import TransferEngine
     except ImportError as error:
@@ -118,10 +127,15 @@ def engine_of(protocol: str) -> Engine:
     return Engine(raw, protocol)
 
 
+def rdma_devices(folder: Path = Path("/sys/class/infiniband")) -> list[str]:
+    """Their names, as the kernel lists them."""
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
 def probe(engine: Engine, device: torch.device) -> float:
     """GB/s of a write to ourselves. Raises UserError when it does not arrive, or too slowly for what was asked for."""
-    protocol = PROTOCOLS[engine.protocol]
-    source = torch.full((protocol.probe_bytes,), 165, dtype=torch.uint8, device=device)
+    way = engine.way
+    source = torch.full((way.probe_bytes,), 165, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -136,9 +150,9 @@ def probe(engine: Engine, device: torch.device) -> float:
         engine.unregister(target)
     if not arrived:
         raise UserError(f"Mooncake ({engine.protocol}) said that its first bytes were delivered, and they were not")
-    if rate < protocol.least_gb_per_s:
+    if rate < way.least_gb_per_s:
         raise UserError(
-            f"Mooncake moves {rate:.1f} GB/s where {engine.protocol} gives more than {protocol.least_gb_per_s:.0f}: "
+            f"Mooncake moves {rate:.1f} GB/s where {engine.protocol} gives more than {way.least_gb_per_s:.0f}: "
             "it fell to another protocol",
             hint="install the Mooncake package for this CUDA (`epdctl doctor`), or write transfer.protocol: tcp",
         )
@@ -157,12 +171,12 @@ class _Stage:
     def __init__(self, engine: Engine, device: torch.device) -> None:
         self._engine = engine
         self._lock = threading.Lock()
-        self.memory = torch.empty(BATCH_BYTES, dtype=torch.uint8, device=device)
+        self.memory = torch.empty(STAGE_BYTES, dtype=torch.uint8, device=device)
         engine.register(self.memory)
 
     def send(self, session: str, data: torch.Tensor, target: int) -> None:
-        for start in range(0, data.numel(), BATCH_BYTES):
-            part = data[start : start + BATCH_BYTES]
+        for start in range(0, data.numel(), STAGE_BYTES):
+            part = data[start : start + STAGE_BYTES]
             with self._lock:
                 self.memory[: part.numel()].copy_(part)
                 if part.is_cuda:
@@ -184,7 +198,7 @@ class _RemotePool:
     def put(self, puts: Sequence[Put], stop: threading.Event) -> None:
         place, base = self._location.place, self._location.base
         direct = [put for put in puts if self._stage is None or self._engine.knows(put.data)]
-        for batch in _batches(list(_runs(direct, base))):
+        for batch in _batches(list(_runs(direct, base)), self._engine.way.batch_bytes):
             if stop.is_set():
                 return
             self._engine.write(place, batch)
@@ -215,10 +229,10 @@ def _runs(puts: Sequence[Put], base: int) -> Iterator[Run]:
         yield whole
 
 
-def _batches(runs: Sequence[Run]) -> Iterator[list[Run]]:
-    """About BATCH_BYTES each; a longer run is not cut."""
+def _batches(runs: Sequence[Run], size: int) -> Iterator[list[Run]]:
+    """About ``size`` bytes each; a longer run is not cut."""
     ends = itertools.accumulate(run.nbytes for run in runs)
-    for _, group in itertools.groupby(zip(runs, ends, strict=True), lambda pair: (pair[1] - 1) // BATCH_BYTES):
+    for _, group in itertools.groupby(zip(runs, ends, strict=True), lambda pair: (pair[1] - 1) // size):
         yield [run for run, _ in group]
 
 

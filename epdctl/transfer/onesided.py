@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import os
 import threading
+import time
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from epdctl.wire.transfer import (
     RemoteLease,
 )
 
-__all__ = ["Mover", "OneSidedTransport", "Put", "Remote"]
+__all__ = ["Moved", "Mover", "OneSidedTransport", "Put", "Remote"]
 
 RETIRE_SECONDS = 30.0  # for bytes under way to a peer that was withdrawn, before its link is closed
 CLOSE_SECONDS = 0.3  # the same when this process is about to leave
@@ -107,10 +108,25 @@ class Mover(Protocol):
     def close(self) -> None: ...
 
 
+class Moved:
+    """How many bytes were moved, in how many seconds of moving alone. From the threads of several peers."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.nbytes = 0
+        self.seconds = 0.0
+
+    def add(self, nbytes: int, seconds: float) -> None:
+        with self._lock:
+            self.nbytes += nbytes
+            self.seconds += seconds
+
+
 class OneSidedTransport:
     """A Transport."""
 
     def __init__(self, endpoint: str, owner: Owner, mover: Mover) -> None:
+        self.moved = Moved()
         self._owner = owner
         self._mover = mover
         self._guests = Guests(endpoint, owner, mover.settle_seconds)
@@ -149,7 +165,7 @@ class OneSidedTransport:
             self.withdraw(pool.endpoint)
             peer = None
         if peer is None:
-            peer = self._peers[pool.endpoint] = _Peer(pool.endpoint, self._owner, self._mover)
+            peer = self._peers[pool.endpoint] = _Peer(pool.endpoint, self._owner, self._mover, self.moved)
         return peer
 
     def withdraw(self, endpoint: str) -> None:
@@ -210,10 +226,11 @@ class _Slot:
 class _Peer:
     """The writing half towards one process. ``gone`` ends with the error that every waiting write is to raise."""
 
-    def __init__(self, endpoint: str, owner: Owner, mover: Mover) -> None:
+    def __init__(self, endpoint: str, owner: Owner, mover: Mover, moved: Moved) -> None:
         self._endpoint = endpoint
         self._owner = owner
         self._mover = mover
+        self._moved = moved
         self._thread = ThreadPoolExecutor(1, "transfer")
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[HostToGuest]] = {}
@@ -278,7 +295,9 @@ class _Peer:
 
         def work() -> None:
             self._mover.wait(made)
+            began = time.perf_counter()
             remote.put(todo, stop)
+            self._moved.add(sum(put.data.numel() for put in todo), time.perf_counter() - began)
 
         if made is None and sum(put.data.numel() for put in todo) <= self._mover.inline_bytes:
             work()
