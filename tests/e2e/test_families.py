@@ -1,4 +1,4 @@
-"""The families beside Qwen2.5-VL, each through encoder, prefill and decode: what ``generate`` answers, token by token."""
+"""The families beside Qwen2.5-VL, each through encoder, prefill and decode: token by token what ``generate`` says."""
 
 from __future__ import annotations
 

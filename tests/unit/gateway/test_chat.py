@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from epdctl.bench.checkpoints import make_checkpoint
+from epdctl.bench.checkpoints import FAMILY
 from epdctl.errors import LoadError, RequestError
 from epdctl.gateway.chat import ChatTemplate
 from epdctl.gateway.intake import Intake
 from epdctl.gateway.schema import parse_request
-from epdctl.wire.config import Limits, ModelConfig
+from epdctl.wire.config import Limits
+from tests.support.checkpoints import NEWER, model_config, tiny_checkpoint
+from tests.support.reference import own_processor
 from tests.unit.gateway.harness import ask, image_part, picture
 from tests.unit.gateway.model_files import write_model_files
 
@@ -44,40 +46,47 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+@pytest.fixture(scope="module", params=[FAMILY, *NEWER])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory, family=request.param)
 
 
 @pytest.fixture(scope="module")
 def processor(checkpoint: Path) -> Any:
-    """The family's own, with its PIL image processor and without the video half, which would need torchvision."""
-    from transformers import AutoTokenizer
-    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    return own_processor(checkpoint)
 
-    class WithoutVideo(Qwen2_5_VLProcessor):  # type: ignore[misc]
-        def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
-            return type(argument)
 
-    return WithoutVideo(
-        Qwen2VLImageProcessorPil.from_pretrained(checkpoint),
-        AutoTokenizer.from_pretrained(checkpoint),
-        None,
-        chat_template=(checkpoint / "chat_template.jinja").read_text(),
-    )
+def in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """As the published templates of LLaVA-OneVision must be given it: they pass over a content that is a string."""
+    content = message["content"]
+    return message | {"content": [{"type": "text", "text": content}] if isinstance(content, str) else content}
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_the_prompt_is_transformers_own(checkpoint: Path, processor: Any, name: str) -> None:
     messages = CONVERSATIONS[name]
-    intake = Intake(ModelConfig(path=str(checkpoint), name="tiny", family="qwen2_5_vl"), Limits())
-    _, order = intake.order(json.dumps(ask(messages=messages)).encode())
-    theirs = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
+    model = model_config(checkpoint)
+    _, order = Intake(model, Limits()).order(json.dumps(ask(messages=messages)).encode())
+    theirs = processor.apply_chat_template(
+        [in_parts(message) for message in messages] if model.family == "llava_onevision" else messages,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+    )
     assert order.prompt.tokens == list(theirs["input_ids"][0])
     if order.media:
-        assert [item.grid for item in order.prompt.items] == [list(map(int, grid)) for grid in theirs["image_grid_thw"]]
+        if "image_grid_thw" in theirs:
+            grids = [list(map(int, grid)) for grid in theirs["image_grid_thw"]]
+            assert [item.grid for item in order.prompt.items] == grids
         assert base64.b64encode(order.media[0].data).decode() in RED["image_url"]["url"]
+
+
+def test_a_text_may_not_bring_a_familys_own_marks(checkpoint: Path, processor: Any) -> None:
+    intake = Intake(model_config(checkpoint), Limits())
+    for mark in (processor.image_token, processor.video_token):
+        for content in (f"look: {mark}", [RED, {"type": "text", "text": f"look: {mark}"}]):
+            with pytest.raises(RequestError, match="own marks"):
+                intake.order(json.dumps(ask(content)).encode())
 
 
 def test_decoding_is_transformers_own(checkpoint: Path, processor: Any) -> None:

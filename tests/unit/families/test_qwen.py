@@ -1,4 +1,4 @@
-"""The torch-free half of Qwen2.5-VL, held against transformers' own image processor."""
+"""The torch-free halves of Qwen2.5-VL and Qwen3-VL, held against transformers' own image processor."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "new form": {"size": {"shortest_edge": 4 * 28 * 28, "longest_edge": 300 * 28 * 28}},
     "both forms": {"size": {"shortest_edge": 1, "longest_edge": 10**9}, "min_pixels": 50176, "max_pixels": 200704},
     "other patches": {"patch_size": 16, "merge_size": 2, "min_pixels": 65536, "max_pixels": 262144},
+    "qwen3_vl": {"patch_size": 16, "merge_size": 2, "size": {"shortest_edge": 65536, "longest_edge": 16777216}},
 }
 
 
 def checkpoint(directory: Path, processor: dict[str, Any], **generation: Any) -> Path:
-    config = {"model_type": "qwen2_5_vl", "image_token_id": IMAGE, "eos_token_id": 5}
+    family = "qwen3_vl" if processor is CONFIGS["qwen3_vl"] else "qwen2_5_vl"
+    config = {"model_type": family, "image_token_id": IMAGE, "eos_token_id": 5}
     (directory / "config.json").write_text(json.dumps(config))
     written = {"image_processor_type": "Qwen2VLImageProcessor", **processor}
     (directory / "preprocessor_config.json").write_text(json.dumps(written))
@@ -66,13 +68,15 @@ def test_patches_are_those_of_the_processor(name: str, tmp_path: Path) -> None:
     assert len(measured) >= 500
     for width, height in measured:
         picture = family.picture_tokens(width, height, 1)
+        assert all(family.picture_tokens(width, height, of) == picture for of in (2, 16))
         patches = processor.get_number_of_image_patches(height, width)
         assert picture.grid[1] * picture.grid[2] == patches, (width, height)
         assert picture.rows == patches // processor.merge_size**2
 
 
-def test_grids_are_those_of_real_pictures(tmp_path: Path) -> None:
-    family = open_family(checkpoint(tmp_path, CONFIGS["new form"]))
+@pytest.mark.parametrize("name", ["new form", "qwen3_vl"])
+def test_grids_are_those_of_real_pictures(name: str, tmp_path: Path) -> None:
+    family = open_family(checkpoint(tmp_path, CONFIGS[name]))
     processor = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
     for width, height in sizes(60, 500):
         values = processor(images=[Image.fromarray(np.zeros((height, width, 3), np.uint8))])
