@@ -112,7 +112,8 @@ class Guests:
     def _attach(self, sender: Sender, message: Attach) -> HostToGuest:
         if not same_token(message.token, self._owner.token):
             return Rejected(write=0, kind="token", text="the writer belongs to another cluster")
-        self._forget_idle(f"{message.rank}.{message.incarnation}")
+        if len(self._guests) >= MAX_GUESTS:
+            self._forget_idle()
         if len(self._guests) >= MAX_GUESTS:
             return Rejected(write=0, kind="full", text=f"{len(self._guests)} writers are attached already")
         guest = _Guest(f"{message.rank}.{message.incarnation}")
@@ -123,10 +124,10 @@ class Guests:
         self._guests[sender] = guest
         return Attached(session=self._session, pools=list(self._locations))
 
-    def _forget_idle(self, name: str) -> None:
-        """Former links of a writer that attaches anew."""
+    def _forget_idle(self) -> None:
+        """Links that nothing is written over; one that is still used attaches anew."""
         for sender, guest in list(self._guests.items()):
-            if guest.name == name and not guest.visits:
+            if not guest.visits:
                 self._dismiss(sender)
 
     def _dismiss(self, sender: Sender) -> _Guest:

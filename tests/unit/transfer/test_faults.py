@@ -1,0 +1,176 @@
+"""Real processes that die, come back, lie and are late: every write ends right or with a clear error, no slot leaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from epdctl.errors import DeadlineExceeded, PeerGone, PoolExhausted, StaleGeneration
+from epdctl.transfer.allocators import RangeAllocator
+from epdctl.transfer.base import Piece, Transport
+from epdctl.transfer.pool import Pool
+from epdctl.wire.transfer import RemoteLease
+from tests.support.ranks import run
+from tests.support.transfer_ends import POOL_BYTES, End, encoded, open_at, pattern, receiving, writing
+
+HALF = POOL_BYTES // 2
+
+
+@pytest.fixture(params=["zmq", "shm", "mooncake"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "mooncake":
+        pytest.importorskip("mooncake.engine", reason="Mooncake is an extra")
+    return str(request.param)
+
+
+class Here:
+    """The receiver, in this process."""
+
+    def __init__(self, backend: str, sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        if backend == "mooncake":
+            from epdctl.transfer import mooncake
+
+            quick = mooncake.PROTOCOLS["tcp"]
+            fields = {name: getattr(quick, name) for name in quick.__dataclass_fields__} | {"settle_seconds": 0.01}
+            monkeypatch.setitem(mooncake.PROTOCOLS, "tcp", mooncake.Way(**fields))
+        self.now = 0.0
+        self.transport: Transport = open_at(backend, f"ipc://{sockets}/here", "prefill/0")
+        memory = self.transport.allocate(POOL_BYTES, torch.device("cpu"))
+        self.pool = Pool("embeddings", memory, RangeAllocator(POOL_BYTES), clock=lambda: self.now)
+        self.address = self.transport.register(self.pool)
+        self.freed = asyncio.Event()
+        self.pool.freed = self.freed.set
+
+    def lease(self, nbytes: int = HALF) -> RemoteLease:
+        return self.pool.lease(nbytes, "request", seconds=10.0).remote(self.address)
+
+    def holds(self, lease: RemoteLease, seed: int) -> bool:
+        extent = lease.extents[0]
+        return torch.equal(self.pool.memory[extent.offset :][: extent.nbytes], pattern(extent.nbytes, seed))
+
+    def release(self, *leases: RemoteLease) -> None:
+        for lease in leases:
+            self.pool.release(lease.lease)
+
+
+@pytest.fixture
+def here(
+    backend: str, sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[Here, End], Awaitable[None]]], None]:
+    """Runs a test between a receiver here and a writer in a process of its own; afterwards every slot is free."""
+
+    def play(test: Callable[[Here, End], Awaitable[None]]) -> None:
+        async def work() -> None:
+            receiver = Here(backend, sockets, monkeypatch)
+            with writing(backend, sockets) as writer:
+                try:
+                    await test(receiver, writer)
+                    receiver.pool.check()
+                    assert receiver.pool.allocator.free == POOL_BYTES, "a slot leaks"
+                finally:
+                    await receiver.transport.close()
+
+        run(work())
+
+    return play
+
+
+Play = Callable[[Callable[[Here, End], Awaitable[None]]], None]
+
+
+def test_a_writer_killed_in_the_middle_of_a_write(here: Play, backend: str) -> None:
+    async def test(receiver: Here, writer: End) -> None:
+        lost, other = receiver.lease(), receiver.lease()
+        assert await writer.ask("stall", encoded(lost)) == "inside"
+        receiver.release(lost)
+        assert receiver.pool.quarantined_bytes == (0 if backend == "zmq" else HALF)
+        if backend != "zmq":
+            with pytest.raises(PoolExhausted):
+                receiver.lease()
+        writer.kill()
+        if backend != "zmq":
+            await receiver.freed.wait()
+        again = receiver.lease()
+        receiver.release(again, other)
+
+    here(test)
+
+
+def test_what_the_receiver_refuses_is_told_in_words_and_the_next_write_lands(here: Play) -> None:
+    async def test(receiver: Here, writer: End) -> None:
+        good = receiver.lease()
+        assert await writer.ask("write", encoded(good), HALF, 1) == "done"
+        assert receiver.holds(good, 1)
+
+        reused = receiver.lease()
+        receiver.release(reused)
+        anew = receiver.lease()
+        assert anew.extents == reused.extents
+        assert "StaleGeneration" in await writer.ask("write", encoded(reused), HALF, 2)
+        with pytest.raises(PoolExhausted):
+            receiver.lease()
+        assert "another cluster" in await writer.ask("write", encoded(anew), HALF, 2, "guess")
+        assert "have the checksum" in await writer.ask("write", encoded(anew), HALF, 2, "secret", "broken")
+        assert await writer.ask("write", encoded(anew), HALF, 3) == "done"
+        assert receiver.holds(anew, 3)
+        assert receiver.holds(good, 1)
+        receiver.now = 10.0
+        assert "LeaseExpired" in await writer.ask("write", encoded(anew), HALF, 4)
+        receiver.release(good, anew)
+
+    here(test)
+
+
+def test_a_receiver_killed_and_started_again_at_the_same_address(backend: str, sockets: Path) -> None:
+    async def test() -> None:
+        writer = open_at(backend, f"ipc://{sockets}/writer", "encoder/0")
+        endpoint = f"ipc://{sockets}/there"
+        try:
+            with receiving(backend, endpoint) as first:
+                old = decoded(await first.ask("lease", 1000))
+                await writer.write(old, [Piece(pattern(1000, 1), 0)], seconds=60)
+                first.kill()
+                with receiving(backend, endpoint) as second:
+                    new = decoded(await second.ask("lease", 1000))
+                    with pytest.raises((PeerGone, StaleGeneration, DeadlineExceeded)):
+                        await writer.write(old, [Piece(pattern(1000, 2), 0)], seconds=60)
+                    assert await second.ask("sum") == 0, "what was meant for the first never reaches the second"
+                    await writer.write(new, [Piece(pattern(1000, 3), 0)], seconds=60)
+                    assert await second.ask("sum") == int(pattern(1000, 3).sum())
+        finally:
+            await writer.close()
+
+    run(test())
+
+
+def decoded(lease: bytes) -> RemoteLease:
+    import msgspec
+
+    return msgspec.json.decode(lease, type=RemoteLease, dec_hook=lambda kind, value: kind(value))
+
+
+def test_two_processes_never_write_into_one_slot(backend: str, sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "zmq":
+        pytest.skip("its bytes are landed by one process, in order")
+
+    async def test() -> None:
+        receiver = Here(backend, sockets, monkeypatch)
+        lease = receiver.lease()
+        with writing(backend, sockets) as lost, writing(backend, sockets, "encoder/1") as other:
+            assert await lost.ask("stall", encoded(lease)) == "inside"
+            assert "SlotBusy" in await other.ask("write", encoded(lease), HALF, 1)
+            lost.kill()
+            answer = await other.ask("write", encoded(lease), HALF, 1)
+            while "SlotBusy" in answer:
+                answer = await other.ask("write", encoded(lease), HALF, 1)
+            assert answer == "done"
+            assert receiver.holds(lease, 1)
+        receiver.release(lease)
+        assert receiver.pool.allocator.free == POOL_BYTES
+        await receiver.transport.close()
+
+    run(test())
