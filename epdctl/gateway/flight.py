@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from epdctl.wire.serve import (
     Finished,
     FinishReason,
     Granted,
+    RankRef,
     Token,
     Usage,
 )
@@ -51,6 +52,14 @@ STATUS: dict[FailureKind, tuple[int, int | None]] = {
 def failure(kind: FailureKind, text: str) -> RequestError:
     status, retry_after = STATUS[kind]
     return RequestError(status, text, code=kind.value.replace("-", "_"), retry_after=retry_after)
+
+
+# A rank that dies takes many requests with it, and at most one of them is to blame: once is bad luck.
+MOST_DEATHS = 2
+
+
+def _ref(peer: Peer) -> RankRef:
+    return RankRef(rank=peer.rank, incarnation=peer.incarnation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +136,8 @@ class Flight:
         self.resumes = 0  # attempts that went on from tokens which were there already
         self.ending: Ending | None = None
         self._director = director
+        self._suspects: set[RankRef] = set()  # ranks that were lost with this request; they may have died of it
+        self._deaths: list[RankRef] = []  # those that did die
         self._received: list[int] = []
         self._attempts = 0
         self._attempt: Attempt | None = None
@@ -179,7 +190,24 @@ class Flight:
         else:
             self.fail(failure(FailureKind.DEADLINE, f"no answer within the request's time; it was {self.state}"))
 
+    def strand(self, why: str) -> None:
+        """There is no route, and it has waited long enough for one."""
+        self.fail(failure(FailureKind.NO_RANK, "; ".join(filter(None, (why, self.losses.text)))))
+
     # -- for whoever directs --
+
+    def judge(self) -> None:
+        """More is known about ranks that are gone: a request that they keep dying with is not tried for ever."""
+        died = {each for each in self._suspects if self._director.ranks.died(each)}
+        self._suspects -= died
+        self._deaths += sorted(died, key=lambda each: (each.rank, each.incarnation))
+        if len(self._deaths) < MOST_DEATHS or self.state in ENDED:
+            return
+        names = ", ".join(f"{each.rank} (incarnation {each.incarnation})" for each in self._deaths)
+        text = f"{len(self._deaths)} ranks died while they worked on this request: {names}"
+        log.error("%s is given up: %s", self.request, text)
+        self._director.meters.given_up.inc()
+        self.fail(RequestError(502, f"{text}; it may be tried again, but it may be what kills them", code="rank_lost"))
 
     def place(self, route: Route) -> None:
         """Begin an attempt over ``route``."""
@@ -198,7 +226,7 @@ class Flight:
     def withdrawn(self, peer: Peer) -> None:
         """``peer`` is gone. What it had done already stays done."""
         if self._attempt is not None and peer in self._attempt.seats:
-            self._lose(f"{peer.rank} was lost", peer.stage.value)
+            self._lose(f"{peer.rank} was lost", peer.stage.value, {_ref(peer)})
 
     def receive(self, peer: Peer, message: Reply) -> bool:
         """False when the message came too late to matter."""
@@ -279,10 +307,17 @@ class Flight:
     def _on_failed(self, attempt: Attempt, peer: Peer, message: Failed | EncodeFailed) -> None:
         if message.kind is FailureKind.RANK_LOST:
             gone = next((seat for seat in attempt.route.peers if not self._director.ranks.routable(seat)), None)
-            self._lose(f"{peer.rank}: {message.text}", gone.stage.value if gone else "reported")
+            text, stage = f"{peer.rank}: {message.text}", gone.stage.value if gone else "reported"
+            self._lose(text, stage, self._suspected(peer, message))
             return
         log.info("%s failed on %s: %s: %s", self.request, peer.rank, message.kind, message.text)
         self.fail(failure(message.kind, message.text))
+
+    def _suspected(self, teller: Peer, message: Failed | EncodeFailed) -> set[RankRef]:
+        """Whoever tells of a loss is not the one who was lost."""
+        seats = set() if self._attempt is None else {_ref(seat) for seat in self._attempt.seats}
+        encoders = set(message.lost) if isinstance(message, EncodeFailed) else set()
+        return (seats - {_ref(teller)}) | encoders
 
     # -- ends of attempts --
 
@@ -292,7 +327,7 @@ class Flight:
         except PeerGone as error:
             self._lose(error.message, "unreachable")
 
-    def _lose(self, text: str, stage: str) -> None:
+    def _lose(self, text: str, stage: str, suspects: Collection[RankRef] = ()) -> None:
         """Back to RECEIVED with what is known, or to the end when nothing is missing but the last word."""
         attempt = self._attempt
         assert attempt is not None
@@ -305,7 +340,10 @@ class Flight:
             return
         self._drop_attempt(abort=True)
         self._step(Step.LOST)
-        self._director.wait(self)
+        self._suspects.update(suspects)
+        self.judge()
+        if self.state not in ENDED:
+            self._director.wait(self)
 
     def _end(self, step: Step, *, abort: bool = True) -> None:
         if self.state in ENDED:

@@ -12,7 +12,7 @@ from epdctl.gateway.intake import Order
 from epdctl.gateway.ranks import Ranks, Reply
 from epdctl.ids import RequestId, Stage
 from epdctl.telemetry.metrics import GatewayMeters
-from epdctl.wire.lifecycle import Peer
+from epdctl.wire.lifecycle import Absent, Peer
 
 __all__ = ["Pipeline", "new_request_id", "pause_before"]
 
@@ -40,12 +40,15 @@ def _stopping() -> RequestError:
 class Pipeline:
     """Implements flight.Director. Lives on one event loop; its clock is the loop's."""
 
-    def __init__(self, meters: GatewayMeters, planned: Sequence[Stage] = ()) -> None:
+    def __init__(self, meters: GatewayMeters, planned: Sequence[Stage] = (), *, wait_seconds: float = 30.0) -> None:
+        """``wait_seconds``: how long a request without a route waits for one."""
         self._loop = asyncio.get_running_loop()
         self._meters = meters
         self._ranks = Ranks(self._receive, self._withdrawn, planned)
         self._flights: dict[RequestId, Flight] = {}
         self._waiting: dict[RequestId, Flight] = {}  # in the order they came to wait
+        self._wait_seconds = wait_seconds
+        self._patience: dict[RequestId, asyncio.TimerHandle] = {}  # of those that wait
         self._alarms: dict[RequestId, asyncio.TimerHandle] = {}
         self._turn: asyncio.Handle | None = None
         self._closed = False
@@ -76,6 +79,12 @@ class Pipeline:
         self._ranks.peers_changed(peers)
         self._place_soon()
 
+    def absent_changed(self, absent: Sequence[Absent]) -> None:
+        self._ranks.absent_changed(absent)
+        for flight in list(self._flights.values()):
+            flight.judge()
+        self._place_soon()
+
     def wait(self, flight: Flight) -> None:
         pause = pause_before(flight.losses.count)
         if pause:
@@ -85,7 +94,7 @@ class Pipeline:
 
     def landed(self, flight: Flight) -> None:
         del self._flights[flight.request]
-        self._waiting.pop(flight.request, None)
+        self._leave_queue(flight)
         self._alarms.pop(flight.request).cancel()
         self.completed += 1
 
@@ -103,12 +112,22 @@ class Pipeline:
         assert not self._flights, f"requests nobody waits for: {sorted(self._flights)}"
         assert not self._waiting
         assert not self._alarms
+        assert not self._patience
         self._ranks.check()
 
     def _queue(self, flight: Flight) -> None:
         if flight.request in self._flights:  # it may have ended during its pause
             self._waiting[flight.request] = flight
+            self._patience[flight.request] = self._loop.call_later(self._wait_seconds, self._out_of_patience, flight)
             self._place_soon()
+
+    def _leave_queue(self, flight: Flight) -> None:
+        if self._waiting.pop(flight.request, None) is not None:
+            self._patience.pop(flight.request).cancel()
+
+    def _out_of_patience(self, flight: Flight) -> None:
+        missing = ", ".join(self._ranks.missing(pictures=flight.has_pictures))
+        flight.strand(f"{missing or 'no rank took it'}; it waited {self._wait_seconds:g} s (limits.wait_seconds)")
 
     def _place_soon(self) -> None:
         """Not at once: while a new table is being taken over, some links still show the old one."""
@@ -120,8 +139,10 @@ class Pipeline:
         for flight in list(self._waiting.values()):
             route = self._ranks.route(pictures=flight.has_pictures, avoid=flight.losses.avoid)
             if route is not None:
-                del self._waiting[flight.request]
+                self._leave_queue(flight)
                 flight.place(route)
+            elif hopeless := self._ranks.hopeless(pictures=flight.has_pictures):
+                flight.strand("; ".join(hopeless))
 
     def _receive(self, peer: Peer, message: Reply) -> None:
         flight = self._flights.get(RequestId(message.request))

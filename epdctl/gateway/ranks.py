@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -12,13 +12,14 @@ from epdctl.gateway.balance import Load, choose
 from epdctl.ids import RankName, Stage
 from epdctl.rank.peers import Links, PeerTable
 from epdctl.wire.encode import CLIENT_TO_ROUTER, ROUTER_TO_CLIENT, CancelEncode, ClientToRouter, RouterToClient
-from epdctl.wire.lifecycle import Endpoints, Peer
+from epdctl.wire.lifecycle import Absent, Endpoints, Peer
 from epdctl.wire.serve import (
     RANK_TO_GATEWAY,
     TO_DECODE,
     TO_LANGUAGE,
     TO_PREFILL,
     Abort,
+    RankRef,
     RankToGateway,
     ToDecode,
     ToLanguage,
@@ -26,6 +27,8 @@ from epdctl.wire.serve import (
 )
 
 __all__ = ["Ranks", "Reply", "Route"]
+
+DEATHS_KNOWN = 1024  # the latest; no request lives long enough to ask for older ones
 
 Reply = RankToGateway | RouterToClient
 
@@ -80,6 +83,8 @@ class Ranks:
             ROUTER_TO_CLIENT, CLIENT_TO_ROUTER, from_router, stages=frozenset({Stage.ENCODER_ROUTER}), lost=lost
         )
         self._encoders = PeerTable(frozenset({Stage.ENCODER}))
+        self._absent: Sequence[Absent] = ()
+        self._deaths: deque[RankRef] = deque(maxlen=DEATHS_KNOWN)
         self._planned = frozenset(planned)
         self._pending: Counter[Peer] = Counter()
         self._last: dict[Stage, RankName] = {}
@@ -89,6 +94,15 @@ class Ranks:
         for links in (self.prefill, self.decode, self.language):
             links.peers_changed(peers)
         self.router.peers_changed([*peers, *(_own_router(peer) for peer in peers if peer.stage is Stage.MONO)])
+
+    def absent_changed(self, absent: Sequence[Absent]) -> None:
+        self._absent = tuple(absent)
+        ended = [RankRef(rank=each.rank, incarnation=each.incarnation) for each in absent if each.died]
+        self._deaths.extend(each for each in ended if each not in self._deaths)
+
+    def died(self, who: RankRef) -> bool:
+        """This incarnation came to its end by a fault, and not because somebody wanted it to."""
+        return who in self._deaths
 
     def close(self) -> None:
         for links in (self.prefill, self.decode, self.language, self.router):
@@ -112,9 +126,34 @@ class Ranks:
         if pictures and Stage.MONO not in self._planned:
             if not self._routers:
                 missing.append("no encoder-router is ready")
-            if not len(self._encoders):
+            if not self._encoders.accepting:
                 missing.append("no encoder rank is ready")
         return missing
+
+    def hopeless(self, *, pictures: bool) -> list[str]:
+        """Why no path will exist as long as nobody does something about it; empty while there is hope."""
+        ways = [self._dead_ends(way) for way in self._ways(pictures)]
+        return [end for ends in ways for end in ends] if all(ways) else []
+
+    def _ways(self, pictures: bool) -> list[tuple[Stage, ...]]:
+        """The stages that make an answer together, each way that the plan has."""
+        encoding = (Stage.ENCODER_ROUTER, Stage.ENCODER) if pictures else ()
+        whole = {Stage.MONO: (Stage.MONO,), Stage.LANGUAGE: (Stage.LANGUAGE, *encoding)}
+        ways = [way for stage, way in whole.items() if stage in self._planned]
+        return ways or [(Stage.PREFILL, Stage.DECODE, *encoding)]
+
+    def _dead_ends(self, way: Sequence[Stage]) -> list[str]:
+        """Stages all of whose ranks are gone for good, and why."""
+        found = []
+        for stage in way:
+            absent = [each for each in self._absent if each.stage is stage]
+            if absent and all(each.hopeless for each in absent) and not self._present(stage):
+                found.append("; ".join(f"{each.rank} is {each.hopeless}" for each in absent))
+        return found
+
+    def _present(self, stage: Stage) -> bool:
+        tables = (self.prefill.table, self.decode.table, self.language.table, self.router.table, self._encoders)
+        return any(peer.rank.stage is stage for table in tables for peer in table)
 
     def route(self, *, pictures: bool, avoid: Collection[RankName] = ()) -> Route | None:
         """The least loaded ranks, or None while a stage has none. ``avoid``: taken only when there is no other."""
@@ -127,18 +166,18 @@ class Ranks:
         router = self._choose(self._routers, Stage.ENCODER_ROUTER, avoid) if pictures else None
         if leaving.stage is Stage.LANGUAGE:
             return Route(leaving, leaving, router)
-        return Route(self._choose(list(self.prefill.table), Stage.PREFILL, avoid), leaving, router)
+        return Route(self._choose(self.prefill.table.accepting, Stage.PREFILL, avoid), leaving, router)
 
     def _exits(self, *, pictures: bool) -> list[Peer]:
         """Every rank that could stream the answer, as things stand. A mono rank needs nobody else."""
-        halves = self.decode.table if len(self.prefill.table) else ()
-        encoded = not pictures or (self._routers and len(self._encoders))
-        return [peer for peer in (*halves, *self.language.table) if encoded or peer.stage is Stage.MONO]
+        halves = self.decode.table.accepting if self.prefill.table.accepting else ()
+        encoded = not pictures or (self._routers and self._encoders.accepting)
+        return [peer for peer in (*halves, *self.language.table.accepting) if encoded or peer.stage is Stage.MONO]
 
     @property
     def _routers(self) -> list[Peer]:
         """Those that serve any rank."""
-        return [peer for peer in self.router.table if peer.rank.stage is Stage.ENCODER_ROUTER]
+        return [peer for peer in self.router.table.accepting if peer.rank.stage is Stage.ENCODER_ROUTER]
 
     @property
     def _model_stages(self) -> tuple[Stage, ...]:
@@ -148,7 +187,7 @@ class Ranks:
 
     def _ready(self, stage: Stage) -> bool:
         tables = (self.prefill.table, self.decode.table, self.language.table)
-        return any(table.of(stage) for table in tables)
+        return any(peer.stage is stage for table in tables for peer in table.accepting)
 
     def _choose(self, peers: Sequence[Peer], circle: Stage, avoid: Collection[RankName]) -> Peer:
         """The least loaded; ``circle``: whose last choice the next tie goes on from."""

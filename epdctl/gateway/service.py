@@ -18,7 +18,7 @@ from epdctl.gateway.pipeline import Pipeline
 from epdctl.rank.service import Progress, Pulse
 from epdctl.telemetry.metrics import GatewayMeters
 from epdctl.wire.config import GatewayConfig, RankSpec
-from epdctl.wire.lifecycle import Endpoints, Peer
+from epdctl.wire.lifecycle import Absent, Endpoints, Peer
 
 __all__ = ["GatewayService"]
 
@@ -75,7 +75,7 @@ class GatewayService:
         self._meters = GatewayMeters(
             inflight=lambda: self._door.open_tickets, media_bytes=lambda: self._door.held_bytes
         )
-        self._pipeline = Pipeline(self._meters, config.gateway.stages)
+        self._pipeline = Pipeline(self._meters, config.gateway.stages, wait_seconds=config.limits.wait_seconds)
         self._pool = ThreadPoolExecutor(max(1, min(MOST_THREADS, config.threads)), thread_name_prefix="intake")
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -115,6 +115,9 @@ class GatewayService:
         await self._server.settled.wait()
         if self._serving.done():
             await self._serving
+
+    def absent_changed(self, absent: Sequence[Absent]) -> None:
+        self._pipeline.absent_changed(absent)
 
     def peers_changed(self, peers: Sequence[Peer]) -> None:
         self._pipeline.peers_changed(peers)

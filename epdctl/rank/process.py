@@ -18,7 +18,7 @@ from typing import Any, assert_never
 
 from epdctl.errors import BadMessage, IncompatiblePeer, UserError, WireError
 from epdctl.rank.fatal import Departure, fatal, status_of
-from epdctl.rank.service import Factual, Service
+from epdctl.rank.service import Factual, HearsAbsent, Service
 from epdctl.rank.tasks import Tasks
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import (
@@ -145,7 +145,7 @@ class RankProcess:
         endpoints = await self._service.start(self._report)
         self._ready = True
         if self._peers is not None:
-            self._service.peers_changed(self._peers.peers)
+            _tell(self._service, self._peers)
         self._post(_ready(self._service, endpoints))
 
     def _find_service(self, name: str) -> ServiceFactory:
@@ -232,7 +232,7 @@ class RankProcess:
             return
         self._peers = peers
         if self._service is not None and self._ready:
-            self._service.peers_changed(peers.peers)
+            _tell(self._service, peers)
 
     async def _drain(self, budget: float) -> None:
         try:
@@ -262,6 +262,12 @@ def _ready(service: Service, endpoints: Endpoints) -> Ready:
     if isinstance(service, Factual):
         return Ready(endpoints=endpoints, facts=service.facts(), transfer=service.transfer_note)
     return Ready(endpoints=endpoints)
+
+
+def _tell(service: Service, peers: PeersChanged) -> None:
+    if isinstance(service, HearsAbsent):
+        service.absent_changed(peers.absent)
+    service.peers_changed(peers.peers)
 
 
 class Loads:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from epdctl.wire.lifecycle import Endpoints, Facts, Peer
+from epdctl.wire.lifecycle import Absent, Endpoints, Facts, Peer
 
-__all__ = ["Factual", "Progress", "Pulse", "Service"]
+__all__ = ["Factual", "HearsAbsent", "Progress", "Pulse", "Service"]
 
 Progress = Callable[[str, int, int], None]  # phase, done, total; callable from any thread
 
@@ -25,6 +25,15 @@ class Pulse:
     standstill: float = 0.0  # seconds that the piece of work under way has run without an end
 
 
+@runtime_checkable
+class HearsAbsent(Protocol):
+    """A service that asks why a rank is not there."""
+
+    def absent_changed(self, absent: Sequence[Absent]) -> None:
+        """Every planned rank that is not in the table; runs before ``peers_changed`` with that table."""
+        ...
+
+
 class Service(Protocol):
     """Built as ``Service(spec)`` inside a running event loop; every method is called on that loop."""
 
@@ -36,7 +45,8 @@ class Service(Protocol):
         ...
 
     def peers_changed(self, peers: Sequence[Peer]) -> None:
-        """The whole table of routable ranks. Links to ranks or incarnations no longer in it are closed at once."""
+        """The whole table of ranks. Links to ranks or incarnations no longer in it are closed at once; one that is not
+        accepting finishes what it has."""
         ...
 
     def pulse(self) -> Pulse: ...

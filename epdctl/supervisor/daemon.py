@@ -26,7 +26,7 @@ from epdctl.supervisor.effects import Effects
 from epdctl.supervisor.eventlog import EventLog
 from epdctl.supervisor.gang import Changed, Faulted, Gang, may_start
 from epdctl.supervisor.member import Life, Member, RankStream
-from epdctl.supervisor.order import States, dependencies_met, next_to_stop
+from epdctl.supervisor.order import STOPS_FIRST, States, dependencies_met, next_to_stop
 from epdctl.supervisor.peers import PeerTable
 from epdctl.supervisor.report import status_reply
 from epdctl.supervisor.rundir import RunDir
@@ -101,6 +101,7 @@ class Daemon:
         self._queue: deque[tuple[Member, Event]] = deque()
         self._turning = False
         self._stop = _Stop(plan.deadlines)
+        self._restarting: list[Member] = []  # asked for, and to begin when those that stop first have drained
 
     # --- what may be asked of it ---
 
@@ -131,7 +132,9 @@ class Daemon:
         gangs_meant = {self.members[rank].gang for rank in ranks} - {None}
         meant = [member for member in self.members.values() if member.name in ranks or member.gang in gangs_meant]
         self.events.record("command", f"restart {' '.join(member.name for member in meant)}")
-        self._post_all(meant, RestartRequested())
+        first = next_to_stop([member.name for member in meant], self._states())
+        self._restarting += [member for member in meant if member.name not in first]
+        self._post_all([member for member in meant if member.name in first], RestartRequested())
         return [member.name for member in meant]
 
     def stop(self, drain_s: float | None = None, force: bool = False) -> None:
@@ -283,11 +286,19 @@ class Daemon:
         states = self._states()
         ready = [member for member in self.members.values() if self._may_start(member, states)]
         self._queue.extend((member, DependenciesReady()) for member in ready)
+        if self._restarting and not self._draining_first():
+            self._queue.extend((member, RestartRequested()) for member in self._restarting)
+            self._restarting.clear()
         if self.stopping:
             ranks = [rank for rank in next_to_stop(self.ranks, states) if rank not in self._stop.told]
             self._stop.told.update(ranks)
             self._queue.extend((self.members[rank], StopRequested()) for rank in ranks)
         return bool(self._queue)
+
+    def _draining_first(self) -> bool:
+        """Requests that others are needed for are still being finished."""
+        members = self.members.values()
+        return any(member.rank.state is RankState.DRAINING and member.name.stage in STOPS_FIRST for member in members)
 
     def _may_start(self, member: Member, states: States) -> bool:
         if self.stopping or member.rank.state is not RankState.WAITING:

@@ -28,6 +28,7 @@ class GatewayMeters:
         self.pictures = self._counter("epdctl_pictures", "Pictures of accepted requests")
         self.attempts = self._counter("epdctl_attempts", "Times a request was given to ranks")
         self.lost = self._counter("epdctl_attempts_lost", "Attempts that ended with the loss of a rank", "stage")
+        self.given_up = self._counter("epdctl_requests_given_up", "Requests that ranks died with, again and again")
         self.resumed = self._counter("epdctl_resumes", "Attempts that went on from tokens already received")
         self.late = self._counter("epdctl_late_messages", "Messages dropped because their attempt was over")
         self.first_token = self._histogram(

@@ -162,6 +162,9 @@ class LimitsSection(_Section):
         default=_LIMITS.media_bytes, description="Pictures the gateway keeps until their requests end, like 512MiB."
     )
     request_seconds: Seconds = Field(default=_LIMITS.request_seconds, description="A request's deadline, like 5m.")
+    wait_seconds: Seconds = Field(
+        default=_LIMITS.wait_seconds, description="How long a request waits while no rank can take it; then 503."
+    )
 
 
 class TransferSection(_Section):

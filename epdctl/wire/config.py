@@ -43,6 +43,7 @@ class Limits(Part, frozen=True):
     max_context: int = 32_768  # prompt + answer, tokens
     media_bytes: int = 512 << 20  # pictures the gateway keeps until their requests end
     request_seconds: float = 300.0  # a request's deadline
+    wait_seconds: float = 30.0  # while no rank can take it
 
 
 class EngineConfig(Part, frozen=True):

@@ -17,19 +17,21 @@ from epdctl.launch.base import Command, Exit
 from epdctl.supervisor.daemon import Daemon
 from epdctl.supervisor.member import RankStream
 from epdctl.supervisor.rundir import claim
-from epdctl.supervisor.states import Timer
+from epdctl.supervisor.states import Timer, TimerFired
 from epdctl.topology.plan import Plan
 from epdctl.wire.config import RankSpec
 from epdctl.wire.control import RankState, StartCaptures
 from epdctl.wire.lifecycle import (
     SPEC,
     CaptureWritten,
+    Drained,
     Endpoints,
     Facts,
     Fatal,
     FatalKind,
     Heartbeat,
     Hello,
+    PeersChanged,
     Ready,
     SupervisorToRank,
     Unfit,
@@ -247,3 +249,79 @@ def test_a_rank_that_records_may_be_silent_for_as_long_as_writing_takes(place: d
         assert silence() < usual + 60
 
     play(place, act)
+
+
+def told(scene: Scene, rank: str = DECODE) -> PeersChanged:
+    """The last table that a rank was sent."""
+    ear = cast("Ear", scene.daemon.members[RankName(rank)].stream)
+    return [message for message in ear.heard if isinstance(message, PeersChanged)][-1]
+
+
+def test_a_rank_that_comes_back_comes_back_as_another_peer(place: dict[str, str]) -> None:
+    """Whoever had given it up, and it itself, can tell that it had been away."""
+
+    async def act(scene: Scene) -> None:
+        hello = scene.connect(scene.launcher.launched[0])
+        scene.daemon.hear(hello, Ready(endpoints=Endpoints(inbox="i")))
+        (before,) = told(scene).peers
+        scene.daemon.hear(hello, Heartbeat(unhealthy="for a moment"))
+        assert told(scene).peers == []
+        assert [(each.died, each.hopeless) for each in told(scene).absent] == [(False, None)]
+        scene.daemon.hear(hello, Heartbeat())
+        (after,) = told(scene).peers
+        assert (after.incarnation, after.endpoints) == (before.incarnation, before.endpoints)
+        assert after != before
+
+    play(place, act)
+
+
+def test_a_draining_rank_stays_in_the_table_and_takes_nothing_new(place: dict[str, str]) -> None:
+    async def act(scene: Scene) -> None:
+        hello = scene.connect(scene.launcher.launched[0])
+        scene.daemon.hear(hello, Ready(endpoints=Endpoints(inbox="i")))
+        (before,) = told(scene).peers
+        scene.daemon.restart([DECODE])
+        (leaving,) = told(scene).peers
+        assert leaving == before
+        assert (before.accepting, leaving.accepting) == (True, False)
+        scene.daemon.hear(hello, Drained())
+        assert told(scene).peers == []
+        assert [each.died for each in told(scene).absent] == [False], "it left in order"
+
+    play(place, act)
+
+
+def test_a_death_is_told_and_so_is_that_nobody_will_start_it_again(place: dict[str, str]) -> None:
+    async def act(scene: Scene) -> None:
+        decode, gateway = scene.launcher.launched
+        scene.connect(gateway)
+        hello = scene.connect(decode)
+        scene.daemon.hear(hello, Ready(endpoints=Endpoints()))
+        decode.ended(Exit(-9))
+        scene.daemon.hung_up(hello)
+        (gone,) = [each for each in told(scene, "gateway/0").absent if each.rank == DECODE]
+        assert (gone.incarnation, gone.died, gone.hopeless) == (1, True, None)
+        scene.daemon.post(DECODE, TimerFired(Timer.BACKOFF, Incarnation(1)))
+        again = scene.launcher.launched[-1]
+        hello = scene.connect(again)
+        scene.daemon.hear(hello, Fatal(kind=FatalKind.CHECKPOINT, text="no such file", restartable=False))
+        again.ended(Exit(1))
+        scene.daemon.hung_up(hello)
+        (gone,) = [each for each in told(scene, "gateway/0").absent if each.rank == DECODE]
+        assert gone.hopeless is not None
+        assert "no such file" in gone.hopeless
+
+    play(place, act, DECODE, "gateway/0")
+
+
+def test_a_restart_of_everything_lets_the_gateway_finish_first(place: dict[str, str]) -> None:
+    async def act(scene: Scene) -> None:
+        hellos = [scene.connect(process) for process in scene.launcher.launched]
+        for hello in hellos:
+            scene.daemon.hear(hello, Ready(endpoints=Endpoints()))
+        assert set(scene.daemon.restart(list(scene.daemon.members))) == set(scene.daemon.members)
+        assert (scene.state("gateway/0"), scene.state()) == (RankState.DRAINING, RankState.READY)
+        scene.daemon.hear(next(hello for hello in hellos if hello.rank == "gateway/0"), Drained())
+        assert (scene.state("gateway/0"), scene.state()) == (RankState.STOPPING, RankState.DRAINING)
+
+    play(place, act, DECODE, "gateway/0")

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from epdctl.errors import PeerGone
 from epdctl.ids import Incarnation, RankName, RequestId, Room, Stage
 from epdctl.wire.encode import (
@@ -40,6 +42,7 @@ from epdctl.wire.serve import (
     Granted,
     Prefill,
     PromptItem,
+    RankRef,
     RankToGateway,
     Sampling,
     Token,
@@ -64,6 +67,8 @@ class Script:
     end_after: int | None = None  # the model ends its answer by itself, with so many tokens in all
     double: bool = False  # say every token twice
     skip: int | None = None  # this token of an attempt gets lost
+    leaving: bool = False  # it finishes what it has; told to others at the next ``publish``
+    lost: list[RankRef] = field(default_factory=list)  # of a router that fails: the encoders it lost an item with
 
 
 def next_token(tokens: Sequence[int], pictures: Sequence[str], vocabulary: Sequence[int]) -> int:
@@ -168,6 +173,7 @@ class FakeRouter(FakeRank):
                     index=message.item.index,
                     kind=self.script.fail,
                     text="as the script says",
+                    lost=self.script.lost,
                 ),
             )
             return
@@ -373,7 +379,8 @@ class FakeCluster:
         self.publish()
 
     def publish(self) -> None:
-        self._tell([rank.peer for rank in self.ranks.values()])
+        ranks = self.ranks.values()
+        self._tell([msgspec.structs.replace(rank.peer, accepting=not rank.script.leaving) for rank in ranks])
 
     def close(self) -> None:
         for rank in self.ranks.values():

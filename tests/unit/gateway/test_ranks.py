@@ -9,7 +9,7 @@ import pytest
 
 from epdctl.gateway.ranks import Ranks
 from epdctl.ids import Incarnation, RankName, Stage
-from epdctl.wire.lifecycle import Endpoints, Peer
+from epdctl.wire.lifecycle import Absent, Endpoints, Peer
 
 SPLIT = ("encoder/0", "encoder-router/0", "prefill/0", "decode/0")
 
@@ -112,5 +112,32 @@ def test_what_is_missing_is_named_by_the_plan(
 def test_a_cluster_without_a_tower_is_known(planned: Collection[Stage], sees: bool) -> None:
     def look(ranks: Ranks) -> None:
         assert ranks.sees is sees
+
+    with_ranks((), look, planned)
+
+
+@pytest.mark.parametrize(
+    ("planned", "gone", "pictures", "ends"),
+    [
+        ((Stage.PREFILL, Stage.DECODE), ("decode/0",), False, 1),
+        ((Stage.PREFILL, Stage.DECODE), ("decode/0", "prefill/0"), False, 2),
+        ((Stage.PREFILL, Stage.DECODE, Stage.ENCODER), ("encoder/0",), False, 0),
+        ((Stage.PREFILL, Stage.DECODE, Stage.ENCODER), ("encoder/0",), True, 1),
+        ((Stage.LANGUAGE, Stage.ENCODER), ("prefill/0", "encoder-router/0"), False, 0),
+        ((Stage.LANGUAGE, Stage.ENCODER), ("language/0",), False, 1),
+        ((Stage.MONO,), ("encoder/0",), True, 0),
+        ((Stage.MONO,), ("mono/0",), True, 1),
+        ((Stage.MONO, Stage.LANGUAGE), ("mono/0",), True, 0),
+    ],
+)
+def test_only_stages_that_a_request_needs_are_its_dead_ends(
+    planned: Collection[Stage], gone: Collection[str], pictures: bool, ends: int
+) -> None:
+    def look(ranks: Ranks) -> None:
+        names = [RankName(name) for name in gone]
+        ranks.absent_changed(
+            [Absent(rank=name, stage=name.stage, incarnation=Incarnation(1), hopeless="failed: x") for name in names]
+        )
+        assert len(ranks.hopeless(pictures=pictures)) == ends
 
     with_ranks((), look, planned)
