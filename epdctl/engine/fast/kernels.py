@@ -5,8 +5,6 @@ Sizes that differ from batch to batch are never compile-time constants, so each 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +13,9 @@ from epdctl.engine.fast.ops import MAX_WINDOW, Angles, Places, Runs, Values
 from epdctl.engine.fast.parts import Norm
 
 __all__ = ["KernelOps"]
+
+_LEAST = 16  # of any side of a product
+_LOG2_E = 1.4426950408889634  # the kernels' exponentials are of two
 
 
 class KernelOps:
@@ -55,20 +56,21 @@ class KernelOps:
         patches, _, heads, width = qkv.shape
         out = qkv.new_empty(patches, heads * width)
         _windows[(heads, runs.count)](
-            qkv, angles.cos, angles.sin, runs.borders, out, scale * 1.4426950408889634, HEADS=heads, HALF=width // 2,
-            ROWS=MAX_WINDOW, BLOCK=triton.next_power_of_2(width // 2), BLOCK_WIDTH=triton.next_power_of_2(width),
+            qkv, angles.cos, angles.sin, runs.borders, out, scale * _LOG2_E, HEADS=heads, HALF=width // 2,
+            ROWS=MAX_WINDOW, BLOCK=max(_LEAST, triton.next_power_of_2(width // 2)), BLOCK_WIDTH=max(_LEAST, triton.next_power_of_2(width)),
             num_warps=4,
         )  # fmt: skip
         return out
 
     def attend(self, qkv: torch.Tensor, runs: Runs, scale: float) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        query, key, value = qkv.unbind(1)
-        attention: Any = varlen_attn  # its signature grew between releases
-        found = attention(query, key, value, runs.borders, runs.borders, runs.longest, runs.longest, scale=scale)
-        assert isinstance(found, torch.Tensor)
-        return found.flatten(1)
+        patches, _, heads, width = qkv.shape
+        out = qkv.new_empty(patches, heads * width)
+        near = max(_LEAST, triton.next_power_of_2(width) // 2)  # 80 is 64 + 16: nothing is spent on a padding to 128
+        _attend[(triton.cdiv(runs.longest, 128), heads, runs.count)](
+            qkv, runs.borders, out, scale * _LOG2_E, HEADS=heads, WIDTH=width, NEAR=near,
+            FAR=max(_LEAST, triton.next_power_of_2(width - near)), ROWS=128, COLUMNS=64, num_warps=8, num_stages=3,
+        )  # fmt: skip
+        return out
 
     def cut(self, pixels: torch.Tensor, places: Places, values: Values) -> torch.Tensor:
         patches, side = places.starts.shape[0], values.side
@@ -165,6 +167,82 @@ def _windows(
     value = tl.load(query + 4 * HEADS * HALF + across, whole, 0)
     found = tl.dot(weights.to(kind), value) / total
     tl.store(out + rows * (2 * HEADS * HALF) + head * (2 * HALF) + across, found.to(kind), whole)
+
+
+@triton.jit
+def _attend(
+    qkv, borders, out, scale,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS queries of one head against their whole run. A head's values stand in two parts, NEAR and FAR."""
+    head = tl.program_id(1)
+    start = tl.load(borders + tl.program_id(2))
+    end = tl.load(borders + tl.program_id(2) + 1)
+    first = start + tl.program_id(0) * ROWS
+    if first < end:
+        rows = first + tl.arange(0, ROWS)
+        here = (rows < end)[:, None]
+        rows = rows.to(tl.int64)[:, None]
+        near = tl.arange(0, NEAR)[None, :]
+        far = NEAR + tl.arange(0, FAR)[None, :]
+        base = qkv + head * WIDTH
+        query = base + rows * (3 * HEADS * WIDTH)
+        query_near = tl.load(query + near, here, 0)
+        query_far = tl.load(query + far, here & (far < WIDTH), 0)
+        most = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        sum_near = tl.zeros([ROWS, NEAR], tl.float32)
+        sum_far = tl.zeros([ROWS, FAR], tl.float32)
+        whole = start + (end - start) // COLUMNS * COLUMNS
+        for column in range(start, whole, COLUMNS):
+            most, total, sum_near, sum_far = _attend_to(
+                query_near, query_far, base, column + tl.arange(0, COLUMNS), end, most, total, sum_near, sum_far,
+                scale, HEADS, WIDTH, NEAR, FAR, False,
+            )  # fmt: skip
+        if whole < end:
+            most, total, sum_near, sum_far = _attend_to(
+                query_near, query_far, base, whole + tl.arange(0, COLUMNS), end, most, total, sum_near, sum_far,
+                scale, HEADS, WIDTH, NEAR, FAR, True,
+            )  # fmt: skip
+        to = out + rows * (HEADS * WIDTH) + head * WIDTH
+        kind = out.dtype.element_ty
+        tl.store(to + near, (sum_near / total[:, None]).to(kind), here)
+        tl.store(to + far, (sum_far / total[:, None]).to(kind), here & (far < WIDTH))
+
+
+@triton.jit
+def _attend_to(
+    query_near, query_far, base, columns, end, most, total, sum_near, sum_far, scale,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Some more keys and values; in the LAST ones, some may lie behind the end."""
+    key: tl.constexpr = HEADS * WIDTH
+    near = tl.arange(0, NEAR)
+    far = NEAR + tl.arange(0, FAR)
+    at = base + key + columns.to(tl.int64) * (3 * key)
+    if LAST:
+        here = columns < end
+        key_near = tl.load(at[None, :] + near[:, None], here[None, :], 0)
+        key_far = tl.load(at[None, :] + far[:, None], here[None, :] & (far < WIDTH)[:, None], 0)
+        value_near = tl.load(at[:, None] + key + near[None, :], here[:, None], 0)
+        value_far = tl.load(at[:, None] + key + far[None, :], here[:, None] & (far < WIDTH)[None, :], 0)
+    else:
+        key_near = tl.load(at[None, :] + near[:, None])
+        key_far = tl.load(at[None, :] + far[:, None], (far < WIDTH)[:, None], 0)
+        value_near = tl.load(at[:, None] + key + near[None, :])
+        value_far = tl.load(at[:, None] + key + far[None, :], (far < WIDTH)[None, :], 0)
+    scores = tl.dot(query_far, key_far, tl.dot(query_near, key_near)) * scale
+    if LAST:
+        scores = tl.where(here[None, :], scores, float("-inf"))
+    now = tl.maximum(most, tl.max(scores, 1))
+    weights = tl.exp2(scores - now[:, None])
+    fade = tl.exp2(most - now)
+    total = total * fade + tl.sum(weights, 1)
+    weights = weights.to(query_near.dtype)
+    sum_near = tl.dot(weights, value_near, sum_near * fade[:, None])
+    sum_far = tl.dot(weights, value_far, sum_far * fade[:, None])
+    return now, total, sum_near, sum_far
 
 
 @triton.jit

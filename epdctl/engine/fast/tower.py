@@ -76,7 +76,7 @@ def _take(module: Any) -> Parts:
         if not hasattr(module, needed):
             raise Unsupported(f"{type(module).__name__} has no {needed}")
     blocks = tuple(take_block(block) for block in module.blocks)
-    if blocks[0].head_dim % 8:
+    if blocks[0].head_dim % 8 or not 16 <= blocks[0].head_dim <= 128:
         raise Unsupported(f"heads of {blocks[0].head_dim} values")
     window = getattr(module, "window_size", 0) // module.spatial_merge_size // module.patch_size
     full = frozenset(getattr(module, "fullatt_block_indexes", range(len(blocks))))
