@@ -57,7 +57,8 @@ class KernelOps:
         out = qkv.new_empty(patches, heads * width)
         _windows[(heads, runs.count)](
             qkv, angles.cos, angles.sin, runs.borders, out, scale * _LOG2_E, HEADS=heads, HALF=width // 2,
-            ROWS=MAX_WINDOW, BLOCK=max(_LEAST, triton.next_power_of_2(width // 2)), BLOCK_WIDTH=max(_LEAST, triton.next_power_of_2(width)),
+            ROWS=MAX_WINDOW, BLOCK=max(_LEAST, triton.next_power_of_2(width // 2)),
+            BLOCK_WIDTH=max(_LEAST, triton.next_power_of_2(width)),
             num_warps=4,
         )  # fmt: skip
         return out
