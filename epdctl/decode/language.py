@@ -37,6 +37,7 @@ class LanguageService(PromptRank[PromptStay, ToLanguage]):
         stay = PromptStay(
             request=message.request,
             attempt=message.attempt,
+            epoch=message.epoch,
             sender=sender,
             need=self._need(message, answer),
             prompt_tokens=len(message.tokens),

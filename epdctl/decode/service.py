@@ -98,6 +98,7 @@ class DecodeService(LanguageRank[DecodeStay, ToDecode]):
         stay = DecodeStay(
             request=message.request,
             attempt=message.attempt,
+            epoch=message.epoch,
             sender=sender,
             need=Need(pages_for(tokens, self.machine.page_size)),
             prompt_tokens=message.prompt_tokens,
@@ -156,6 +157,7 @@ class DecodeService(LanguageRank[DecodeStay, ToDecode]):
             room=stay.room,
             lease=lease.remote(self._addresses[self._kv.name]),
             layout=self.machine.loaded.kv.layout,
+            epoch=peer.epoch,
         )
         try:
             self._links.send(peer, offer)

@@ -158,7 +158,9 @@ class RouterService:
     def _send(self, action: Send) -> None:
         job = self._jobs[action.item]
         message = msgspec.structs.replace(job.message, budget_s=action.seconds)
-        self._say(action.to, EncodeItem(dispatch=action.dispatch, job=message), job.media)
+        peer = self._encoders.table.find(action.to.rank, action.to.incarnation)
+        epoch = 0 if peer is None else peer.epoch
+        self._say(action.to, EncodeItem(dispatch=action.dispatch, job=message, epoch=epoch), job.media)
 
     def _say(self, to: RankKey, message: RouterToWorker, *frames: memoryview) -> None:
         """A rank that cannot be reached is one that will be withdrawn; its items move then, or run out of time."""

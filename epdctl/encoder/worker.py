@@ -111,6 +111,7 @@ class EncoderService:
         self._place = Place(spec.rank, spec.incarnation)
         self._loaded: _Loaded | None = None
         self._items: dict[int, asyncio.Task[None]] = {}
+        self._epochs: dict[int, int] = {}  # of each item's dispatch
         self._completed = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -150,15 +151,15 @@ class EncoderService:
         for peer in self._peers.replace(peers).left:
             self._forget(peer)
         if self._place.lost(peers):  # the router gave our items to others, who write to the same slots
-            self._give_up()
+            self._give_up([dispatch for dispatch in self._items if self._place.over(self._epochs[dispatch])])
 
-    def _give_up(self) -> None:
-        for task in list(self._items.values()):
-            task.cancel()
+    def _give_up(self, dispatches: Sequence[int]) -> None:
+        for dispatch in dispatches:
+            self._items[dispatch].cancel()
 
     def _forget(self, peer: Peer) -> None:
         if peer.stage is Stage.ENCODER_ROUTER:  # nobody is left to answer to; the next router sends its items anew
-            self._give_up()
+            self._give_up(list(self._items))
         if peer.endpoints.inbox is not None:
             self._notices.withdraw(peer.endpoints.inbox)
         if peer.endpoints.transfer is not None:
@@ -166,11 +167,14 @@ class EncoderService:
 
     def _arrived(self, router: Sender, message: RouterToWorker, frames: list[memoryview]) -> None:
         match message:
-            case EncodeItem(dispatch=dispatch, job=job):
+            case EncodeItem(epoch=epoch) if self._place.refuses(epoch):
+                log.info("an item came for an epoch that is over")
+            case EncodeItem(dispatch=dispatch, job=job, epoch=epoch):
                 refusal = self._refusal(frames)
                 if refusal is not None:
                     self._tell(router, ItemFailed(dispatch=dispatch, kind=refusal[0], text=refusal[1]))
                 elif dispatch not in self._items:
+                    self._epochs[dispatch] = epoch
                     self._accept(_Work(router, dispatch, job, frames[0]))
             case CancelItem(dispatch=dispatch):
                 if (task := self._items.get(dispatch)) is not None:
@@ -194,6 +198,7 @@ class EncoderService:
 
     def _ended(self, dispatch: int) -> None:
         self._items.pop(dispatch, None)
+        self._epochs.pop(dispatch, None)
         self._completed += 1
         if not self._items:
             self._idle.set()

@@ -47,6 +47,7 @@ class Brief:
             sampling=self.sampling,
             prefill_at=_ref(self.route.entry),
             budget_s=budget_s,
+            epoch=self.route.exit.epoch,
             tokens=self.tokens if self.order.sampling.looks_back else [],
         )
 
@@ -60,6 +61,7 @@ class Brief:
             sampling=self.sampling,
             decode_at=_ref(self.route.exit),
             budget_s=budget_s,
+            epoch=self.route.entry.epoch,
         )
 
     def generate(self, budget_s: float) -> Generate:
@@ -70,6 +72,7 @@ class Brief:
             items=self.order.prompt.items,
             sampling=self.sampling,
             budget_s=budget_s,
+            epoch=self.route.entry.epoch,
         )
 
     def encode(self, index: int, slot: RemoteLease, notify: str, budget_s: float) -> Encode:

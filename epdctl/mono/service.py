@@ -62,8 +62,8 @@ class MonoService:
 
     def peers_changed(self, peers: Sequence[Peer]) -> None:
         """No link leads out of this process: gateways come to it, and leave it."""
+        self._language.peers_changed([peer for peer in peers if peer.rank == self._spec.rank])
         if self._place.lost(peers):
-            self._language.cut_off()
             self._router.cut_off()
 
     def pulse(self) -> Pulse:

@@ -115,6 +115,7 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
         return PrefillStay(
             request=message.request,
             attempt=message.attempt,
+            epoch=message.epoch,
             sender=sender,
             need=self._need(message, 0),
             prompt_tokens=len(message.tokens),
@@ -141,8 +142,8 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
         stay = self._rooms.get(key)
         if stay is not None and stay.offer is None and stay.phase is Phase.WAITING:
             self._pair(stay, offer)
-        elif self._draining:
-            self._refuse(offer, Refusal(FailureKind.RANK_LOST, f"{self._spec.rank} is draining"))
+        elif (closed := self._closed(offer.kv.epoch)) is not None:
+            self._refuse(offer, closed)
         elif len(self._early) >= self._limits.queue:
             self._refuse(offer, Refusal(FailureKind.FULL, f"{len(self._early)} rooms wait for their prompts"))
         elif stay is not None or key in self._early:
@@ -271,8 +272,9 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
         self._refuse(early.offer, refusal)
 
     def cut_off(self) -> None:
-        for key in list(self._early):
-            self._send_back(key, self._given_up)
+        for key, early in list(self._early.items()):
+            if self._place.over(early.offer.kv.epoch):
+                self._send_back(key, self._given_up)
         super().cut_off()
 
     async def drain(self) -> None:

@@ -147,7 +147,8 @@ class LanguageRank(ABC, Generic[S, In]):
     def cut_off(self) -> None:
         """This rank had been given up: nothing that was asked of it until now is waited for."""
         for stay in list(self._stays.values()):
-            self._end(stay, self._given_up)
+            if self._place.over(stay.epoch):
+                self._end(stay, self._given_up)
 
     @property
     def _given_up(self) -> Refusal:
@@ -217,14 +218,19 @@ class LanguageRank(ABC, Generic[S, In]):
         if stay.name in self._stays:
             log.warning("%s came twice; the second is dropped", stay.name)
             return False
-        if self._draining:
-            refusal = Refusal(FailureKind.RANK_LOST, f"{self._spec.rank} is draining")
+        if (refusal := self._closed(stay.epoch)) is not None:
             self._reply(stay.sender, _failed(stay, refusal))
             return False
         self._stays[stay.name] = stay
         self._empty.clear()
         stay.alarm = self._loop.call_at(stay.ends_at, self._late, stay)
         return True
+
+    def _closed(self, epoch: int) -> Refusal | None:
+        """Set when nothing of ``epoch`` is taken in."""
+        if self._place.refuses(epoch):
+            return self._given_up
+        return Refusal(FailureKind.RANK_LOST, f"{self._spec.rank} is draining") if self._draining else None
 
     def _queue(self, stay: S) -> None:
         self._serve()  # so that nobody is sent away from a line that could have moved

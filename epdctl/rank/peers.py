@@ -79,16 +79,30 @@ class PeerTable:
 
 class Place:
     """A rank's own place in the table. Who loses it has been given up by all its peers, whether it noticed or not: they
-    closed their links, so that nobody is going to call off what they had asked for."""
+    closed their links, so that nobody is going to call off what they had asked for. That may even come later than the
+    news of the loss, out of a socket that had not been read.
+    """
 
     def __init__(self, rank: RankName, incarnation: Incarnation) -> None:
         self._who = rank, incarnation
         self._held: Peer | None = None
+        self._lost = -1  # the latest epoch that is over
+
+    def over(self, epoch: int) -> bool:
+        """What was asked in ``epoch`` has been given up by whoever asked."""
+        return epoch <= self._lost
+
+    def refuses(self, epoch: int) -> bool:
+        """The same of what comes in only now. 0: nobody knows when it was asked."""
+        return epoch > 0 and self.over(epoch)
 
     def lost(self, peers: Sequence[Peer]) -> bool:
         """Take the new table. True when the place of the last one is gone, or is another one by now."""
         before, self._held = self._held, next((peer for peer in peers if _key(peer) == self._who), None)
-        return before is not None and before != self._held
+        if before is None or before == self._held:
+            return False
+        self._lost = before.epoch
+        return True
 
 
 class Links(Generic[In, Out]):

@@ -68,6 +68,7 @@ class Stay:
     attempt: int
     sender: Sender  # the gateway's link
     need: Need
+    epoch: int = 0  # of this rank's place in the table, when this was asked
     prompt_tokens: int
     sampled: int = 0  # tokens of the answer so far
     ends_at: float  # on the loop's clock

@@ -111,6 +111,7 @@ class EncodeItem(Message, frozen=True):
 
     dispatch: int
     job: Encode
+    epoch: int = 0  # of the rank it is for (Peer.epoch), as its sender knows it
 
 
 class CancelItem(Message, frozen=True):

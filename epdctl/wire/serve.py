@@ -117,6 +117,7 @@ class Prefill(Message, frozen=True):
     sampling: Sampling
     decode_at: RankRef
     budget_s: float
+    epoch: int = 0  # of the rank it is for (Peer.epoch), as its sender knows it
 
 
 class Decode(Message, frozen=True):
@@ -128,6 +129,7 @@ class Decode(Message, frozen=True):
     prefill_at: RankRef
     budget_s: float
     tokens: list[int] = []  # the prompt, where ``sampling.looks_back``; nothing else on a decode rank reads it
+    epoch: int = 0  # of the rank it is for (Peer.epoch), as its sender knows it
 
 
 class Generate(Message, frozen=True):
@@ -137,6 +139,7 @@ class Generate(Message, frozen=True):
     items: list[PromptItem]
     sampling: Sampling
     budget_s: float
+    epoch: int = 0  # of the rank it is for (Peer.epoch), as its sender knows it
 
 
 class Abort(Message, frozen=True):
@@ -172,6 +175,7 @@ class KvLease(Message, frozen=True):
     room: Room
     lease: RemoteLease
     layout: KvLayout
+    epoch: int = 0  # of the rank it is for (Peer.epoch), as its sender knows it
 
 
 class KvWithdrawn(Message, frozen=True):

@@ -479,6 +479,20 @@ def test_an_encoder_that_finds_itself_withdrawn_gives_up_what_it_had(sockets: Pa
     in_world(sockets, test)
 
 
+def test_an_item_that_was_sent_before_and_is_read_after_is_not_encoded(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        encoder = await world.encoder(ToyTower())
+        for epoch in (1, 2):
+            encoder.peers_changed([msgspec.structs.replace(world.peers["encoder/0"], epoch=epoch)])
+        router, answers = world.as_router()
+        router.send(EncodeItem(dispatch=1, job=world.job(), epoch=1), [picture(ROWS, 1)])
+        router.send(EncodeItem(dispatch=2, job=world.job(), epoch=2), [picture(ROWS, 1)])
+        await answers.until(of(ItemEncoded, 1))
+        assert {answer.dispatch for answer in answers.seen} == {2}
+
+    in_world(sockets, test)
+
+
 def test_a_router_that_finds_itself_withdrawn_ends_all_it_has(sockets: Path) -> None:
     async def test(world: World) -> None:
         router, gateway, answers = await world.router()

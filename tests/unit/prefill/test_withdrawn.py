@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import pytest
 
-from epdctl.ids import Stage
+from epdctl.ids import Room, Stage
 from epdctl.wire.encode import FailureKind
 from epdctl.wire.lifecycle import Peer
-from epdctl.wire.serve import Failed, Finished, Granted
+from epdctl.wire.serve import Decode, Failed, Finished, Granted, Prefill
 from tests.support.language_ranks import Pair, Question, Rank, item, pair, run, single, until
 
 WITH_PICTURE = Question(items=[item(0, 2, 3)])
@@ -71,6 +72,47 @@ def test_a_rank_that_finds_itself_withdrawn_gives_up_what_it_had(stage: Stage, n
             duo.world.tell_peers()
             again = Question(name="r2", room=8)
             assert len(await duo.answer(again)) == again.max_tokens
+
+    run(test())
+
+
+@pytest.mark.parametrize("stage", [Stage.PREFILL, Stage.DECODE])
+def test_what_was_asked_before_and_is_read_after_is_not_taken_in(stage: Stage) -> None:
+    """It lay in a socket that nobody read while the rank stood still, and nobody waits for it any more."""
+
+    def old_and_new(duo: Pair, epoch: int, name: str) -> None:
+        question = Question(name=name, room=epoch)
+        common: dict[str, Any] = {
+            "request": question.request,
+            "attempt": 1,
+            "room": Room(epoch),
+            "budget_s": 60.0,
+            "epoch": epoch,
+        }
+        if stage is Stage.DECODE:
+            duo.to_decode.send(Decode(
+                prompt_tokens=11, sampling=question.sampling, prefill_at=duo.prefill.ref, **common,
+            ))  # fmt: skip
+        else:
+            duo.to_prefill.send(Prefill(
+                tokens=list(question.tokens), items=[], sampling=question.sampling, decode_at=duo.decode.ref, **common,
+            ))  # fmt: skip
+
+    async def test() -> None:
+        async with pair() as duo:
+            rank = duo.prefill if stage is Stage.PREFILL else duo.decode
+            for epoch in (1, 2):
+                place = msgspec.structs.replace(rank.peer, epoch=epoch)
+                rank.service.peers_changed([*without(rank, duo), place])
+            old_and_new(duo, 1, "old")
+            end = await duo.gateway.outcome("old")
+            assert isinstance(end, Failed)
+            assert end.kind is FailureKind.RANK_LOST
+            assert rank.service.pulse().inflight == 0
+            old_and_new(duo, 2, "new")
+            await until(lambda: rank.service.pulse().inflight == 1)
+            rank.service.peers_changed([*without(rank, duo), place])
+            assert rank.service.pulse().inflight == 1, "the same news again changes nothing"
 
     run(test())
 
