@@ -166,6 +166,7 @@ class LanguageRank(ABC, Generic[S, In]):
             completed=self._completed,
             free_pages=pages.free,
             total_pages=pages.total,
+            leases=sum(len(pool.leases) for pool in self._written),
             standstill=self._machine.compute.job_seconds,
         )
 

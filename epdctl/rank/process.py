@@ -183,6 +183,7 @@ class RankProcess:
             completed=pulse.completed,
             free_pages=pulse.free_pages,
             total_pages=pulse.total_pages,
+            leases=pulse.leases,
             unhealthy=pulse.unhealthy,
             standstill_s=pulse.standstill,
         )

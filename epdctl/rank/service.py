@@ -21,6 +21,7 @@ class Pulse:
     completed: int = 0
     free_pages: int = 0
     total_pages: int = 0
+    leases: int = 0  # live ones of pools that peers write to, quarantined slots among them
     unhealthy: str | None = None
     standstill: float = 0.0  # seconds that the piece of work under way has run without an end
 

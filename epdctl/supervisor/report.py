@@ -46,6 +46,8 @@ def rank_status(member: Member, now: float) -> RankStatus:
         inflight=beat.inflight if beat is not None else None,
         completed=beat.completed if beat is not None else None,
         endpoints=life.endpoints if life is not None else Endpoints(),
+        leases=beat.leases if beat is not None else None,
+        held_pages=beat.total_pages - beat.free_pages if beat is not None else None,
         transfer=life.transfer if life is not None else None,
         log_tail=list(member.log_tail) if member.rank.state is RankState.FAILED else [],
     )

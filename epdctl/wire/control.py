@@ -67,6 +67,8 @@ class RankStatus(Part, frozen=True):
     inflight: int | None
     completed: int | None
     endpoints: Endpoints
+    leases: int | None = None  # on memory that peers write to; an idle rank has none
+    held_pages: int | None = None  # of KV
     transfer: str | None = None  # how its bytes move, and what that was measured to reach at start
     log_tail: list[str] = []  # only when failed
 

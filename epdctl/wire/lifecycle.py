@@ -134,6 +134,7 @@ class Heartbeat(Message, frozen=True):
     completed: int = 0
     free_pages: int = 0
     total_pages: int = 0
+    leases: int = 0  # on memory that peers write to; an idle rank has none
     unhealthy: str | None = None  # the rank's own reason, if it knows one
     standstill_s: float = 0.0  # how long the piece of work under way has run without an end
 

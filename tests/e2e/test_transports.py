@@ -1,0 +1,47 @@
+"""The same tokens whichever way embeddings and KV pages travel through the cluster. Other clusters here use shm."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_parity import Truth, beyond_the_chunk, eight, no_picture, three_sizes
+from tests.support.cluster import Cluster
+from tests.support.leaks import no_leaks
+
+CASES = [eight, beyond_the_chunk, three_sizes, no_picture]
+
+
+@pytest.fixture(scope="module")
+def truth(checkpoint: Path) -> Truth:
+    return Truth(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("transfer", "says"),
+    [
+        ("{backend: zmq, checksum: true}", "zmq"),
+        ("{backend: mooncake, protocol: tcp}", "mooncake tcp, "),
+    ],
+    ids=["zmq", "mooncake"],
+)
+def test_the_same_tokens_over_every_transport(
+    tmp_path: Path, epd_topology: str, truth: Truth, transfer: str, says: str
+) -> None:
+    if says.startswith("mooncake"):
+        pytest.importorskip("mooncake.engine", reason="Mooncake is an extra")
+    known = [truth.of(case) for case in CASES]
+    cluster = Cluster(tmp_path, f"{epd_topology}\ntransfer: {transfer}\n", name=says.split()[0])
+    with no_leaks(cluster.env):
+        cluster.up()
+        try:
+            for rank in cluster.status()["ranks"]:
+                model = rank["stage"] in ("encoder", "prefill", "decode")
+                assert (rank["transfer"] or "").startswith(says) if model else rank["transfer"] is None
+            with ThreadPoolExecutor(len(known)) as pool:
+                answers = list(pool.map(cluster.ask, [parts for parts, _ in known]))
+            assert answers == [answer for _, answer in known]
+        finally:
+            cluster.down()
