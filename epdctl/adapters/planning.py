@@ -13,7 +13,7 @@ from epdctl.errors import UserError
 from epdctl.topology.checkpoint import find_checkpoint
 from epdctl.topology.hardware import Hardware, probe
 from epdctl.topology.load import load
-from epdctl.topology.placement import place
+from epdctl.topology.placement import listeners, place
 from epdctl.topology.plan import Plan
 from epdctl.topology.ports import busy_ports
 
@@ -43,7 +43,8 @@ def make_plan(
     if hardware is None:
         hardware = probe(environ)
     if ports_in_use is None:
-        ports_in_use = busy_ports(topology.file.gateway.host, topology.file.gateway.port)
+        busy = [busy_ports(host, port) for _, host, port in listeners(topology.file)]
+        ports_in_use = {port: holder for found in busy for port, holder in found.items()}
     placed = place(topology, checkpoint, hardware, ports_in_use)
     adapter = ADAPTERS[placed.adapter](environ)
     ranks = tuple(adapter.command(rank) for rank in placed.ranks)

@@ -162,6 +162,11 @@ class Dispatcher:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def ranks(self) -> list[RankKey]:
+        """Those that may take items, in the order of their names."""
+        return sorted(self._ranks)
+
     def pending(self, rank: RankKey) -> int:
         return len(self._ranks.get(rank, ()))
 
@@ -233,6 +238,11 @@ class Dispatcher:
         self._requeue(item)
         self._waiting.appendleft(item)
         return [*self._fail_stranded(), *self._pump(now)]
+
+    def item_of(self, dispatch: int, by: RankKey) -> ItemKey | None:
+        """Which item ``by`` is speaking of; None when that is over."""
+        item = self._dispatched.get(dispatch)
+        return None if item is None or item.at != by else item.key
 
     def encoded(self, dispatch: int, by: RankKey, now: float) -> list[Action]:
         item = self._reply(dispatch, by)

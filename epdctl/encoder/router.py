@@ -9,13 +9,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Protocol, assert_never
 
 import msgspec
 
 from epdctl.encoder.dispatch import Action, Cancel, Dispatcher, Ended, ItemKey, ItemState, RankKey, Send
 from epdctl.errors import PeerGone
-from epdctl.ids import Stage
+from epdctl.ids import RankName, Stage
 from epdctl.rank.peers import Links, Place
 from epdctl.rank.service import Progress, Pulse
 from epdctl.wire.config import RankSpec
@@ -35,13 +35,18 @@ from epdctl.wire.encode import (
     ItemEncoded,
     ItemFailed,
     ItemSized,
+    Profiled,
     RankRef,
     RouterToClient,
     RouterToWorker,
+    Sized,
+    StartProfile,
+    StopProfile,
     WorkerToRouter,
 )
 from epdctl.wire.lifecycle import Endpoints, Peer
 from epdctl.wire.sockets import Inbox, Sender
+from epdctl.wire.transfer import TensorSpec
 
 __all__ = ["RouterService"]
 
@@ -56,6 +61,23 @@ class _Job:
 
     message: Encode
     media: memoryview
+
+
+class Surface(Protocol):
+    """What the router tells its HTTP surface, which is a client of its inbox like any other."""
+
+    @property
+    def url(self) -> str: ...
+
+    def encoded(self, by: RankName, message: ItemEncoded) -> None: ...
+
+    def ended(self, end: Ended) -> None: ...
+
+    def profiled(self, by: RankName, message: Profiled) -> None: ...
+
+    def stop_listening(self) -> None: ...
+
+    async def close(self) -> None: ...
 
 
 class RouterService:
@@ -77,6 +99,7 @@ class RouterService:
         self._idle.set()
         self._alarm: asyncio.TimerHandle | None = None
         self._inbox: Inbox[ClientToRouter] | None = None
+        self._surface: Surface | None = None
         self._encoders: Links[WorkerToRouter, RouterToWorker] = Links(
             WORKER_TO_ROUTER, ROUTER_TO_WORKER, self._answered, stages=frozenset({Stage.ENCODER})
         )
@@ -84,7 +107,31 @@ class RouterService:
     async def start(self, progress: Progress) -> Endpoints:
         self._inbox = Inbox(self._endpoint, CLIENT_TO_ROUTER, self._arrived)
         progress("sockets", 1, 1)
-        return Endpoints(inbox=self._inbox.endpoint)
+        self._surface = await self._open_surface(self._inbox.endpoint)
+        return Endpoints(inbox=self._inbox.endpoint, http=None if self._surface is None else self._surface.url)
+
+    async def _open_surface(self, inbox: str) -> Surface | None:
+        if self._spec.config.encoder.http is None:
+            return None
+        from epdctl.encoder.surface import HttpSurface  # HTTP, pictures and numbers: only for those who asked for it
+
+        surface = HttpSurface(self._spec, self, inbox)
+        await surface.start()
+        return surface
+
+    # -- what the surface asks --
+
+    def ranks(self) -> list[tuple[RankKey, int]]:
+        """Those that items may go to, with how many each works on."""
+        return [(rank, self._dispatcher.pending(rank)) for rank in self._dispatcher.ranks]
+
+    @property
+    def waiting(self) -> int:
+        return self._dispatcher.waiting
+
+    def tell(self, rank: RankKey, message: StartProfile | StopProfile) -> None:
+        """A rank that is gone meanwhile does not answer."""
+        self._say(rank, message)
 
     def peers_changed(self, peers: Sequence[Peer]) -> None:
         changes = self._encoders.peers_changed(peers)
@@ -128,13 +175,18 @@ class RouterService:
             return FailureKind.FULL, f"the pictures under way are {self._media_bytes} bytes; the limit is {limit}"
         return None
 
-    def _answered(self, peer: Peer, message: WorkerToRouter, _: list[memoryview]) -> None:
+    def _answered(self, peer: Peer, message: WorkerToRouter, frames: list[memoryview]) -> None:
         now = self._clock()
         match message:
             case ItemSized():
-                log.debug("%s: item %d has %d bytes", peer.rank, message.dispatch, message.spec.nbytes)
+                self._sized(peer, message)
             case ItemEncoded():
-                self._apply(self._dispatcher.encoded(message.dispatch, _key(peer), now))
+                if self._surface is not None:
+                    self._surface.encoded(peer.rank, message)
+                self._apply(self._dispatcher.encoded(message.dispatch, _key(peer), now), message.spec, frames)
+            case Profiled():
+                if self._surface is not None:
+                    self._surface.profiled(peer.rank, message)
             case ItemFailed(kind=FailureKind.NO_RANK):
                 self._apply(self._dispatcher.refused(message.dispatch, _key(peer), now))
             case ItemFailed(kind=kind, text=text):
@@ -142,7 +194,16 @@ class RouterService:
             case _:
                 assert_never(message)
 
-    def _apply(self, actions: Sequence[Action]) -> None:
+    def _sized(self, peer: Peer, message: ItemSized) -> None:
+        """Passed on where nobody has told the client before what will come."""
+        key = self._dispatcher.item_of(message.dispatch, _key(peer))
+        if key is not None and self._jobs[key].message.slot is None:
+            self._tell(key.client, Sized(request=key.request, attempt=key.attempt, index=key.item, spec=message.spec))
+
+    def _apply(
+        self, actions: Sequence[Action], spec: TensorSpec | None = None, frames: Sequence[memoryview] = ()
+    ) -> None:
+        """``spec``, ``frames``: of the item that one of them says is encoded."""
         for action in actions:
             match action:
                 case Send():
@@ -150,7 +211,7 @@ class RouterService:
                 case Cancel(to=to, dispatch=dispatch):
                     self._say(to, CancelItem(dispatch=dispatch))
                 case Ended():
-                    self._end(action)
+                    self._end(action, spec, frames)
                 case _:
                     assert_never(action)
         self._arm()
@@ -172,23 +233,25 @@ class RouterService:
         except PeerGone as error:
             log.warning("%s was not reached: %s", to.rank, error)
 
-    def _end(self, end: Ended) -> None:
+    def _end(self, end: Ended, spec: TensorSpec | None, frames: Sequence[memoryview]) -> None:
         key = end.item
+        if self._surface is not None:
+            self._surface.ended(end)
         self._media_bytes -= len(self._jobs.pop(key).media)
         self._completed += 1
         if not self._jobs:
             self._idle.set()
         if end.state is ItemState.ENCODED and end.by is not None:
-            told = self._tell(key.client, _success(key, end.by))
+            told = self._tell(key.client, _success(key, end.by, spec), *frames)
             (self._dispatcher.delivered if told else self._dispatcher.undeliverable)(key)
         elif end.kind is not None:
             self._tell(key.client, _failure(key, end.kind, end.text, end.lost))
 
-    def _tell(self, client: Sender, message: RouterToClient) -> bool:
+    def _tell(self, client: Sender, message: RouterToClient, *frames: memoryview) -> bool:
         if self._inbox is None:
             return False
         try:
-            self._inbox.reply(client, message, ROUTER_TO_CLIENT)
+            self._inbox.reply(client, message, ROUTER_TO_CLIENT, frames)
         except PeerGone as error:
             log.info("a client left before its answer: %s", error)
             return False
@@ -209,6 +272,8 @@ class RouterService:
 
     async def drain(self) -> None:
         self._draining = True
+        if self._surface is not None:
+            self._surface.stop_listening()
         await self._idle.wait()
 
     def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
@@ -218,6 +283,8 @@ class RouterService:
         """There is never one."""
 
     async def close(self) -> None:
+        if self._surface is not None:
+            await self._surface.close()
         if self._alarm is not None:
             self._alarm.cancel()
         self._encoders.close()
@@ -229,8 +296,15 @@ def _key(peer: Peer) -> RankKey:
     return RankKey(peer.rank, peer.incarnation)
 
 
-def _success(key: ItemKey, by: RankKey) -> Encoded:
-    return Encoded(request=key.request, attempt=key.attempt, index=key.item, by=by.rank, incarnation=by.incarnation)
+def _success(key: ItemKey, by: RankKey, spec: TensorSpec | None) -> Encoded:
+    return Encoded(
+        request=key.request,
+        attempt=key.attempt,
+        index=key.item,
+        by=by.rank,
+        incarnation=by.incarnation,
+        spec=spec,
+    )
 
 
 def _failure(key: ItemKey, kind: FailureKind, text: str, lost: Sequence[RankKey] = ()) -> EncodeFailed:

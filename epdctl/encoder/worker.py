@@ -17,7 +17,7 @@ import torch
 
 from epdctl.encoder.canary import Canary, Watch, picture_canary
 from epdctl.encoder.forward import Forward
-from epdctl.encoder.making import Makings, Refused, Size
+from epdctl.encoder.making import Makings, Reading, Refused, Size
 from epdctl.encoder.notices import Notices
 from epdctl.engine.api import Prepared, Tower, WarmsUp
 from epdctl.engine.loading import load_tower
@@ -25,12 +25,14 @@ from epdctl.errors import DeadlineExceeded, PeerGone, RequestError, TransferErro
 from epdctl.ids import Stage
 from epdctl.rank.compute import ComputeThread
 from epdctl.rank.device import prepare_device
+from epdctl.rank.facts import facts_of
 from epdctl.rank.machine import Machine
 from epdctl.rank.peers import PeerTable, Place
 from epdctl.rank.profile import Profiler
 from epdctl.rank.service import Progress, Pulse
 from epdctl.rank.tasks import Tasks
 from epdctl.transfer.base import Transport
+from epdctl.transfer.landing import payload
 from epdctl.transfer.open import open_transport
 from epdctl.transfer.tensors import as_bytes, spec_of, spread
 from epdctl.wire.config import ModelConfig, RankSpec
@@ -46,12 +48,15 @@ from epdctl.wire.encode import (
     ItemFailed,
     ItemSized,
     MediaItem,
+    Profiled,
     RouterToWorker,
+    StartProfile,
+    StopProfile,
     WorkerToRouter,
 )
-from epdctl.wire.lifecycle import Endpoints, Peer
+from epdctl.wire.lifecycle import Endpoints, Facts, Peer
 from epdctl.wire.sockets import Inbox, Sender
-from epdctl.wire.transfer import TensorSpec
+from epdctl.wire.transfer import RemoteLease, TensorSpec
 
 __all__ = ["EncoderService", "LoadTower"]
 
@@ -70,6 +75,14 @@ class _Work:
     dispatch: int
     job: Encode
     media: memoryview
+
+
+class _Answer:
+    """The last word on one dispatch; ``frame``: its embedding, where it travels with the word."""
+
+    def __init__(self, message: WorkerToRouter, *frames: memoryview) -> None:
+        self.message = message
+        self.frames = frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +151,13 @@ class EncoderService:
         self._tasks.start(watch.run(), "canary")
         return Endpoints(inbox=inbox.endpoint, transfer=transport.endpoint)
 
+    def facts(self) -> Facts:
+        return facts_of(self._spec.config, width=self._here.tower.width)
+
+    @property
+    def transfer_note(self) -> str:
+        return self._here.transport.note
+
     def _load_tower(self) -> Tower:
         device = prepare_device(self._spec.config)
         return self._load(self._spec.config.model, device)
@@ -179,6 +199,10 @@ class EncoderService:
             case CancelItem(dispatch=dispatch):
                 if (task := self._items.get(dispatch)) is not None:
                     task.cancel()
+            case StartProfile():
+                self._profile(router, message)
+            case StopProfile():
+                self._here.profiler.stop()
             case _:
                 assert_never(message)
 
@@ -207,30 +231,53 @@ class EncoderService:
         """The whole way of one item. An error that is not listed ends the rank."""
         try:
             async with asyncio.timeout(work.job.budget_s):
-                answer: WorkerToRouter = await self._produce(work)
+                answer = await self._produce(work)
         except Refused as error:
-            answer = ItemFailed(dispatch=work.dispatch, kind=error.kind, text=error.message)
+            answer = _failed(work, error.kind, error.message)
         except (TimeoutError, DeadlineExceeded):
             text = f"not encoded within {work.job.budget_s:.1f} s"
-            answer = ItemFailed(dispatch=work.dispatch, kind=FailureKind.DEADLINE, text=text)
+            answer = _failed(work, FailureKind.DEADLINE, text)
         except (PeerGone, TransferError) as error:  # the slot's owner went, or gave the slot up
-            answer = ItemFailed(dispatch=work.dispatch, kind=FailureKind.RANK_LOST, text=error.message)
+            answer = _failed(work, FailureKind.RANK_LOST, error.message)
         self._items.pop(work.dispatch)  # first: the router may send the next one before this task has ended
-        self._tell(work.router, answer)
+        self._tell(work.router, answer.message, *answer.frames)
 
-    async def _produce(self, work: _Work) -> ItemEncoded:
-        loop = asyncio.get_running_loop()
-        budget = loop.time() + work.job.budget_s
+    async def _produce(self, work: _Work) -> _Answer:
+        if work.job.slot is None:
+            return await self._into_the_answer(work)
+        return _Answer(await self._into_slot(work, work.job.slot))
+
+    async def _into_the_answer(self, work: _Work) -> _Answer:
+        """For a reader without slots: the bytes go back by way of the router."""
         with self._here.makings.open(work.media, work.job.item) as reading:
-            spec = self._sized(work, await reading.size())
+            spec = self._spec_of(await reading.size())
             self._tell(work.router, ItemSized(dispatch=work.dispatch, spec=spec))
             embedding = await reading.embedding()
-        if spec_of(embedding) != spec:
-            raise Refused(FailureKind.INTERNAL, f"the tower made {list(embedding.shape)}, {spec.shape} was planned")
-        slot = work.job.slot
-        pieces = spread(as_bytes(embedding), slot.extents)
-        await self._here.transport.write(slot, pieces, seconds=max(0.0, budget - loop.time()))
-        self._notices.send(work.job.notify, _landed(work.job, spec))
+        _check_shape(embedding, spec)
+        loop = asyncio.get_running_loop()
+        frame = await loop.run_in_executor(self._preprocessing, payload, as_bytes(embedding))
+        return _Answer(self._encoded(work, spec, reading), frame)
+
+    async def _into_slot(self, work: _Work, slot: RemoteLease) -> ItemEncoded:
+        loop = asyncio.get_running_loop()
+        budget = loop.time() + work.job.budget_s
+        transport = self._here.transport
+        try:
+            with self._here.makings.open(work.media, work.job.item) as reading:
+                spec = self._sized(slot, await reading.size())
+                self._tell(work.router, ItemSized(dispatch=work.dispatch, spec=spec))
+                await transport.open_slot(slot, seconds=max(0.0, budget - loop.time()))  # while the tower is at work
+                embedding = await reading.embedding()
+            _check_shape(embedding, spec)
+            pieces = spread(as_bytes(embedding), slot.extents)
+            await transport.write(slot, pieces, seconds=max(0.0, budget - loop.time()))
+        except BaseException:
+            transport.drop_slot(slot)
+            raise
+        self._notices.send(work.job.notify, _landed(work.job, slot, spec))
+        return self._encoded(work, spec, reading)
+
+    def _encoded(self, work: _Work, spec: TensorSpec, reading: Reading) -> ItemEncoded:
         kept = self._here.makings.cache.bytes
         return ItemEncoded(dispatch=work.dispatch, spec=spec, source=reading.source, cache_bytes=kept)
 
@@ -262,19 +309,31 @@ class EncoderService:
             log.exception("preprocessing failed for item %d", item.index)
             raise Refused(FailureKind.INTERNAL, f"preprocessing failed: {error}") from error
 
-    def _sized(self, work: _Work, size: Size) -> TensorSpec:
-        """What will be written, once it is sure that the slot has room for it."""
+    def _spec_of(self, size: Size) -> TensorSpec:
         tower = self._here.tower
         dtype = str(tower.dtype).removeprefix("torch.")
         nbytes = size.rows * tower.width * tower.dtype.itemsize
-        room = sum(extent.nbytes for extent in work.job.slot.extents)
-        if nbytes > room:
-            raise Refused(FailureKind.INTERNAL, f"{nbytes} bytes of embeddings do not fit a slot of {room}")
         return TensorSpec(dtype=dtype, shape=[size.rows, tower.width], nbytes=nbytes)
 
-    def _tell(self, router: Sender, message: WorkerToRouter) -> None:
+    def _sized(self, slot: RemoteLease, size: Size) -> TensorSpec:
+        """What will be written, once it is sure that the slot has room for it."""
+        spec = self._spec_of(size)
+        room = sum(extent.nbytes for extent in slot.extents)
+        if spec.nbytes > room:
+            raise Refused(FailureKind.INTERNAL, f"{spec.nbytes} bytes of embeddings do not fit a slot of {room}")
+        return spec
+
+    def _profile(self, router: Sender, order: StartProfile) -> None:
+        loop = asyncio.get_running_loop()
+
+        def written(error: str | None) -> None:
+            loop.call_soon_threadsafe(self._tell, router, Profiled(path=order.path, error=error))
+
+        self._here.profiler.start(order.path, order.steps, written)
+
+    def _tell(self, router: Sender, message: WorkerToRouter, *frames: memoryview) -> None:
         try:
-            self._here.inbox.reply(router, message, WORKER_TO_ROUTER)
+            self._here.inbox.reply(router, message, WORKER_TO_ROUTER, frames)
         except PeerGone as error:
             log.info("the router left before its answer: %s", error)
 
@@ -307,12 +366,21 @@ class EncoderService:
             await self._compute.close(seconds=0.2)
 
 
-def _landed(job: Encode, spec: TensorSpec) -> EmbeddingLanded:
+def _failed(work: _Work, kind: FailureKind, text: str) -> _Answer:
+    return _Answer(ItemFailed(dispatch=work.dispatch, kind=kind, text=text))
+
+
+def _check_shape(embedding: torch.Tensor, spec: TensorSpec) -> None:
+    if spec_of(embedding) != spec:
+        raise Refused(FailureKind.INTERNAL, f"the tower made {list(embedding.shape)}, {spec.shape} was planned")
+
+
+def _landed(job: Encode, slot: RemoteLease, spec: TensorSpec) -> EmbeddingLanded:
     return EmbeddingLanded(
         request=job.request,
         attempt=job.attempt,
         index=job.item.index,
-        lease=job.slot.lease,
-        generation=job.slot.generation,
+        lease=slot.lease,
+        generation=slot.generation,
         spec=spec,
     )

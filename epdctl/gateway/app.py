@@ -23,11 +23,12 @@ from epdctl.errors import RequestError
 from epdctl.gateway.answer import Answer, Piece
 from epdctl.gateway.budget import Door, Ticket
 from epdctl.gateway.detokenize import TextStream
-from epdctl.gateway.http import Body, HungUp, Speaker, error_headers, unless_hung_up
+from epdctl.gateway.http import Body, Speaker, error_headers
 from epdctl.gateway.intake import Intake
 from epdctl.gateway.pipeline import Pipeline, new_request_id
 from epdctl.gateway.schema import ChatChunk, ChatRequest, error_body
 from epdctl.ids import RequestId
+from epdctl.rank.web import HungUp, unless_hung_up
 from epdctl.telemetry.metrics import CONTENT_TYPE, GatewayMeters
 
 __all__ = ["Desk", "create_app"]

@@ -19,6 +19,7 @@ from epdctl.gateway.intake import Order
 from epdctl.gateway.ranks import Ranks, Reply, Route
 from epdctl.gateway.states import ENDED, RequestState, Step, advance
 from epdctl.ids import RankName, RequestId, new_room
+from epdctl.rank.web import failure
 from epdctl.telemetry.metrics import GatewayMeters
 from epdctl.wire.encode import Encoded, EncodeFailed, FailureKind
 from epdctl.wire.lifecycle import Peer
@@ -33,33 +34,9 @@ from epdctl.wire.serve import (
     Usage,
 )
 
-__all__ = ["Director", "Ending", "Flight", "failure"]
+__all__ = ["Director", "Ending", "Flight"]
 
 log = logging.getLogger(__name__)
-
-# kind → HTTP status, seconds until another try makes sense
-STATUS: dict[FailureKind, tuple[int, int | None]] = {
-    FailureKind.BAD_MEDIA: (400, None),
-    FailureKind.TOO_LARGE: (400, None),
-    FailureKind.FULL: (429, 1),
-    FailureKind.NO_RANK: (503, 1),
-    FailureKind.RANK_LOST: (503, 1),
-    FailureKind.DEADLINE: (504, None),
-    FailureKind.INTERNAL: (502, None),
-}
-
-
-def failure(kind: FailureKind, text: str) -> RequestError:
-    status, retry_after = STATUS[kind]
-    return RequestError(status, text, code=kind.value.replace("-", "_"), retry_after=retry_after)
-
-
-# A rank that dies takes many requests with it, and at most one of them is to blame: once is bad luck.
-MOST_DEATHS = 2
-
-
-def _ref(peer: Peer) -> RankRef:
-    return RankRef(rank=peer.rank, incarnation=peer.incarnation)
 
 
 @dataclass(frozen=True, slots=True)

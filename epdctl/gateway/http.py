@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
 
 from starlette.types import Message, Receive, Send
 
 from epdctl.errors import RequestError
 from epdctl.gateway.budget import Ticket
 from epdctl.gateway.schema import error_body
+from epdctl.rank.web import HungUp
 
-__all__ = ["Body", "HungUp", "Speaker", "error_headers", "unless_hung_up"]
+__all__ = ["Body", "Speaker", "error_headers"]
 
 SEND_SECONDS = 30.0  # a client that reads nothing for so long has hung up
 DISCARD_SECONDS = 5.0
-
-T = TypeVar("T")
-
-
-class HungUp(Exception):
-    """The client is gone; nobody is left to answer."""
-
-
-async def unless_hung_up(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client disconnects; then raises HungUp.
-
-    The body must have been read: whatever comes now is a disconnect.
-    """
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise HungUp
-    finally:
-        working.cancel()
-        watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class Body:

@@ -14,7 +14,7 @@ from epdctl.errors import RequestError
 from epdctl.families import open_family
 from epdctl.families.base import Family, Picture, Prompt
 from epdctl.gateway.chat import ChatTemplate, too_long
-from epdctl.gateway.media import Medium, read_picture
+from epdctl.rank.media import Medium, read_picture
 from epdctl.gateway.schema import ChatRequest, ImagePart, Message, parse_request
 from epdctl.wire.config import Limits, ModelConfig
 from epdctl.wire.encode import MediaItem

@@ -11,7 +11,16 @@ import msgspec
 from epdctl.gateway.balance import Load, choose
 from epdctl.ids import RankName, Stage
 from epdctl.rank.peers import Links, PeerTable
-from epdctl.wire.encode import CLIENT_TO_ROUTER, ROUTER_TO_CLIENT, CancelEncode, ClientToRouter, RouterToClient
+from epdctl.wire.encode import (
+    CLIENT_TO_ROUTER,
+    ROUTER_TO_CLIENT,
+    CancelEncode,
+    ClientToRouter,
+    Encoded,
+    EncodeFailed,
+    RouterToClient,
+    Sized,
+)
 from epdctl.wire.lifecycle import Absent, Endpoints, Peer
 from epdctl.wire.serve import (
     RANK_TO_GATEWAY,
@@ -30,7 +39,7 @@ __all__ = ["Ranks", "Reply", "Route"]
 
 DEATHS_KNOWN = 1024  # the latest; no request lives long enough to ask for older ones
 
-Reply = RankToGateway | RouterToClient
+Reply = RankToGateway | Encoded | EncodeFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +77,8 @@ class Ranks:
             received(peer, message)
 
         def from_router(peer: Peer, message: RouterToClient, _: list[memoryview]) -> None:
-            received(peer, message)
+            if not isinstance(message, Sized):  # it knew the size before
+                received(peer, message)
 
         self.prefill: Links[RankToGateway, ToPrefill] = Links(
             RANK_TO_GATEWAY, TO_PREFILL, from_rank, stages=frozenset({Stage.PREFILL}), lost=lost

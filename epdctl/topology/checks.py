@@ -63,9 +63,33 @@ def language_stands_alone(file: TopologyFile) -> Iterator[Finding]:
 
 def encoder_has_a_reader(file: TopologyFile) -> Iterator[Finding]:
     stages = file.stages
-    if stages.encoder and not (stages.prefill or stages.decode or stages.language or stages.mono):
+    if not stages.encoder or stages.encoder.http:
+        return
+    if not (stages.prefill or stages.decode or stages.language or stages.mono):
         problem = "encoder alone: nobody reads its embeddings"
-        yield Finding(("stages", "encoder"), problem, "add prefill and decode, or language")
+        remedy = "add prefill and decode, or language; or http, for a reader of your own"
+        yield Finding(("stages", "encoder"), problem, remedy)
+
+
+def encoder_http_is_guarded(file: TopologyFile) -> Iterator[Finding]:
+    http = file.stages.encoder.http if file.stages.encoder else None
+    if http is None:
+        return
+    place: Trail = ("stages", "encoder", "http")
+    try:
+        address = ipaddress.IPv4Address("127.0.0.1" if http.host == "localhost" else http.host)
+    except ValueError:
+        yield Finding((*place, "host"), f"{http.host!r} is not an IPv4 address", "write an address of this machine")
+        return
+    if address.is_unspecified:
+        remedy = "write the one address that clients reach it at"
+        yield Finding((*place, "host"), f"{http.host} would listen on every address, for everybody", remedy)
+    elif not address.is_loopback and http.token_file is None:
+        problem = f"{http.host} is reachable from other machines, and no token is asked for"
+        yield Finding((*place, "host"), problem, "add token_file, or write 127.0.0.1", ((*place, "token_file"),))
+    if http.port == file.gateway.port and http.host == file.gateway.host:
+        also: tuple[Trail, ...] = (("gateway", "port"),)
+        yield Finding((*place, "port"), f"port {http.port} is the gateway's too", "write another port", also)
 
 
 def mono_stands_alone(file: TopologyFile) -> Iterator[Finding]:
@@ -211,6 +235,7 @@ CHECKS: tuple[Check, ...] = (
     prefill_and_decode_come_together,
     language_stands_alone,
     encoder_has_a_reader,
+    encoder_http_is_guarded,
     mono_stands_alone,
     mono_moves_nothing,
     tensor_parallel_is_not_served,

@@ -5,6 +5,7 @@ What a rank's command and environment are is the adapter's business.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,13 +14,23 @@ import msgspec
 from epdctl.errors import Mistake, PlacementError
 from epdctl.ids import LocalGpu, RankName, Stage
 from epdctl.topology.checkpoint import Checkpoint
+from epdctl.topology.document import Trail
 from epdctl.topology.hardware import Gpu, Hardware
 from epdctl.topology.moving import Ends, Moving, moving
 from epdctl.topology.plan import Deadlines, Plan, PlannedRank, RestartMode, RestartPolicy
-from epdctl.topology.schema import EncoderStage, LanguageStage, LimitsSection, StageSection, Topology
+from epdctl.topology.schema import (
+    EncoderStage,
+    LanguageStage,
+    LimitsSection,
+    RoutedEncoderStage,
+    StageSection,
+    Topology,
+    TopologyFile,
+)
 from epdctl.topology.seating import Complaint, Seating, seat, wishes_of
 from epdctl.wire.config import (
     EncoderConfig,
+    EncoderHttp,
     EngineConfig,
     GatewayConfig,
     Limits,
@@ -27,7 +38,7 @@ from epdctl.wire.config import (
     RankConfig,
 )
 
-__all__ = ["place"]
+__all__ = ["listeners", "place"]
 
 _MAX_GPU_THREADS = 4  # beside a GPU the CPU only launches kernels
 _MAX_PREPROCESS_THREADS = 8
@@ -83,12 +94,21 @@ def _runs_on_cpu(section: StageSection, hardware: Hardware) -> bool:
     return section.gpus == "none" or (section.gpus is None and section.share is None and not hardware.gpus)
 
 
+def listeners(file: TopologyFile) -> list[tuple[Trail, str, int]]:
+    """Every TCP port of the topology: where it stands in the file, its address, the port."""
+    http = file.stages.encoder.http if file.stages.encoder else None
+    ports: list[tuple[Trail, str, int]] = [(("gateway", "port"), file.gateway.host, file.gateway.port)]
+    if http is not None:
+        ports.append((("stages", "encoder", "http", "port"), http.host, http.port))
+    return ports
+
+
 def _port_complaints(topology: Topology, ports_in_use: Mapping[int, str]) -> list[Complaint]:
-    gateway = topology.file.gateway
-    if gateway.port not in ports_in_use:
-        return []
-    problem = f"port {gateway.port} of {gateway.host} is in use by {ports_in_use[gateway.port]}"
-    return [Complaint(("gateway", "port"), problem, "stop that, or write another port")]
+    return [
+        Complaint(trail, f"port {port} of {host} is in use by {ports_in_use[port]}", "stop that, or write another port")
+        for trail, host, port in listeners(topology.file)
+        if port in ports_in_use
+    ]
 
 
 def _attention_complaints(model: ModelConfig, on_cpu: set[Stage]) -> list[Complaint]:
@@ -146,15 +166,45 @@ def _limits(section: LimitsSection, language: list[LanguageStage]) -> Limits:
 
 def _ranks(topology: Topology, settled: _Settled, seating: Seating) -> tuple[PlannedRank, ...]:
     stages = list(topology.file.stages.present())
-    front = [Stage.GATEWAY]
+    front = [Stage.GATEWAY] if [stage for stage, _ in stages] != [Stage.ENCODER] else []
     if topology.file.stages.encoder:
         front.append(Stage.ENCODER_ROUTER)
-    ranks = [PlannedRank(_config(RankName.of(stage, 0), settled)) for stage in front]
+    ranks = [PlannedRank(_front(stage, topology.file.stages.encoder, settled)) for stage in front]
     for stage, section in stages:
         for index in range(section.ranks):
             name = RankName.of(stage, index)
             ranks.append(_model_rank(name, section, settled, seating.seats.get(name)))
     return tuple(ranks)
+
+
+def _front(stage: Stage, encoder: RoutedEncoderStage | None, settled: _Settled) -> RankConfig:
+    config = _config(RankName.of(stage, 0), settled)
+    if stage is not Stage.ENCODER_ROUTER or encoder is None:
+        return config
+    return msgspec.structs.replace(config, encoder=_routed(encoder, settled.spare))
+
+
+def _routed(section: RoutedEncoderStage, spare: int) -> EncoderConfig:
+    """What the router has to know of the ranks behind it."""
+    http = section.http
+    surface = (
+        None
+        if http is None
+        else EncoderHttp(
+            port=http.port,
+            host=http.host,
+            token_file=_absolute(http.token_file),
+            strict=http.strict,
+            profiles=_absolute(http.profiles),
+            held_bytes=http.held,
+        )
+    )
+    return msgspec.structs.replace(_encoder(section, spare), ranks=section.ranks, http=surface)
+
+
+def _absolute(path: str | None) -> str | None:
+    """Seen from where epdctl is run: ranks are run from elsewhere."""
+    return None if path is None else os.path.abspath(os.path.expanduser(path))
 
 
 def _config(name: RankName, settled: _Settled) -> RankConfig:
@@ -204,7 +254,13 @@ def _encoder(section: StageSection, spare: int) -> EncoderConfig:
     if not isinstance(section, EncoderStage):
         return EncoderConfig()
     threads = section.preprocess_threads or min(spare, _MAX_PREPROCESS_THREADS)
-    return EncoderConfig(batch_patches=section.batch_patches, preprocess_threads=threads)
+    return EncoderConfig(
+        batch_patches=section.batch_patches,
+        preprocess_threads=threads,
+        cache_bytes=section.cache,
+        canary_seconds=section.canary,
+        canary_deadline=section.canary_deadline,
+    )
 
 
 def _restart(topology: Topology) -> RestartPolicy:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from epdctl.ids import Stage
 from epdctl.topology.document import Document
 from epdctl.topology.plan import Deadlines, RestartPolicy
-from epdctl.topology.values import Bytes, Gpus, Seconds
+from epdctl.topology.values import Bytes, CacheBytes, Gpus, Seconds
 from epdctl.wire.config import EncoderConfig, EngineConfig, GatewayConfig, Limits, TransferConfig
 
 __all__ = [
@@ -103,11 +103,39 @@ class EncoderStage(StageSection):
 
     batch_patches: int = Field(default=_ENCODER.batch_patches, ge=1, description="Patches of one forward.")
     preprocess_threads: int | None = Field(default=None, ge=1, le=256, description="Pictures prepared at once.")
+    cache: CacheBytes = Field(
+        default=_ENCODER.cache_bytes, description="Embeddings a rank remembers, like 512MiB; off: none."
+    )
+    canary: Seconds = Field(
+        default=_ENCODER.canary_seconds, description="How often an idle rank proves itself with a real picture."
+    )
+    canary_deadline: Seconds = Field(
+        default=_ENCODER.canary_deadline, description="For that picture; beyond it the rank is unhealthy."
+    )
     optimize: Literal["auto", "off"] = Field(
         default="auto",
         description="auto: on GPUs and in 16 bits, towers of a known make run through kernels of our own; "
         "off: transformers' forward.",
     )
+
+
+class EncoderHttpSection(_Section):
+    """The encoder's own HTTP surface, for those who run it behind another engine."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="An address of this machine.")
+    port: int = Field(ge=1, le=65535, description="A free TCP port.")
+    token_file: str | None = Field(
+        default=None, min_length=1, description="A file with the bearer token that clients show; not on loopback only."
+    )
+    strict: bool = Field(default=False, description="/health answers 503 when any one rank does not serve.")
+    profiles: str | None = Field(default=None, min_length=1, description="Directory of what /start_profile records.")
+    held: Bytes = Field(default=512 << 20, description="Embeddings that wait for /send, together.")
+
+
+class RoutedEncoderStage(EncoderStage):
+    """The vision tower in processes of its own, behind a router."""
+
+    http: EncoderHttpSection | None = Field(default=None, description="POST /encode and /send, /health, /metrics.")
 
 
 class LanguageStage(StageSection):
@@ -127,7 +155,7 @@ def _defaults_when_empty(value: object) -> object:
     return {} if value is None else value
 
 
-_Encoder = Annotated[EncoderStage | None, BeforeValidator(_defaults_when_empty)]
+_Encoder = Annotated[RoutedEncoderStage | None, BeforeValidator(_defaults_when_empty)]
 _Language = Annotated[LanguageStage | None, BeforeValidator(_defaults_when_empty)]
 _Mono = Annotated[MonoStage | None, BeforeValidator(_defaults_when_empty)]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-__all__ = ["Bytes", "GpuName", "Gpus", "Seconds", "parse_duration", "parse_size"]
+__all__ = ["Bytes", "CacheBytes", "GpuName", "Gpus", "Seconds", "parse_duration", "parse_size"]
 
 GpuName = int | str  # an index as nvidia-smi counts, or (the beginning of) a UUID
 
@@ -36,6 +36,11 @@ def parse_size(value: object) -> int:
         raise wrong("should be a size", "write bytes as an integer, or a size like 64MiB, 2GiB or 500MB")
     prefix = (match[2] or "").lower()
     return int(float(match[1]) * (_PREFIXES | _BINARY)[prefix])
+
+
+def parse_cache(value: object) -> int:
+    """Bytes, or 0 for ``off``, which YAML may have read as a boolean."""
+    return 0 if value == "off" or value is False else parse_size(value)
 
 
 def parse_duration(value: object) -> float:
@@ -79,6 +84,9 @@ def _after(parse: Callable[[object], Any]) -> BeforeValidator:
 
 
 Bytes = Annotated[int, _after(parse_size), Field(ge=1), _text_or("integer", r"^\d+(\.\d+)?\s*([kKmMgGtT]i?)?[bB]$")]
+CacheBytes = Annotated[
+    int, _after(parse_cache), Field(ge=0), _text_or("integer", r"^off$|^\d+(\.\d+)?\s*([kKmMgGtT]i?)?[bB]$")
+]
 Seconds = Annotated[float, _after(parse_duration), Field(gt=0), _text_or("number", r"^\d+(\.\d+)?\s*(ms|s|m|h)$")]
 
 _Word = Annotated[str, PlainValidator(_word), WithJsonSchema({"enum": ["auto", "none"]}), Tag("word")]

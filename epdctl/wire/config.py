@@ -9,6 +9,7 @@ from epdctl.wire.message import Message, Part
 
 __all__ = [
     "EncoderConfig",
+    "EncoderHttp",
     "EngineConfig",
     "GatewayConfig",
     "Limits",
@@ -55,12 +56,25 @@ class EngineConfig(Part, frozen=True):
     max_batch: int = 64  # sequences of one step
 
 
+class EncoderHttp(Part, frozen=True):
+    """The encoder's own HTTP surface, on its router."""
+
+    port: int
+    host: str = "127.0.0.1"
+    token_file: str | None = None  # its content is the bearer token; None only on loopback
+    strict: bool = False  # one rank that does not serve is a 503 of /health
+    profiles: str | None = None  # directory of /start_profile; None: it is refused
+    held_bytes: int = 512 << 20  # embeddings that wait for /send
+
+
 class EncoderConfig(Part, frozen=True):
     batch_patches: int = 16_384  # patches of one forward
     preprocess_threads: int = 2
     cache_bytes: int = 256 << 20  # embeddings a rank remembers; 0: none, and nothing in flight is shared
     canary_seconds: float = 10.0  # between two proofs of a rank that encodes nothing
     canary_deadline: float = 30.0
+    ranks: int = 0  # how many the plan has; for the router
+    http: EncoderHttp | None = None  # for the router
 
 
 class TransferConfig(Part, frozen=True):

@@ -28,9 +28,13 @@ __all__ = [
     "ItemSized",
     "MediaItem",
     "RankRef",
+    "Profiled",
     "RouterToClient",
     "RouterToWorker",
+    "Sized",
     "Source",
+    "StartProfile",
+    "StopProfile",
     "WorkerToRouter",
 ]
 
@@ -72,13 +76,16 @@ class MediaItem(Part, frozen=True):
 
 
 class Encode(Message, frozen=True):
-    """+ 1 frame: the encoded picture. Sent once the slot is granted, so that no waiting request holds an encoder."""
+    """+ 1 frame: the encoded picture. Sent once the slot is granted, so that no waiting request holds an encoder.
+
+    Without a slot the embedding comes back in the frame behind Encoded, and its shape before that, as Sized.
+    """
 
     request: RequestId
     attempt: int
     item: MediaItem
-    slot: RemoteLease
-    notify: str  # inbox of the rank that owns the slot
+    slot: RemoteLease | None
+    notify: str  # inbox of the rank that owns the slot; "" without one
     budget_s: float
 
 
@@ -89,12 +96,24 @@ class CancelEncode(Message, frozen=True):
     attempt: int
 
 
+class Sized(Message, frozen=True):
+    """Of an item without a slot: what will come. Said again when the item goes to another rank."""
+
+    request: RequestId
+    attempt: int
+    index: int
+    spec: TensorSpec
+
+
 class Encoded(Message, frozen=True):
+    """+ 1 frame, as ``spec`` says, for an item without a slot."""
+
     request: RequestId
     attempt: int
     index: int
     by: RankName
     incarnation: Incarnation
+    spec: TensorSpec | None = None
 
 
 class EncodeFailed(Message, frozen=True):
@@ -126,7 +145,7 @@ class ItemSized(Message, frozen=True):
 
 
 class ItemEncoded(Message, frozen=True):
-    """The bytes are in the slot."""
+    """The bytes are in the slot, or in the frame behind this when there is none."""
 
     dispatch: int
     spec: TensorSpec
@@ -142,6 +161,22 @@ class ItemFailed(Message, frozen=True):
     text: str
 
 
+class StartProfile(Message, frozen=True):
+    path: str  # the trace file this rank is to write
+    steps: int | None = None  # batches; None: until StopProfile
+
+
+class StopProfile(Message, frozen=True):
+    pass
+
+
+class Profiled(Message, frozen=True):
+    """The trace is written, or cannot be."""
+
+    path: str
+    error: str | None = None
+
+
 class EmbeddingLanded(Message, frozen=True):
     """To the slot's owner: this item may be read."""
 
@@ -154,9 +189,9 @@ class EmbeddingLanded(Message, frozen=True):
 
 
 ClientToRouter = Encode | CancelEncode
-RouterToClient = Encoded | EncodeFailed
-RouterToWorker = EncodeItem | CancelItem
-WorkerToRouter = ItemSized | ItemEncoded | ItemFailed
+RouterToClient = Sized | Encoded | EncodeFailed
+RouterToWorker = EncodeItem | CancelItem | StartProfile | StopProfile
+WorkerToRouter = ItemSized | ItemEncoded | ItemFailed | Profiled
 EncoderToLanguage = EmbeddingLanded
 
 CLIENT_TO_ROUTER: Codec[ClientToRouter] = Codec(ClientToRouter)

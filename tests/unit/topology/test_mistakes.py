@@ -10,6 +10,7 @@ from epdctl.errors import Mistake, TopologyError
 from epdctl.topology.load import load, loads
 
 LANGUAGE = "model: {path: x}\nstages: {language: {}}\n"
+ENCODER = "model: {path: x}\nstages:\n  language: {}\n  encoder: "
 ENVIRON = {"PORT": "8001", "EMPTY": "", "WORD": "many"}
 
 
@@ -259,6 +260,34 @@ MISTAKES = [
         "deadlines.unhealthy",
         "unhealthy after 0.5 s, but a heartbeat comes every 1 s",
         "several heartbeats",
+    ),
+    (
+        "the encoder open to all",
+        ENCODER + "{http: {port: 8100, host: «0.0.0.0}}",
+        "stages.encoder.http.host",
+        "listen on every address",
+        "the one address",
+    ),
+    (
+        "the encoder open to some",
+        ENCODER + "{http: {port: 8100, host: «10.0.0.5}}",
+        "stages.encoder.http.host",
+        "no token is asked for",
+        "add token_file",
+    ),
+    (
+        "the encoder at the gateway's port",
+        ENCODER + "{http: {port: «8000}}",
+        "stages.encoder.http.port",
+        "port 8000 is the gateway's too",
+        "another port",
+    ),
+    (
+        "a cache of no size",
+        ENCODER + "{cache: «much}",
+        "stages.encoder.cache",
+        "should be a size",
+        "64MiB",
     ),
     (
         "stuck before unhealthy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 
 import pytest
@@ -36,6 +37,22 @@ def test_without_encoder_there_is_no_router() -> None:
     made = plan(MODEL + "stages: {language: {}}", machine())
     assert [str(one.rank) for one in made.ranks] == ["gateway/0", "language/0"]
     assert made.gateway_url == "http://127.0.0.1:8000"
+
+
+HTTP = "stages: {encoder: {replicas: 2, cache: off, http: {port: 8100, token_file: t.txt}}}"
+
+
+def test_an_encoder_with_http_may_stand_alone_and_its_router_knows_what_is_behind_it() -> None:
+    made = plan(MODEL + HTTP, machine())
+    assert [str(one.rank) for one in made.ranks] == ["encoder-router/0", "encoder/0", "encoder/1"]
+    assert made.gateway_url is None
+    router = rank(made, "encoder-router/0").config.encoder
+    assert (router.ranks, router.cache_bytes) == (2, 0)
+    assert router.http is not None
+    assert (router.http.host, router.http.port, router.http.strict) == ("127.0.0.1", 8100, False)
+    assert router.http.token_file == os.path.abspath("t.txt")
+    assert rank(made, "encoder/0").config.encoder.http is None
+    assert refused(MODEL + HTTP, machine(), {8100: "nginx (pid 7)"})[0].startswith("test.yaml:2:")
 
 
 def test_auto_takes_free_gpus_in_order_around_named_ones() -> None:

@@ -1,0 +1,168 @@
+"""What one HTTP request wants done with its embeddings: in the answer, to ports, or held until ``/send`` asks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fastapi import Response
+from fastapi.responses import JSONResponse
+
+from epdctl.encoder.delivery import Parcel, deliver
+from epdctl.encoder.jobs import Job, Jobs
+from epdctl.encoder.orders import Destination, EncodeBody, SendBody, target_of
+from epdctl.errors import RequestError
+from epdctl.wire.deliver import Embeddings
+from epdctl.wire.encode import MediaItem
+from epdctl.wire.transfer import TensorSpec
+
+__all__ = ["Errands", "safetensors"]
+
+SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name for a dtype → the format's
+
+Key = tuple[str, int]  # req_id, part_idx
+
+
+@dataclass(slots=True)
+class _Held:
+    """Waits for ``/send``, at most until its request's deadline."""
+
+    body: EncodeBody
+    job: Job
+    nbytes: int
+    alarm: asyncio.TimerHandle
+    sent: int = 0
+
+
+class Errands:
+    def __init__(self, jobs: Jobs, limit: int) -> None:
+        self._jobs = jobs
+        self._limit = limit
+        self._held: dict[Key, _Held] = {}
+        self._coming: set[Key] = set()  # being sized
+        self.held_bytes = 0
+
+    async def encode(
+        self, body: EncodeBody, items: Sequence[tuple[MediaItem, bytes]], budget: float, *, anywhere: bool
+    ) -> Response:
+        """Raises RequestError."""
+        to = target_of(body, anywhere=anywhere)
+        if to is None:
+            return await self._hold(body, items, budget)
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + budget
+        job = self._jobs.start(items, budget)
+        try:
+            return await _hand_out(body, job, to, ends)
+        finally:
+            self._jobs.forget(job)
+
+    async def _hold(self, body: EncodeBody, items: Sequence[tuple[MediaItem, bytes]], budget: float) -> Response:
+        """Answers with the sizes, before the forward; the embeddings come meanwhile."""
+        key = (body.req_id, body.part_idx)
+        if key in self._held or key in self._coming:
+            raise RequestError(409, f"part {body.part_idx} of {body.req_id} is held already", code="duplicate")
+        self._coming.add(key)
+        job = self._jobs.start(items, budget)
+        try:
+            specs = await job.sizes()
+            nbytes = sum(spec.nbytes for spec in specs)
+            if self.held_bytes + nbytes > self._limit:
+                text = f"{self.held_bytes} bytes of embeddings wait for /send; the limit is {self._limit}"
+                raise RequestError(429, text, code="full", retry_after=1)
+        except BaseException:
+            self._jobs.forget(job)
+            raise
+        finally:
+            self._coming.discard(key)
+        alarm = asyncio.get_running_loop().call_later(budget, self._release, key)
+        self._held[key] = _Held(body, job, nbytes, alarm)
+        self.held_bytes += nbytes
+        return JSONResponse(_sizes(body, job, specs))
+
+    async def send(self, body: SendBody, budget: float, *, anywhere: bool) -> Response:
+        """Raises RequestError: 404 for what is not held (any more)."""
+        key = (body.req_id, body.part_idx)
+        to = target_of(body, anywhere=anywhere)
+        if to is None:
+            raise RequestError(400, "deliver_to is missing", param="deliver_to")
+        held = self._held.get(key)
+        if held is None:
+            raise RequestError(404, f"no embeddings of part {body.part_idx} of {body.req_id} are held", code="unknown")
+        response = await _hand_out(held.body, held.job, to, asyncio.get_running_loop().time() + budget)
+        held.sent += 1
+        if held.sent >= body.receive_count and self._held.get(key) is held:
+            self._release(key)
+        return response
+
+    def _release(self, key: Key) -> None:
+        held = self._held.pop(key)
+        held.alarm.cancel()
+        self.held_bytes -= held.nbytes
+        self._jobs.forget(held.job)
+
+    def close(self) -> None:
+        for key in list(self._held):
+            self._release(key)
+
+
+async def _hand_out(body: EncodeBody, job: Job, to: Destination, ends: float) -> Response:
+    rows = await job.embeddings()
+    specs = await job.sizes()
+    if not to.ports:
+        return await asyncio.to_thread(_inline, body, job.items, specs, rows)
+    message = Embeddings(
+        delivery="",
+        req_id=body.req_id,
+        part_idx=body.part_idx,
+        num_parts=body.num_parts,
+        modality=body.modality.lower(),
+        grids=[item.grid for item in job.items],
+        specs=specs,
+    )
+    await deliver(Parcel(message, rows), to, max(0.0, ends - asyncio.get_running_loop().time()))
+    return JSONResponse(_sizes(body, job, specs))
+
+
+def _sizes(body: EncodeBody, job: Job, specs: Sequence[TensorSpec]) -> dict[str, object]:
+    items = [
+        {"grid": item.grid, "rows": spec.shape[0], "nbytes": spec.nbytes}
+        for item, spec in zip(job.items, specs, strict=True)
+    ]
+    return {
+        "req_id": body.req_id,
+        "part_idx": body.part_idx,
+        "embedding_size": sum(spec.nbytes for spec in specs),
+        "embedding_len": sum(spec.shape[0] for spec in specs),
+        "embedding_dim": specs[0].shape[1],
+        "dtype": specs[0].dtype,
+        "items": items,
+    }
+
+
+def _inline(
+    body: EncodeBody, items: Sequence[MediaItem], specs: Sequence[TensorSpec], rows: Sequence[memoryview]
+) -> Response:
+    """On a thread: safetensors with one tensor for each item, called by its number; the grids are in its metadata."""
+    metadata = {
+        "req_id": body.req_id,
+        "part_idx": str(body.part_idx),
+        "num_parts": str(body.num_parts),
+        "grids": json.dumps([item.grid for item in items]),
+    }
+    return Response(safetensors(specs, rows, metadata), media_type="application/octet-stream")
+
+
+def safetensors(specs: Sequence[TensorSpec], rows: Sequence[memoryview], metadata: Mapping[str, str]) -> bytes:
+    """The format is a length, a JSON header and the bytes; the library's writer has changed its arguments before."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    start = 0
+    for number, spec in enumerate(specs):
+        offsets = [start, start + spec.nbytes]
+        header[str(number)] = {"dtype": SAFETENSORS[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
+        start += spec.nbytes
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # so that the bytes behind it are aligned
+    return b"".join([len(text).to_bytes(8, "little"), text, *rows])

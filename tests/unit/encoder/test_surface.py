@@ -1,0 +1,423 @@
+"""The encoder's HTTP surface over real sockets: router, ranks with a tower of arithmetic, readers at ports."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import socket
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load
+
+from epdctl.encoder.canary import PNG
+from epdctl.encoder.client import Part, Reader
+from epdctl.encoder.dispatch import RankKey
+from epdctl.encoder.jobs import Jobs
+from epdctl.encoder.orders import EncodeBody, SendBody, parse, target_of
+from epdctl.encoder.proof import Proof, norm_of
+from epdctl.encoder.router import RouterService
+from epdctl.encoder.verdict import judge
+from epdctl.encoder.worker import EncoderService
+from epdctl.engine.api import Prepared
+from epdctl.errors import RequestError
+from epdctl.ids import Incarnation, RankName
+from epdctl.wire.config import EncoderConfig, EncoderHttp, Limits, ModelConfig
+from epdctl.wire.encode import MediaItem
+from epdctl.wire.transfer import TensorSpec
+from tests.support.ranks import make_spec
+from tests.support.towers import CANARY_SEED, WIDTH, ToyTower, embedding, picture
+from tests.unit.encoder.test_services import Gate, World, in_world, turns_until
+
+SIDE = 56  # pixels: 4 x 4 patches, 4 rows
+ROWS = 4
+Test = Callable[["Site"], Coroutine[Any, Any, None]]
+
+
+def url(seed: int, side: int = SIDE) -> str:
+    data = io.BytesIO()
+    Image.new("RGB", (side, side), (seed, 0, 0)).save(data, "PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+class PictureTower(ToyTower):
+    """The seed of a picture is its first pixel's red."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.canary = lambda: embedding(ROWS, CANARY_SEED)
+
+    def prepare(self, media: bytes | memoryview, item: MediaItem) -> Prepared:
+        with Image.open(io.BytesIO(media)) as picture:
+            seed = CANARY_SEED if media == PNG else picture.tobytes()[0]
+        if seed == 13:
+            raise RequestError(400, "an unlucky picture")
+        grid = (item.grid[0], item.grid[1], item.grid[2])
+        return Prepared(grid=grid, rows=item.rows, patches=4 * item.rows, pixels=torch.full((4 * item.rows, 1), seed))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Site:
+    """A world with a surface, and a client of it."""
+
+    def __init__(self, world: World, http: httpx.AsyncClient, directory: Path) -> None:
+        self.world = world
+        self.http = http
+        self.directory = directory
+
+    async def encoder(self, number: int = 0, tower: ToyTower | None = None) -> None:
+        model = ModelConfig(path=str(self.directory), name="tiny", family="qwen2_5_vl")
+        spec = make_spec(f"encoder/{number}", self.world.sockets, model=model)
+        service = EncoderService(spec, load=(tower or PictureTower()).load)
+        await self.world.add(service, f"encoder/{number}")
+
+    async def encode(self, *seeds: int, **fields: Any) -> httpx.Response:
+        body = {"req_id": "a", "mm_items": [url(seed) for seed in seeds], **fields}
+        return await self.http.post("/encode", json=body)
+
+    async def send(self, **fields: Any) -> httpx.Response:
+        return await self.http.post("/send", json={"req_id": "a", **fields})
+
+    def reader(self, **options: Any) -> tuple[Reader, int]:
+        port = free_port()
+        reader = Reader("127.0.0.1", port, **options)
+        self.world.stack.callback(reader.close)
+        return reader, port
+
+
+def at_site(sockets: Path, tmp_path: Path, test: Test, *, limits: Limits = Limits(), **http: Any) -> None:  # noqa: B008
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen2_5_vl", "image_token_id": 9, "eos_token_id": 1})
+    )
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+
+    async def work(world: World) -> None:
+        surface = EncoderHttp(port=free_port(), **http)
+        config = EncoderConfig(ranks=2, http=surface, canary_deadline=30.0)
+        model = ModelConfig(path=str(tmp_path), name="tiny", family="qwen2_5_vl")
+        spec = make_spec("encoder-router/0", world.sockets, encoder=config, model=model, limits=limits)
+        peer = await world.add(RouterService(spec), "encoder-router/0")
+        async with httpx.AsyncClient(base_url=str(peer.endpoints.http), timeout=60, trust_env=False) as client:
+            await test(Site(world, client, tmp_path))
+
+    in_world(sockets, work)
+
+
+def check(part: Part, *seeds: int) -> None:
+    assert [item.shape for item in part.items] == [(ROWS, WIDTH)] * len(seeds)
+    for item, seed in zip(part.items, seeds, strict=True):
+        got = torch.frombuffer(bytearray(item.rows), dtype=torch.float32).view(item.shape)
+        assert torch.equal(got, embedding(ROWS, seed))
+
+
+def test_inline_is_safetensors_in_the_answer(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        await site.encoder()
+        reply = await site.encode(5, 6, deliver_to="inline")
+        assert reply.status_code == 200, reply.text
+        tensors = load(reply.content)
+        assert torch.equal(tensors["0"], embedding(ROWS, 5))
+        assert torch.equal(tensors["1"], embedding(ROWS, 6))
+        length = int.from_bytes(reply.content[:8], "little")
+        metadata = json.loads(reply.content[8 : 8 + length])["__metadata__"]
+        assert (metadata["req_id"], json.loads(metadata["grids"])) == ("a", [[1, 4, 4], [1, 4, 4]])
+
+    at_site(sockets, tmp_path, test)
+
+
+def test_every_port_of_prefill_gets_its_own_and_the_caller_has_one(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        for number in range(2):
+            await site.encoder(number)
+        readers = [site.reader(token="mine") for _ in range(3)]
+        ports = [port for _, port in readers]
+        reply = await site.encode(1, 2, 3, deliver_to="prefill", embedding_port=ports, reader_token="mine")
+        assert reply.status_code == 200, reply.text
+        sizes = reply.json()
+        assert (sizes["embedding_len"], sizes["embedding_dim"], sizes["dtype"]) == (3 * ROWS, WIDTH, "float32")
+        assert sizes["embedding_size"] == 3 * ROWS * WIDTH * 4
+        for reader, _ in readers:
+            check(await reader.part("a", seconds=30), 1, 2, 3)
+        reader, port = site.reader()
+        reply = await site.encode(7, deliver_to="caller", embedding_port=port, num_parts=3, part_idx=2)
+        assert reply.status_code == 200
+        part = await reader.part("a", 2, seconds=30)
+        assert (part.part_idx, part.num_parts) == (2, 3)
+        check(part, 7)
+
+    at_site(sockets, tmp_path, test)
+
+
+def test_in_two_phases_the_size_is_told_before_the_forward_and_send_delivers(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        gate = Gate()
+        tower = PictureTower(gate=gate.open, began=gate.tower().began)
+        await site.encoder(tower=tower)
+        reply = await site.encode(8)  # the forward is held, and yet there is an answer
+        assert reply.status_code == 200
+        assert reply.json()["items"] == [{"grid": [1, 4, 4], "rows": ROWS, "nbytes": ROWS * WIDTH * 4}]
+        assert (await site.encode(9)).status_code == 409, "the same part again, with other content"
+        assert "epdctl_encoder_held_bytes 96.0" in (await site.http.get("/metrics")).text
+        first, port = site.reader()
+        sending = asyncio.ensure_future(site.send(deliver_to="prefill", embedding_port=port, receive_count=2))
+        gate.open.set()
+        assert (await sending).status_code == 200
+        check(await first.part("a", seconds=30), 8)
+        reply = await site.send(deliver_to="inline", receive_count=2)
+        assert torch.equal(load(reply.content)["0"], embedding(ROWS, 8))
+        assert (await site.send(deliver_to="inline")).status_code == 404, "two had been asked for"
+        assert "epdctl_encoder_held_bytes 0.0" in (await site.http.get("/metrics")).text
+        assert (await site.encode(9)).status_code == 200
+
+    at_site(sockets, tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"deliver_to": "mooncake"}, "comes with the transfer backend"),
+        ({"deliver_to": "prefill"}, "needs an embedding_port"),
+        ({"deliver_to": "caller"}, "needs an embedding_port"),
+        ({"deliver_to": "caller", "embedding_port": [1, 2]}, "has one embedding_port"),
+        ({"deliver_to": "inline", "embedding_port": 1}, "takes no embedding_port"),
+        ({"embedding_port": 1}, "without deliver_to"),
+        ({"deliver_to": "prefill", "embedding_port": 1, "prefill_host": "10.0.0.1"}, "asks for no token"),
+        ({"deliver_to": "prefill", "embedding_port": 1, "prefill_host": "evil.example"}, "not an IPv4 address"),
+        ({"deliver_to": "somewhere"}, "deliver_to"),
+        ({"embedding_port": 70_000, "deliver_to": "caller"}, "embedding_port"),
+        ({"part_idx": 1}, "part_idx 1 of 1 parts"),
+        ({"mm_items": []}, "mm_items"),
+        ({"mm_items": ["http://metadata/"]}, "data: URL"),
+        ({"mm_items": ["data:image/png;base64,AAAA"]}, "not a picture"),
+        ({"mm_items": [url(1, side=2000)]}, "pixels"),
+        ({"mm_items": [url(1)] * 17}, "at most 16"),
+        ({"modality": "VIDEO"}, "modality"),
+        ({"surprise": 1}, "surprise"),
+        ({"req_id": ""}, "req_id"),
+        ({"mm_items": [url(13)], "deliver_to": "inline"}, "an unlucky picture"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_a_400_that_says_it(
+    sockets: Path, tmp_path: Path, fields: dict[str, Any], words: str
+) -> None:
+    async def test(site: Site) -> None:
+        await site.encoder()
+        reply = await site.encode(1, **fields)
+        assert (reply.status_code, reply.json()["status"]) == (400, "error"), reply.text
+        assert words in reply.json()["message"]
+
+    at_site(sockets, tmp_path, test, limits=Limits(max_pixels=1_000_000))
+
+
+def test_the_ranks_word_becomes_the_status(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        reply = await site.encode(1, deliver_to="inline", budget_s=0.05)
+        assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "no_rank", "1")
+        gate = Gate()
+        await site.encoder(tower=PictureTower(gate=gate.open, began=gate.tower().began))
+        running = [asyncio.ensure_future(site.encode(seed, deliver_to="inline")) for seed in (1, 2)]
+        await turns_until(lambda: site.world.services["encoder-router/0"].pulse().inflight == 2)
+        reply = await site.encode(3, deliver_to="inline")
+        assert (reply.status_code, reply.json()["code"]) == (429, "full")
+        gate.open.set()
+        assert [(await one).status_code for one in running] == [200, 200]
+
+    at_site(sockets, tmp_path, test, limits=Limits(inflight=1, queue=1))
+
+
+def test_a_reader_that_is_not_there_or_does_not_want_it(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        await site.encoder()
+        good, port = site.reader()
+        ports = [free_port(), port]
+        reply = await site.encode(4, deliver_to="prefill", embedding_port=ports, budget_s=1.0)
+        assert reply.status_code == 504
+        check(await good.part("a", seconds=30), 4)
+        _, guarded = site.reader(token="secret")
+        reply = await site.encode(4, deliver_to="caller", embedding_port=guarded, reader_token="guessed")
+        assert reply.status_code == 502
+        assert "wrong token" in reply.json()["message"]
+
+    at_site(sockets, tmp_path, test)
+
+
+def test_with_a_token_nothing_is_answered_without_it(sockets: Path, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("sesame\n")
+
+    async def test(site: Site) -> None:
+        await site.encoder()
+        for path in ("/health", "/metrics", "/health_generate"):
+            assert (await site.http.get(path)).status_code == 401
+        assert (await site.encode(1)).status_code == 401
+        assert (await site.http.get("/health", headers={"authorization": "Bearer guess"})).status_code == 401
+        assert (await site.http.get("/health", headers={"authorization": "Bearer sesame"})).status_code == 200
+
+    at_site(sockets, tmp_path, test, token_file=str(tmp_path / "token"))
+
+
+def test_health_counts_the_ranks_of_the_plan_and_proves_it_with_a_picture(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        reply = await site.http.get("/health")
+        assert (reply.status_code, reply.json()["status"]) == (503, "unhealthy")
+        assert (await site.http.get("/health_generate")).status_code == 503
+        tower = PictureTower()
+        await site.encoder(0, tower)
+        reply = await site.http.get("/health")
+        assert (reply.status_code, reply.json()["status"], reply.json()["serving"]) == (200, "degraded", "1 of 2")
+        assert [rank["state"] for rank in reply.json()["ranks"]] == ["ready", "not serving"]
+        await site.encoder(1)
+        assert (await site.http.get("/health")).json()["status"] == "healthy"
+        storm = await asyncio.gather(*(site.http.get("/health_generate") for _ in range(20)))
+        assert {(reply.status_code, reply.json()["encode"]) for reply in storm} == {(200, "fine")}
+        del site.world.peers["encoder/1"]
+        site.world.tell()
+        tower.encode = lambda batch: [torch.full((item.rows, WIDTH), torch.nan) for item in batch]  # type: ignore[method-assign]
+        reply = await site.http.get("/health_generate")
+        assert reply.status_code == 503
+        assert "norm nan" in reply.json()["encode"]
+
+    at_site(sockets, tmp_path, test)
+
+
+def test_strictly_one_dead_rank_is_a_503_that_still_says_who_serves(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        await site.encoder()
+        reply = await site.http.get("/health")
+        assert (reply.status_code, reply.json()["status"], reply.json()["serving"]) == (503, "degraded", "1 of 2")
+
+    at_site(sockets, tmp_path, test, strict=True)
+
+
+def test_a_client_that_hangs_up_frees_its_place(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        gate = Gate()
+        await site.encoder(tower=PictureTower(gate=gate.open, began=gate.tower().began))
+        router = site.world.services["encoder-router/0"]
+        running = asyncio.ensure_future(site.encode(1, deliver_to="inline"))
+        await turns_until(lambda: router.pulse().inflight == 1)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await router.drain()
+        gate.open.set()
+
+    at_site(sockets, tmp_path, test)
+
+
+def test_a_profile_of_every_rank(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        await site.encoder()
+        assert (await site.http.post("/stop_profile")).status_code == 400
+        started = await site.http.post("/start_profile")
+        assert started.status_code == 200, started.text
+        assert (await site.http.post("/start_profile")).status_code == 400
+        assert (await site.http.post("/start_profile", content=b'{"what": 1}')).status_code == 400
+        assert (await site.encode(1, deliver_to="inline")).status_code == 200
+        stopped = await site.http.post("/stop_profile")
+        assert stopped.status_code == 200, stopped.text
+        assert stopped.json()["profiles"] == [{**started.json()["profiles"][0], "error": None}]
+        trace = json.loads(await asyncio.to_thread(Path(stopped.json()["profiles"][0]["path"]).read_text))
+        assert any("arange" in event.get("name", "") for event in trace["traceEvents"])
+
+    at_site(sockets, tmp_path, test, profiles=str(tmp_path / "traces"))
+
+
+def test_without_a_place_there_is_no_profile(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        reply = await site.http.post("/start_profile")
+        assert (reply.status_code, reply.json()["code"]) == (400, "no_place")
+
+    at_site(sockets, tmp_path, test)
+
+
+def test_metrics_tell_what_was_made_and_what_was_remembered(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        await site.encoder()
+        for _ in range(3):
+            assert (await site.encode(1, deliver_to="inline")).status_code == 200
+        text = (await site.http.get("/metrics")).text
+        for line in (
+            'epdctl_encoder_embeddings_total{rank="encoder/0",source="made"} 1.0',
+            'epdctl_encoder_embeddings_total{rank="encoder/0",source="cached"} 2.0',
+            'epdctl_encoder_cache_bytes{rank="encoder/0"} 96.0',
+            'epdctl_encoder_items_total{end="encoded"} 3.0',
+            'epdctl_encoder_pending{rank="encoder/0"} 0.0',
+            'epdctl_encoder_http_requests_total{path="/encode",status="200"} 3.0',
+        ):
+            assert line in text
+
+    at_site(sockets, tmp_path, test)
+
+
+def test_a_storm_of_probes_is_one_probe(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        _, _, _ = await world.router()
+        gate = Gate()
+        await world.encoder(gate.tower())
+        jobs = Jobs(str(world.peers["encoder-router/0"].endpoints.inbox))
+        world.stack.callback(jobs.close)
+        item = MediaItem(index=0, modality="image", content_hash="", of=1, grid=[1, 2, 2 * ROWS], rows=ROWS)
+        proof = Proof(jobs, (item, picture(ROWS, 3)), 60.0)
+        asking = [asyncio.ensure_future(proof.fault()) for _ in range(9)]
+        await gate.began.count(1)
+        assert len(jobs) == 1
+        gate.open.set()
+        assert await asyncio.gather(*asking) == [None] * 9
+        assert len(gate.began.seen) == 1
+        assert len(jobs) == 0
+
+    in_world(sockets, test)
+
+
+# -- pure --
+
+
+def ready(*numbers: int) -> list[tuple[RankKey, int]]:
+    return [(RankKey(RankName(f"encoder/{number}"), Incarnation(1)), number) for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("planned", "there", "strict", "word", "status"),
+    [
+        (2, (0, 1), False, "healthy", 200),
+        (2, (0, 1), True, "healthy", 200),
+        (3, (0, 2), False, "degraded", 200),
+        (3, (0, 2), True, "degraded", 503),
+        (2, (), False, "unhealthy", 503),
+        (0, (), False, "unhealthy", 503),
+        (1, (0, 1), False, "healthy", 200),
+    ],
+)
+def test_the_verdict(planned: int, there: tuple[int, ...], strict: bool, word: str, status: int) -> None:
+    verdict = judge(planned, ready(*there), strict=strict)
+    assert (verdict.word, verdict.status) == (word, status)
+    assert len(verdict.ranks) == max(planned, len(there))
+
+
+def test_with_a_token_deliveries_may_go_to_other_machines() -> None:
+    body = parse(b'{"req_id":"a","deliver_to":"caller","embedding_port":7,"prefill_host":"10.0.0.1"}', SendBody)
+    target = target_of(body, anywhere=True)
+    assert target is not None
+    assert target.endpoints == ["tcp://10.0.0.1:7"]
+    with pytest.raises(RequestError):
+        parse(b"{", EncodeBody)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_norm_is_the_same_from_bytes(dtype: str) -> None:
+    tensor = torch.arange(12, dtype=getattr(torch, dtype))
+    spec = TensorSpec(dtype=dtype, shape=[12], nbytes=tensor.nbytes)
+    assert norm_of(memoryview(bytes(tensor.view(torch.uint8).numpy())), spec) == float(tensor.double().norm())
+    assert norm_of(memoryview(b"12"), msgspec.structs.replace(spec, dtype="int8")) != 0.0
