@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from epdctl.engine.api import LanguageModel, Tower
 from epdctl.engine.core import build_engine
 from epdctl.engine.loading import load_language, load_tower
 from epdctl.errors import LoadError
 from epdctl.wire.config import EngineConfig
-from tests.support.checkpoints import model_config
+from tests.support.checkpoints import every_family, model_config
 
 CPU = torch.device("cpu")
 Weights = dict[str, torch.Tensor]
@@ -46,12 +46,16 @@ def state(half: Any) -> Weights:
     return found
 
 
+TOWERS = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
+
+
+@every_family
 def test_the_halves_hold_the_whole_model_once_and_bit_for_bit(
     checkpoint: Path, tower: Tower, language: LanguageModel
 ) -> None:
-    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint).state_dict()
+    whole = AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()
     left, right = state(tower), state(language)
-    assert all(name.startswith("model.visual.") for name in left)
+    assert all(name.startswith(TOWERS) for name in left)
     assert all(name.startswith(("model.language_model.", "lm_head.")) for name in right)
     assert not set(left) & set(right)
     assert set(left) | set(right) == set(whole)
@@ -94,6 +98,26 @@ LOADERS: list[tuple[Callable[..., object], str]] = [
     (load_language, "embed_tokens.weight"),
     (load_language, "lm_head.weight"),
 ]
+
+
+THEIR_OWN: list[tuple[str, Callable[..., object], str]] = [
+    ("qwen3_vl", load_tower, "deepstack_merger_list.1.linear_fc1.weight"),
+    ("qwen3_vl", load_tower, "visual.pos_embed.weight"),
+    ("qwen3_vl", load_language, "layers.1.self_attn.q_norm.weight"),
+    ("llava_onevision", load_tower, "image_newline"),
+    ("llava_onevision", load_tower, "multi_modal_projector.linear_1.bias"),
+    ("llava_onevision", load_tower, "embeddings.position_embedding.weight"),
+    ("llava_onevision", load_language, "embed_tokens.weight"),
+    ("llava_onevision", load_language, "lm_head.weight"),
+]
+
+
+@pytest.mark.parametrize(("checkpoint", "load", "name"), THEIR_OWN, indirect=["checkpoint"], scope="session")
+def test_what_only_one_family_has_is_named_and_refused_too(
+    load: Callable[..., object], name: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(LoadError, match=rf"lacks 1 parameters: \S*{name}"):
+        load(model_config(changed(checkpoint, tmp_path, without(name))), CPU)
 
 
 @pytest.mark.parametrize(("load", "name"), LOADERS)
