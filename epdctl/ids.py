@@ -17,6 +17,7 @@ __all__ = [
     "RequestId",
     "Room",
     "RunId",
+    "Secret",
     "Stage",
     "new_room",
     "new_run_id",
@@ -86,6 +87,23 @@ class RankName(str):
     def file_stem(self) -> str:
         """A file name of its own: ``encoder-0`` or ``prefill-0.1``."""
         return self.replace("/", "-")
+
+
+class Secret(str):
+    """Text that is used and never shown: whatever prints it prints asterisks."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "***"
+
+    __repr__ = __str__
+
+    def __format__(self, _: str) -> str:
+        return "***"
+
+    def reveal(self) -> str:
+        return str.__str__(self)
 
 
 def new_room() -> Room:

@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's chat completions and model list, health and metrics. Decides nothing about ranks."""
+"""The HTTP API: OpenAI's completions and model list, health and metrics. Decides nothing about ranks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -21,22 +22,30 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from epdctl.errors import RequestError
 from epdctl.gateway.answer import Answer, Piece
+from epdctl.gateway.auth import KeyCheck
 from epdctl.gateway.budget import Door, Ticket
 from epdctl.gateway.detokenize import TextStream
+from epdctl.gateway.forms import ChatForm, Form, TextForm
 from epdctl.gateway.http import Body, Speaker, error_headers
-from epdctl.gateway.intake import Intake
+from epdctl.gateway.intake import Intake, remote_urls
+from epdctl.gateway.openapi import description
 from epdctl.gateway.pipeline import Pipeline, new_request_id
-from epdctl.gateway.schema import ChatChunk, ChatRequest, error_body
+from epdctl.gateway.remote import Fetcher
+from epdctl.gateway.schema import ChatRequest, TextRequest, error_body
 from epdctl.ids import RequestId
 from epdctl.rank.web import HungUp, unless_hung_up
 from epdctl.telemetry.metrics import CONTENT_TYPE, GatewayMeters
+from epdctl.wire.config import GatewayConfig
 
 __all__ = ["Desk", "create_app"]
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = "epdctl.request"  # in the ASGI scope
+MOST_NOTES = 200  # names of fields, which clients choose
+MOST_NAMED = 32  # in one header
 HUNG_UP = 499  # only in the metrics: nobody is there to read a status
+T = TypeVar("T")
 _CLIENT_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -49,15 +58,21 @@ class Desk:
     door: Door
     meters: GatewayMeters
     pool: Executor  # for what would hold up the loop: parsing, tokenising, reading headers of pictures
+    fetcher: Fetcher
+    config: GatewayConfig
 
 
 def create_app(desk: Desk) -> ASGIApp:
     app = FastAPI(title="epdctl", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _our_fault)
-    app.router.routes.append(Route("/v1/chat/completions", ChatCompletions(desk), methods=["POST"]))
+    notes = Notes()
+    for api in (CHAT, TEXT):
+        app.router.routes.append(Route(api.path, Completions(desk, api, notes), methods=["POST"]))
     _add_reports(app, desk)
-    return _Envelope(app, desk.door)  # outermost: what the error handlers send passes through it too
+    key = desk.config.api_key
+    guarded = app if key is None else KeyCheck(app, key, desk.intake.limits.max_body_bytes)
+    return _Envelope(guarded, desk.door)  # outermost: what the error handlers send passes through it too
 
 
 def _add_reports(app: FastAPI, desk: Desk) -> None:
@@ -73,6 +88,10 @@ def _add_reports(app: FastAPI, desk: Desk) -> None:
             "max_model_len": desk.intake.limits.max_context,
         }
         return {"object": "list", "data": [card]}
+
+    @app.get("/openapi.json")
+    async def openapi() -> dict[str, Any]:
+        return description(keyed=desk.config.api_key is not None)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -149,11 +168,39 @@ class Visit:
     ticket: Ticket
 
 
-class ChatCompletions:
+@dataclass(frozen=True, slots=True)
+class Api:
+    """What chat and text completions differ in."""
+
+    path: str
+    request: type[ChatRequest] | type[TextRequest]
+    form: type[ChatForm] | type[TextForm]
+
+
+CHAT = Api("/v1/chat/completions", ChatRequest, ChatForm)
+TEXT = Api("/v1/completions", TextRequest, TextForm)
+
+
+class Notes:
+    """Which ignored fields the log has told of: each is told once."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def tell(self, ignored: Sequence[str]) -> None:
+        fresh = [name for name in ignored if name not in self._told]
+        if fresh and len(self._told) < MOST_NOTES:
+            self._told.update(fresh)
+            log.warning("clients send fields that change nothing here: %s", ", ".join(fresh))
+
+
+class Completions:
     """ASGI endpoint. Every call gets exactly one answer and leaves nothing behind, however it ends."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, api: Api, notes: Notes) -> None:
         self._desk = desk
+        self._api = api
+        self._notes = notes
         self._seconds = desk.intake.limits.request_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -192,52 +239,66 @@ class ChatCompletions:
 
     async def _serve(self, visit: Visit, raw: bytes) -> None:
         desk = self._desk
-        request, order = await asyncio.get_running_loop().run_in_executor(desk.pool, desk.intake.order, raw)
+        request = await self._aside(lambda: desk.intake.read(self._api.request, raw, strict=desk.config.strict))
+        fetched = await self._fetch(visit, request, len(raw))
+        order = await self._aside(lambda: desk.intake.order(request, fetched))
         visit.ticket.hold(order.media_bytes)
         desk.meters.pictures.inc(len(order.media))
-        headers = (
-            {"x-epdctl-ignored": ",".join(map(_header_text, request.ignored_fields))} if request.ignored_fields else {}
-        )
+        headers = {}
+        if ignored := [_header_text(name) for name in request.ignored_fields[:MOST_NAMED]]:
+            self._notes.tell(ignored)
+            headers["x-epdctl-ignored"] = ",".join(ignored)
         flight = desk.pipeline.start(visit.request, order, visit.began + self._seconds)
         text = TextStream(desk.intake.decode, request.stops)
-        answer = Answer(flight, text, model=desk.intake.model, with_ids=bool(request.return_token_ids))
+        answer = Answer(flight, text, request)
+        form = self._api.form(answer, desk.intake.model, desk.intake.chat.spell)
         try:
             if request.stream:
-                await self._stream(visit, request, answer, headers)
+                await self._stream(visit, answer, form, headers)
             else:
-                await self._whole(visit, answer, headers)
+                await self._whole(visit, answer, form, headers)
         finally:
             flight.abandon()  # means nothing when it has ended
         desk.meters.prompt_tokens.inc(answer.usage.prompt_tokens)
         desk.meters.completion_tokens.inc(answer.usage.completion_tokens)
 
-    async def _whole(self, visit: Visit, answer: Answer, headers: Mapping[str, str]) -> None:
+    async def _aside(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._desk.pool, work)
+
+    async def _fetch(self, visit: Visit, request: ChatRequest | TextRequest, body: int) -> dict[str, bytes]:
+        places = remote_urls(request)
+        if not places:
+            return {}
+        return await self._desk.fetcher.fetch_all(places, lambda came: visit.ticket.hold(body + came))
+
+    async def _whole(self, visit: Visit, answer: Answer, form: Form, headers: Mapping[str, str]) -> None:
         read: list[Piece] = []
         async with aclosing(answer.pieces()) as pieces:
             async for piece in pieces:
                 if not read:
                     self._note_first(visit)
                 read.append(piece)
-        await visit.speaker.whole(200, answer.response(read).model_dump_json().encode(), headers)
+        await visit.speaker.whole(200, form.whole(read).model_dump_json().encode(), headers)
 
-    async def _stream(self, visit: Visit, request: ChatRequest, answer: Answer, headers: Mapping[str, str]) -> None:
+    async def _stream(self, visit: Visit, answer: Answer, form: Form, headers: Mapping[str, str]) -> None:
         """Nothing is sent before the first token, so that an error until then has a status of its own."""
+        hidden = None if answer.asked.include_usage else {"usage"}
 
-        async def say(chunk: ChatChunk) -> None:
-            hidden = None if request.include_usage else {"usage"}
-            await visit.speaker.event(chunk.model_dump_json(exclude=hidden).encode())
+        async def say(chunk: BaseModel | None) -> None:
+            if chunk is not None:
+                await visit.speaker.event(chunk.model_dump_json(exclude=hidden).encode())
 
         async with aclosing(answer.pieces()) as pieces:
             async for piece in pieces:
                 if not visit.speaker.begun:
                     self._note_first(visit)
                     await visit.speaker.begin(headers)
-                    await say(answer.first_chunk())
-                if (chunk := answer.piece_chunk(piece)) is not None:
-                    await say(chunk)
-        await say(answer.last_chunk())
-        if request.include_usage:
-            await say(answer.usage_chunk())
+                    await say(form.first())
+                if not form.says_nothing(piece):
+                    await say(form.piece(piece))
+        await say(form.last())
+        if answer.asked.include_usage:
+            await say(form.usage())
         await visit.speaker.event(b"[DONE]")
         await visit.speaker.end()
 

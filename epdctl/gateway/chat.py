@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from epdctl.errors import LoadError, RequestError
 from epdctl.families.files import read_json, read_json_if_there
 from epdctl.gateway.schema import ImagePart, Message, TextPart
+from epdctl.gateway.spelling import Spelling
 
 __all__ = ["ChatTemplate"]
 
@@ -82,6 +83,7 @@ class ChatTemplate:
     def __init__(self, directory: Path, *, now: Callable[[], datetime] = datetime.now) -> None:
         """Raises LoadError for a missing or unusable tokenizer.json or template."""
         self._tokenizer = _open_tokenizer(directory / "tokenizer.json")
+        self._spelling = Spelling(self._tokenizer)
         config = read_json_if_there(directory / "tokenizer_config.json")
         self._special = _special_tokens(directory, config)
         try:
@@ -97,15 +99,44 @@ class ChatTemplate:
         """The prompt: one placeholder per picture. Raises RequestError (400) for messages that the template refuses,
         for text that contains placeholders itself, and for text that cannot fit into ``limit`` tokens."""
         text = self._render([self._turn(message) for message in messages])
-        if len(text) > limit * self._longest:
-            raise too_long(f"the messages are {len(text)} characters long", limit)
+        self._refuse_endless(text, "the messages", limit)
         tokens = self._encode(text)
         self._refuse_forged(messages, tokens)
         return tokens
 
+    def plain_tokens(self, prompt: str | Sequence[int], limit: int) -> list[int]:
+        """A prompt as it stands: no template, and no picture. Raises RequestError (400) as ``tokens`` does, and for
+        ids that the tokenizer does not know."""
+        if isinstance(prompt, str):
+            self._refuse_endless(prompt, "the prompt", limit)
+            prompt = self._tokenizer.encode(prompt).ids
+        elif unknown := [token for token in prompt if token >= self.vocabulary]:
+            raise RequestError(
+                400, f"the prompt has a token {unknown[0]}: ids end at {self.vocabulary}", param="prompt"
+            )
+        if self._count_media(prompt):
+            raise _forged("prompt")
+        if not prompt:
+            raise RequestError(400, "the prompt is empty", param="prompt")
+        return list(prompt)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def spell(self, token: int) -> bytes:
+        """The bytes that a token stands for."""
+        return self._spelling.spell(token)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Special tokens skipped."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def _refuse_endless(self, text: str, what: str, limit: int) -> None:
+        """Before it is cut into tokens, which takes time."""
+        if len(text) > limit * self._longest:
+            raise too_long(f"{what} has {len(text)} characters", limit)
 
     def _render(self, turns: list[Turn]) -> str:
         try:
@@ -125,11 +156,12 @@ class ChatTemplate:
             return False
 
     def _turn(self, message: Message, words: str | None = None) -> Turn:
-        """``words`` in place of every text, if given."""
+        """``words`` in place of every text, if given. Templates know no developer: the role's old name is system."""
+        role = "system" if message.role == "developer" else message.role
         if isinstance(message.content, str):
             text = message.content if words is None else words
-            return {"role": message.role, "content": [_text(text)] if self._parts_only else text}
-        return {"role": message.role, "content": [_part(part, words) for part in message.content]}
+            return {"role": role, "content": [_text(text)] if self._parts_only else text}
+        return {"role": role, "content": [_part(part, words) for part in message.content]}
 
     def _encode(self, text: str) -> list[int]:
         bos = self._special.get("bos_token")
@@ -140,15 +172,15 @@ class ChatTemplate:
         """Media tokens may come from the template alone: as many as with harmless words in place of the client's."""
         harmless = self._render([self._turn(message, HARMLESS) for message in messages])
         if self._count_media(tokens) != self._count_media(self._encode(harmless)):
-            raise RequestError(
-                400,
-                "a text contains the model's own marks for pictures or video: send pictures as image_url",
-                param="messages",
-                code="forged_media",
-            )
+            raise _forged("messages")
 
     def _count_media(self, tokens: Sequence[int]) -> Counter[int]:
         return Counter(token for token in tokens if token in self._media)
+
+
+def _forged(param: str) -> RequestError:
+    text = "a text contains the model's own marks for pictures or video: send pictures as image_url"
+    return RequestError(400, text, param=param, code="forged_media")
 
 
 def too_long(what: str, limit: int) -> RequestError:

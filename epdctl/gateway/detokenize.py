@@ -109,12 +109,23 @@ class StopFinder:
 
 
 class TextStream:
-    """Both together: tokens in, text out, until ``stopped``. ``used`` counts the tokens that went into the text."""
+    """Both together: tokens in, text out, until ``stopped``.
+
+    ``offsets``: of each token that went into the text, where in it the token begins, in characters; a token that goes
+    on with a character begins where the character does. ``released``: characters that are out.
+    """
 
     def __init__(self, decode: Decode, stops: Sequence[str] = ()) -> None:
         self._detokenizer = Detokenizer(decode)
         self._finder = StopFinder(stops)
-        self.used = 0
+        self._certain = 0  # characters that the detokenizer gave out
+        self.offsets: list[int] = []
+        self.released = 0
+
+    @property
+    def used(self) -> int:
+        """Tokens that went into the text."""
+        return len(self.offsets)
 
     @property
     def stopped(self) -> bool:
@@ -126,10 +137,16 @@ class TextStream:
         for token in tokens:
             if self.stopped:
                 break
-            self.used += 1
-            pieces.append(self._finder.push(self._detokenizer.push([token])))
-        return "".join(pieces)
+            self.offsets.append(self._certain)
+            fresh = self._detokenizer.push([token])
+            self._certain += len(fresh)
+            pieces.append(self._finder.push(fresh))
+        return self._out("".join(pieces))
 
     def flush(self) -> str:
         """The end of the answer."""
-        return self._finder.push(self._detokenizer.flush()) + self._finder.flush()
+        return self._out(self._finder.push(self._detokenizer.flush()) + self._finder.flush())
+
+    def _out(self, text: str) -> str:
+        self.released += len(text)
+        return text

@@ -29,6 +29,7 @@ from epdctl.wire.serve import (
     Finished,
     FinishReason,
     Granted,
+    Likelihood,
     RankRef,
     Token,
     Usage,
@@ -37,6 +38,14 @@ from epdctl.wire.serve import (
 __all__ = ["Director", "Ending", "Flight"]
 
 log = logging.getLogger(__name__)
+
+
+# A rank that dies takes many requests with it, and at most one of them is to blame: once is bad luck.
+MOST_DEATHS = 2
+
+
+def _ref(peer: Peer) -> RankRef:
+    return RankRef(rank=peer.rank, incarnation=peer.incarnation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +122,7 @@ class Flight:
         self.resumes = 0  # attempts that went on from tokens which were there already
         self.ending: Ending | None = None
         self._director = director
+        self.likelihoods: list[Likelihood | None] = []  # of each token so far, over all attempts
         self._suspects: set[RankRef] = set()  # ranks that were lost with this request; they may have died of it
         self._deaths: list[RankRef] = []  # those that did die
         self._received: list[int] = []
@@ -267,6 +277,7 @@ class Flight:
             self._lose(f"token {expected} of {attempt.route.exit.rank} never came", attempt.route.exit.stage.value)
             return
         self._received.append(message.token)
+        self.likelihoods.append(message.likelihood)
         self._news.set()
         first = expected == 0 and attempt.route.split
         self._step(Step.HANDED if first else Step.TOKEN)

@@ -6,25 +6,30 @@ Runs on a thread of a bounded pool; touches no socket, no shared state.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from epdctl.errors import RequestError
 from epdctl.families import open_family
 from epdctl.families.base import Family, Picture, Prompt
 from epdctl.gateway.chat import ChatTemplate, too_long
-from epdctl.rank.media import Medium, read_picture
-from epdctl.gateway.schema import ChatRequest, ImagePart, Message, parse_request
+from epdctl.gateway.fields import Settings
+from epdctl.gateway.remote import is_remote
+from epdctl.gateway.schema import ChatRequest, ImagePart, Message, TextRequest, parse_request
+from epdctl.rank.media import Medium, measure, read_picture
 from epdctl.wire.config import Limits, ModelConfig
 from epdctl.wire.encode import MediaItem
 from epdctl.wire.serve import Sampling
 
-__all__ = ["DEFAULT_ANSWER_TOKENS", "Intake", "Order"]
+__all__ = ["DEFAULT_ANSWER_TOKENS", "Intake", "Order", "remote_urls"]
 
 # Ranks set memory aside for the whole answer, so "until the context ends" would let few requests in at a time.
 DEFAULT_ANSWER_TOKENS = 1024
 SEED_BITS = 63
+
+R = TypeVar("R", bound=Settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +71,35 @@ class Intake:
     def decode(self) -> Callable[[Sequence[int]], str]:
         return self.chat.decode
 
-    def order(self, body: bytes) -> tuple[ChatRequest, Order]:
-        """Raises RequestError (400, 404) for whatever is wrong with it."""
-        request = parse_request(body)
+    def read(self, kind: type[R], body: bytes, *, strict: bool = False) -> R:
+        """Raises RequestError (400, 404) for what can be said without looking at pictures. ``strict``: for a field
+        that nobody knows too."""
+        request = parse_request(kind, body)
         if request.model != self.model:
             raise RequestError(
                 404, f"no model {request.model!r} here; served: {self.model}", param="model", code="model_not_found"
             )
-        media = self._media(request.messages)
-        tokens = self.chat.tokens(request.messages, self.limits.max_context)
-        prompt = self._expand(tokens, self._pictures(media))
-        return request, Order(prompt, media, self._sampling(request, len(prompt.tokens)))
-
-    def _media(self, messages: Sequence[Message]) -> list[Medium]:
-        found = list(_image_urls(messages))
-        if len(found) > self.limits.max_images:
+        if strict and request.ignored_fields:
+            name = request.ignored_fields[0]
+            raise RequestError(400, f"{name} is not a field of this API", param=name, code="unknown_parameter")
+        if len(places := _image_urls(request)) > self.limits.max_images:
             raise RequestError(
-                400, f"{len(found)} pictures; at most {self.limits.max_images} are served", param="messages"
+                400, f"{len(places)} pictures; at most {self.limits.max_images} are served", param="messages"
             )
-        return [read_picture(url, param, self.limits) for param, url in found]
+        return request
+
+    def order(self, request: ChatRequest | TextRequest, fetched: Mapping[str, bytes]) -> Order:
+        """``fetched``: what the addresses of ``remote_urls`` hold. Raises RequestError (400)."""
+        media = [self._medium(url, place, fetched) for place, url in _image_urls(request)]
+        if isinstance(request, ChatRequest):
+            tokens = self.chat.tokens(request.messages, self.limits.max_context)
+        else:
+            tokens = self.chat.plain_tokens(request.text_or_ids, self.limits.max_context)
+        prompt = self._expand(tokens, self._pictures(media))
+        return Order(prompt, media, self._sampling(request, len(prompt.tokens)))
+
+    def _medium(self, url: str, place: str, fetched: Mapping[str, bytes]) -> Medium:
+        return measure(fetched[url], place, self.limits) if url in fetched else read_picture(url, place, self.limits)
 
     def _pictures(self, media: Sequence[Medium]) -> list[Picture]:
         try:
@@ -98,16 +113,36 @@ class Intake:
         except ValueError as error:
             raise RequestError(400, str(error), param="messages") from error
 
-    def _sampling(self, request: ChatRequest, prompt_tokens: int) -> Sampling:
+    def _sampling(self, request: Settings, prompt_tokens: int) -> Sampling:
+        max_tokens = self._answer_tokens(request.answer_tokens, prompt_tokens)
+        if (request.min_tokens or 0) > max_tokens:
+            raise RequestError(
+                400, f"min_tokens {request.min_tokens} is more than the answer's {max_tokens}", param="min_tokens"
+            )
+        ends = [] if request.ignore_eos else self.family.end_token_ids
         return Sampling(
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
+            temperature=_or(request.temperature, 1.0),
+            top_p=_or(request.top_p, 1.0),
             top_k=max(0, request.top_k or 0),
+            min_p=request.min_p or 0.0,
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            repetition_penalty=_or(request.repetition_penalty, 1.0),
+            logit_bias=self._bias(request),
             seed=secrets.randbits(SEED_BITS) if request.seed is None else request.seed % (1 << SEED_BITS),
-            max_tokens=self._answer_tokens(request.answer_tokens, prompt_tokens),
-            ignore_eos=bool(request.ignore_eos),
-            stop_token_ids=list(self.family.end_token_ids),
+            max_tokens=max_tokens,
+            min_tokens=request.min_tokens or 0,
+            stop_token_ids=[*ends, *(request.stop_token_ids or ())],
+            answer_from=prompt_tokens,
+            logprobs=request.wanted_logprobs,
         )
+
+    def _bias(self, request: Settings) -> dict[int, float]:
+        bias = request.logit_bias or {}
+        if unknown := [token for token in bias if token >= self.chat.vocabulary]:
+            text = f"logit_bias names the token {unknown[0]}: ids end at {self.chat.vocabulary}"
+            raise RequestError(400, text, param="logit_bias")
+        return bias
 
     def _answer_tokens(self, asked: int | None, prompt_tokens: int) -> int:
         rest = self.limits.max_context - prompt_tokens
@@ -118,11 +153,24 @@ class Intake:
         return asked or min(rest, DEFAULT_ANSWER_TOKENS)
 
 
-def _image_urls(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
-    """(path in the request, URL) in prompt order."""
+def remote_urls(request: Settings) -> dict[str, str]:
+    """Pictures to be fetched: URL → its (first) place in the request."""
+    return {url: place for place, url in reversed(_image_urls(request)) if is_remote(url)}
+
+
+def _image_urls(request: Settings) -> list[tuple[str, str]]:
+    """(place in the request, URL) in prompt order."""
+    return list(_places(request.messages)) if isinstance(request, ChatRequest) else []
+
+
+def _places(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
     for number, message in enumerate(messages):
         if isinstance(message.content, str):
             continue
         for position, part in enumerate(message.content):
             if isinstance(part, ImagePart):
                 yield f"messages[{number}].content[{position}].image_url.url", part.image_url.url
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

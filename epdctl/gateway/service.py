@@ -11,6 +11,7 @@ from epdctl.gateway.app import Desk, create_app
 from epdctl.gateway.budget import Door
 from epdctl.gateway.intake import Intake
 from epdctl.gateway.pipeline import Pipeline
+from epdctl.gateway.remote import Fetcher
 from epdctl.rank.service import Progress, Pulse
 from epdctl.rank.web import HttpServer, address_of, bind
 from epdctl.telemetry.metrics import GatewayMeters
@@ -50,10 +51,15 @@ class GatewayService:
         except BaseException:
             listener.close()
             raise
-        desk = Desk(intake, self._pipeline, self._door, self._meters, self._pool)
+        gateway = self._config.gateway
+        fetcher = Fetcher(gateway.media_hosts, seconds=gateway.media_seconds, limit=self._config.limits.max_body_bytes)
+        desk = Desk(intake, self._pipeline, self._door, self._meters, self._pool, fetcher, gateway)
         self._server = HttpServer(create_app(desk), listener)
         await self._server.start()
         return Endpoints(http=address_of(listener))
+
+    def absent_changed(self, absent: Sequence[Absent]) -> None:
+        self._pipeline.absent_changed(absent)
 
     def peers_changed(self, peers: Sequence[Peer]) -> None:
         self._pipeline.peers_changed(peers)

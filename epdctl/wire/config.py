@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from epdctl.ids import Incarnation, LocalGpu, RankName, RunId, Stage
+from epdctl.ids import Incarnation, LocalGpu, RankName, RunId, Secret, Stage
 from epdctl.wire.message import Message, Part
 
 __all__ = [
@@ -88,6 +88,10 @@ class GatewayConfig(Part, frozen=True):
     host: str = "127.0.0.1"
     port: int = 8000
     stages: list[Stage] = []  # model stages of the plan, so that the gateway can say what is not there
+    api_key: Secret | None = None  # None only on loopback
+    strict: bool = False  # a field that nobody knows is refused
+    media_hosts: list[str] = []  # pictures may come from there over http(s): "name", or "name:port"
+    media_seconds: float = 10.0  # for one such picture, redirects and all
 
 
 class RankConfig(Part, frozen=True):

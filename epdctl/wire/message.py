@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from epdctl.errors import BadMessage
+from epdctl.ids import Secret
 
 __all__ = ["MAX_MESSAGE_BYTES", "PROTOCOL", "Codec", "Message", "Part", "to_json"]
 
@@ -23,6 +24,12 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag=True
 
 
 def _encode_hook(value: object) -> str:
+    if isinstance(value, Secret):
+        return value.reveal()
+    return _text_of(value)
+
+
+def _text_of(value: object) -> str:
     if isinstance(value, str):  # RankName and its like: a str subclass travels as its text
         return str(value)
     raise NotImplementedError(f"no wire form for {type(value).__name__}")
@@ -62,8 +69,8 @@ class Codec(Generic[T]):
 
 
 def to_json(value: object) -> bytes:
-    """The JSON a person or a script reads: field for field the struct, without the wire's tag."""
-    return msgspec.json.encode(_untagged(value), enc_hook=_encode_hook)
+    """The JSON a person or a script reads: field for field the struct, without the wire's tag. Secrets stay hidden."""
+    return msgspec.json.encode(_untagged(value), enc_hook=_text_of)
 
 
 def _untagged(value: object) -> object:

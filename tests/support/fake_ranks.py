@@ -40,6 +40,7 @@ from epdctl.wire.serve import (
     FinishReason,
     Generate,
     Granted,
+    Likelihood,
     Prefill,
     PromptItem,
     RankRef,
@@ -247,13 +248,26 @@ class Answering(Granting):
             return
         token = next_token(job.tokens, [job.pictures[item.index] for item in job.items], self.cluster.vocabulary)
         job.tokens.append(token)
-        message = Token(request=job.request, attempt=job.attempt, index=job.said, token=token)
+        message = Token(
+            request=job.request,
+            attempt=job.attempt,
+            index=job.said,
+            token=token,
+            likelihood=self.likelihood(job, token),
+        )
         if self.script.skip != job.said:
             self.say(job.sender, message)
         if self.script.double:
             self.say(job.sender, message)
         job.said += 1
         asyncio.get_running_loop().call_soon(self.stream, job)
+
+    def likelihood(self, job: Job, token: int) -> Likelihood | None:
+        """The later a token, the less likely; and the alternatives are its neighbours."""
+        if job.sampling.logprobs is None:
+            return None
+        top = [(token + step, -0.1 - step - len(job.tokens)) for step in range(job.sampling.logprobs)]
+        return Likelihood(logprob=-0.1 - len(job.tokens), top=top)
 
     async def reaches(self, tokens: int) -> None:
         """Waits until a job has stopped at ``stop_after``."""

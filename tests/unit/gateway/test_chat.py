@@ -16,8 +16,8 @@ import pytest
 from epdctl.bench.checkpoints import FAMILY
 from epdctl.errors import LoadError, RequestError
 from epdctl.gateway.chat import ChatTemplate
-from epdctl.gateway.intake import Intake
-from epdctl.gateway.schema import parse_request
+from epdctl.gateway.intake import Intake, Order
+from epdctl.gateway.schema import ChatRequest, parse_request
 from epdctl.wire.config import Limits
 from tests.support.checkpoints import NEWER, model_config, tiny_checkpoint
 from tests.support.reference import own_processor
@@ -56,6 +56,10 @@ def processor(checkpoint: Path) -> Any:
     return own_processor(checkpoint)
 
 
+def order_of(intake: Intake, body: dict[str, Any]) -> Order:
+    return intake.order(intake.read(ChatRequest, json.dumps(body).encode()), {})
+
+
 def in_parts(message: dict[str, Any]) -> dict[str, Any]:
     """As the published templates of LLaVA-OneVision must be given it: they pass over a content that is a string."""
     content = message["content"]
@@ -66,7 +70,7 @@ def in_parts(message: dict[str, Any]) -> dict[str, Any]:
 def test_the_prompt_is_transformers_own(checkpoint: Path, processor: Any, name: str) -> None:
     messages = CONVERSATIONS[name]
     model = model_config(checkpoint)
-    _, order = Intake(model, Limits()).order(json.dumps(ask(messages=messages)).encode())
+    order = order_of(Intake(model, Limits()), ask(messages=messages))
     theirs = processor.apply_chat_template(
         [in_parts(message) for message in messages] if model.family == "llava_onevision" else messages,
         tokenize=True,
@@ -86,7 +90,7 @@ def test_a_text_may_not_bring_a_familys_own_marks(checkpoint: Path, processor: A
     for mark in (processor.image_token, processor.video_token):
         for content in (f"look: {mark}", [RED, {"type": "text", "text": f"look: {mark}"}]):
             with pytest.raises(RequestError, match="own marks"):
-                intake.order(json.dumps(ask(content)).encode())
+                order_of(intake, ask(content))
 
 
 def test_decoding_is_transformers_own(checkpoint: Path, processor: Any) -> None:
@@ -109,7 +113,7 @@ def chat_with(directory: Path, template: str | None, **files: object) -> ChatTem
 
 
 def rendered(chat: ChatTemplate, content: object = "hi") -> str:
-    return chat.decode(chat.tokens(parse_request(json.dumps(ask(content)).encode()).messages, 1000))
+    return chat.decode(chat.tokens(parse_request(ChatRequest, json.dumps(ask(content)).encode()).messages, 1000))
 
 
 def test_templates_are_looked_for_in_transformers_order(tmp_path: Path) -> None:
@@ -171,7 +175,7 @@ def test_a_beginning_token_is_not_doubled(tmp_path: Path) -> None:
     tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>"}))
-    messages = parse_request(json.dumps(ask("hi")).encode()).messages
+    messages = parse_request(ChatRequest, json.dumps(ask("hi")).encode()).messages
     for template in ("{{ bos_token }}{{ messages[0].content }}", "{{ messages[0].content }}"):
         (tmp_path / "chat_template.jinja").write_text(template)
         assert ChatTemplate(tmp_path).tokens(messages, 100).count(begin) == 1

@@ -152,11 +152,11 @@ def test_sampling_reaches_the_ranks() -> None:
             )
             sampling = language.all(Generate)[0].sampling
             assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 7)
-            assert (sampling.seed, sampling.ignore_eos, sampling.max_tokens) == (2**63 - 1, True, 12)
-            assert sampling.stop_token_ids == [home.tokenizer.token_to_id("<|im_end|>")]
+            assert (sampling.seed, sampling.stop_token_ids, sampling.max_tokens) == (2**63 - 1, [], 12)
             await home.text(model="tiny", messages=[{"role": "user", "content": "x"}])
             bare = language.all(Generate)[1].sampling
             assert (bare.temperature, bare.top_p, bare.max_tokens) == (1.0, 1.0, DEFAULT_ANSWER_TOKENS)
+            assert bare.stop_token_ids == [home.tokenizer.token_to_id("<|im_end|>")]
 
     asyncio.run(scene())
 
@@ -223,12 +223,15 @@ def test_token_ids_where_they_are_asked_for(stop: str | None) -> None:
     asyncio.run(scene())
 
 
-def test_ignored_fields_are_named() -> None:
+def test_ignored_fields_are_named_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async def scene() -> None:
         async with house(*EPD) as home:
-            response = await home.chat(**ask(user="me", metadata={"a": "b"}, frequency_penalty=0, **{"odd\r\nname": 1}))
-            assert response.status_code == 200
-            assert response.headers["x-epdctl-ignored"] == "metadata,odd??name,user"
-            assert "x-epdctl-ignored" not in (await home.chat(**ask())).headers
+            known = {"user": "me", "metadata": {"a": "b"}, "tools": []}
+            for _ in range(2):
+                response = await home.chat(**ask([{**image_part(picture()), "x": 1}], **known, **{"odd\r\nname": 1}))
+                assert response.status_code == 200
+                assert response.headers["x-epdctl-ignored"] == "messages.content.x,odd??name"
+            assert caplog.text.count("odd??name") == 1
+            assert "x-epdctl-ignored" not in (await home.chat(**ask(**known))).headers
 
     asyncio.run(scene())

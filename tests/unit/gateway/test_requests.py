@@ -70,10 +70,18 @@ MISTAKES: dict[str, tuple[object, int, str | None, str]] = {
     "tools": (ask(tools=[{"type": "function"}]), 400, "tools", "not served"),
     "tool choice": (ask(tool_choice="required"), 400, "tool_choice", "not served"),
     "functions": (ask(functions=[{}]), 400, "functions", "not served"),
-    "logprobs": (ask(logprobs=True), 400, "logprobs", "not served"),
-    "logit bias": (ask(logit_bias={"5": 1}), 400, "logit_bias", "not served"),
-    "presence penalty": (ask(presence_penalty=0.5), 400, "presence_penalty", "not served"),
-    "frequency penalty": (ask(frequency_penalty=-1), 400, "frequency_penalty", "not served"),
+    "alternatives without logprobs": (ask(top_logprobs=3), 400, "top_logprobs", "needs logprobs"),
+    "too many alternatives": (ask(logprobs=True, top_logprobs=21), 400, "top_logprobs", "20"),
+    "a bias beyond 100": (ask(logit_bias={"5": 101}), 400, "logit_bias.5", "100"),
+    "a bias for no token": (ask(logit_bias={"99999": 1}), 400, "logit_bias", "99999"),
+    "a bias for a word": (ask(logit_bias={"fox": 1}), 400, "logit_bias.fox.[key]", "integer"),
+    "presence penalty": (ask(presence_penalty=2.5), 400, "presence_penalty", "2"),
+    "frequency penalty": (ask(frequency_penalty=-3), 400, "frequency_penalty", "-2"),
+    "repetition penalty": (ask(repetition_penalty=0), 400, "repetition_penalty", "greater than 0"),
+    "min_p": (ask(min_p=1.5), 400, "min_p", "1"),
+    "more least than most": (ask(min_tokens=13), 400, "min_tokens", "more than"),
+    "a grammar": (ask(guided_regex="a+"), 400, "guided_regex", "not served"),
+    "sglang's grammar": (ask(regex="a+"), 400, "regex", "not served"),
     "json answers": (ask(response_format={"type": "json_object"}), 400, "response_format", "not served"),
     "audio answers": (ask(modalities=["text", "audio"]), 400, "modalities", "not served"),
     "two answers": (ask(n=2), 400, "n", "1"),
@@ -97,7 +105,7 @@ MISTAKES: dict[str, tuple[object, int, str | None, str]] = {
     "a number to stop at": (ask(stop=5), 400, "stop", "string"),
     "usage without a stream": (ask(stream_options={"include_usage": True}), 400, "stream_options", "stream"),
     "stream as text": (ask(stream="yes"), 400, "stream", "boolean"),
-    "an http picture": (image("https://example.com/a.png"), 400, URL, "send a data: URL"),
+    "an http picture": (image("https://example.com/a.png"), 400, URL, "not in gateway.media_hosts"),
     "a file": (image("file:///etc/passwd"), 400, URL, "data: URL"),
     "a picture of text": (image("data:text/plain;base64,aGk="), 400, URL, "data: URL"),
     "a picture without base64": (image("data:image/png,abc"), 400, URL, "base64"),
@@ -368,10 +376,10 @@ def test_closing_answers_what_is_still_being_read(monkeypatch: pytest.MonkeyPatc
     """A request between body and pipeline when the gateway closes: it belongs to nobody's list yet."""
     reading, go_on, order = threading.Event(), threading.Event(), Intake.order
 
-    def slow(intake: Intake, body: bytes) -> object:
+    def slow(intake: Intake, *asked: Any) -> object:
         reading.set()
         go_on.wait(60)
-        return order(intake, body)
+        return order(intake, *asked)
 
     async def scene() -> None:
         async with house(*EPD) as home:

@@ -1,0 +1,190 @@
+"""The fields that chat and text completions share: what each may hold, what is refused by name, what is ignored.
+
+A field that would change the answer and is not served is refused; one that changes nothing is ignored, and said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from epdctl.errors import RequestError
+
+__all__ = ["MAX_TOP_LOGPROBS", "REFUSED", "Incoming", "Settings", "refuse", "strange_fields"]
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
+MAX_IDS = 1024  # entries of logit_bias, or of stop_token_ids
+MAX_TOP_LOGPROBS = 20
+INT64 = 2**63
+
+# field → the values that ask for nothing; anything else would change the answer
+REFUSED: Mapping[str, tuple[object, ...]] = {
+    # OpenAI's
+    "audio": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "modalities": (None, [], ["text"]),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+    # vLLM's
+    "add_generation_prompt": (None, True),
+    "add_special_tokens": (None, False),
+    "allowed_token_ids": (None, []),
+    "bad_words": (None, []),
+    "cache_salt": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "continue_final_message": (None, False),
+    "documents": (None, []),
+    "guided_choice": (None, []),
+    "guided_decoding_backend": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "include_stop_str_in_output": (None, False),
+    "kv_transfer_params": (None,),
+    "length_penalty": (None, 1),
+    "logits_processors": (None, []),
+    "mm_processor_kwargs": (None, {}),
+    "priority": (None, 0),
+    "prompt_logprobs": (None,),
+    "return_tokens_as_token_ids": (None, False),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
+    "structured_outputs": (None,),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+    "vllm_xargs": (None, {}),
+    # SGLang's
+    "custom_logit_processor": (None,),
+    "ebnf": (None,),
+    "json_schema": (None,),
+    "lora_path": (None,),
+    "no_stop_trim": (None, False),
+    "regex": (None,),
+    "return_hidden_states": (None, False),
+    "session_params": (None,),
+    "stop_regex": (None, []),
+}
+# OpenAI's fields that name the client or steer a service around the model: taken, and without a part in the answer.
+TAKEN = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "user",
+    }
+)
+
+
+class Incoming(BaseModel):
+    """Numbers are numbers and not text that looks like one."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+
+def _stop_kind(value: object) -> str:
+    return "~list" if isinstance(value, list) else "~one"
+
+
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Stop = Annotated[
+    Annotated[StopText, Tag("~one")] | Annotated[list[StopText], Field(max_length=MAX_STOPS), Tag("~list")],
+    Discriminator(_stop_kind),
+]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+
+
+class StreamOptions(Incoming):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: the counts so far in every chunk
+
+
+class Settings(Incoming):
+    """How the answer is to be made."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int | None = Field(default=None, ge=0)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
+    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10, allow_inf_nan=False)
+    logit_bias: dict[TokenId, Bias] | None = Field(default=None, max_length=MAX_IDS)
+    seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
+    stop: Stop | None = None
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=MAX_IDS)
+    ignore_eos: bool | None = None
+    n: int | None = Field(default=None, ge=1, le=1)
+    return_token_ids: bool | None = None  # vLLM's extension: the ids beside the text
+
+    @model_validator(mode="after")
+    def _served(self) -> Settings:
+        refuse(self.model_extra or {}, REFUSED)
+        if self.stream_options is not None and not self.stream:
+            raise RequestError(400, "stream_options needs stream: true", param="stream_options")
+        return self
+
+    @property
+    def answer_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives beside each token's own; None: nothing of the kind."""
+        return None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_always(self) -> bool:
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def ignored_fields(self) -> list[str]:
+        """Fields that changed nothing: ``colour``, ``messages.name``."""
+        return sorted(set(strange_fields(self)) - set(REFUSED) - TAKEN)
+
+
+def strange_fields(part: Incoming) -> Iterator[str]:
+    """Fields of ``part``, and of what it is made of, that nobody here knows."""
+    yield from part.model_extra or ()
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Incoming):
+                yield from (f"{name}.{below}" for below in strange_fields(each))
+
+
+def refuse(given: Mapping[str, object], table: Mapping[str, tuple[object, ...]]) -> None:
+    """Raises RequestError (400) for a field that asks for something in ``table``."""
+    for name, neutral in table.items():
+        if name in given and given[name] not in neutral:
+            raise RequestError(400, f"{name} is not served: leave it out", param=name, code="unsupported_parameter")

@@ -1,0 +1,175 @@
+"""Pictures from http(s) addresses, for the hosts that the topology names and no others.
+
+The address is checked after the name is resolved, and the connection goes to the checked address: a name that answers
+differently the second time gains nothing. Every hop of a redirect is checked as the first one was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import httpx
+
+from epdctl.errors import RequestError
+
+__all__ = ["Fetcher", "Target", "is_reachable_for_all", "is_remote", "target_of"]
+
+MAX_REDIRECTS = 3
+PORTS: Mapping[str, int] = {"http": 80, "https": 443}
+AT_ONCE = 8  # downloads of one gateway
+
+Hold = Callable[[int], None]  # so many bytes have come; raises RequestError when they do not fit
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+
+
+def is_remote(url: str) -> bool:
+    return url[:8].lower().startswith(("http:", "https:"))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One hop: where it goes by name. ``literal``: the host is an address, which the topology names as such."""
+
+    url: httpx.URL
+    host: str
+    port: int
+    literal: bool
+
+
+def target_of(url: str, hosts: Iterable[str]) -> Target:
+    """Raises ValueError with the reason for an address that the topology does not allow.
+
+    ``hosts``: ``name`` stands for the scheme's own port, ``name:port`` for that one.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"not an address: {error}") from error
+    if parsed.scheme not in PORTS or not parsed.host:
+        raise ValueError(f"only http and https addresses with a host are fetched, not {parsed.scheme}")
+    if parsed.userinfo:
+        raise ValueError("an address with a user name or password is not fetched")
+    own = PORTS[parsed.scheme]
+    port = parsed.port or own
+    names = {f"{parsed.host}:{port}"} | ({parsed.host} if port == own else set())
+    if names.isdisjoint(host.lower() for host in hosts):
+        raise ValueError(f"pictures are not fetched from {parsed.host}:{port}: it is not in gateway.media_hosts")
+    return Target(parsed, parsed.host, port, _as_address(parsed.host) is not None)
+
+
+def is_reachable_for_all(address: str) -> bool:
+    """An address of the public internet: no loopback, private, link-local or shared range, however it is wrapped."""
+    found = _as_address(address)
+    if found is None:
+        return False
+    if isinstance(found, ipaddress.IPv6Address):
+        wraps = found.ipv4_mapped or found.sixtofour or found.teredo or found in ipaddress.ip_network("64:ff9b::/96")
+        if wraps:
+            return False
+    return found.is_global and not found.is_multicast
+
+
+def _as_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
+async def _resolve(host: str, port: int) -> Sequence[str]:
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in found]
+
+
+class Fetcher:
+    """Holds no connection between two pictures. ``seconds`` is for one picture with all its redirects."""
+
+    def __init__(self, hosts: Sequence[str], *, seconds: float, limit: int, resolve: Resolve = _resolve) -> None:
+        self._hosts = tuple(hosts)
+        self._seconds = seconds
+        self._limit = limit
+        self._resolve = resolve
+        self._turns = asyncio.Semaphore(AT_ONCE)
+
+    async def fetch_all(self, places: Mapping[str, str], hold: Hold) -> dict[str, bytes]:
+        """``places``: URL → where in the request it stands. Raises RequestError (400, and what ``hold`` raises)."""
+        came = 0
+
+        def count(more: int) -> None:
+            nonlocal came
+            came += more
+            hold(came)
+
+        tasks = {url: asyncio.create_task(self._fetch(url, place, count)) for url, place in places.items()}
+        try:
+            return {url: await task for url, task in tasks.items()}
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+    async def _fetch(self, url: str, place: str, count: Hold) -> bytes:
+        try:
+            async with asyncio.timeout(self._seconds), self._turns:
+                return await self._follow(url, count)
+        except TimeoutError as error:
+            raise _bad(place, f"the picture did not come within {self._seconds:g} s") from error
+        except ValueError as error:
+            raise _bad(place, str(error)) from error
+        except (httpx.HTTPError, OSError) as error:
+            raise _bad(place, f"the picture cannot be fetched: {str(error) or type(error).__name__}") from error
+
+    async def _follow(self, url: str, count: Hold) -> bytes:
+        async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=self._seconds) as client:
+            for _ in range(MAX_REDIRECTS + 1):
+                request = await self._request(client, target_of(url, self._hosts))
+                response = await client.send(request, stream=True)
+                try:
+                    if not response.is_redirect:
+                        return await self._read(response, count)
+                    url = str(httpx.URL(url).join(response.headers["location"]))
+                finally:
+                    await response.aclose()
+        raise ValueError(f"more than {MAX_REDIRECTS} redirects")
+
+    async def _request(self, client: httpx.AsyncClient, target: Target) -> httpx.Request:
+        """To the checked address, under the name that certificates and virtual hosts know."""
+        address = target.host if target.literal else await self._checked_address(target)
+        return client.build_request(
+            "GET",
+            target.url.copy_with(host=address),
+            headers={"host": target.url.netloc.decode("ascii"), "accept": "image/*", "accept-encoding": "identity"},
+            extensions={"sni_hostname": target.host},
+        )
+
+    async def _checked_address(self, target: Target) -> str:
+        addresses = await self._resolve(target.host, target.port)
+        for address in addresses:
+            if not is_reachable_for_all(address):
+                raise ValueError(f"{target.host} is {address}, which is not an address of the public internet")
+        if not addresses:
+            raise ValueError(f"{target.host} has no address")
+        return addresses[0]
+
+    async def _read(self, response: httpx.Response, count: Hold) -> bytes:
+        if response.status_code != httpx.codes.OK:
+            raise ValueError(f"{response.url.path} was answered with HTTP {response.status_code}")
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise ValueError("the picture came compressed, which nobody asked for")
+        chunks: list[bytes] = []
+        size = 0
+        async for chunk in response.aiter_raw():
+            size += len(chunk)
+            if size > self._limit:
+                raise ValueError(f"the picture is larger than {self._limit} bytes")
+            count(len(chunk))
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+
+def _bad(place: str, text: str) -> RequestError:
+    return RequestError(400, f"{place}: {text}", param=place, code="invalid_image")
