@@ -1,0 +1,81 @@
+"""What ``epdctl bench transfer`` measures, and what of it is offered on which machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from epdctl.bench import transfer
+from epdctl.bench.plot import draw
+from epdctl.bench.transfer import Row, available, run
+from epdctl.errors import EpdError, UserError
+from epdctl.topology.hardware import Hardware
+from tests.unit.topology.support import gpu, machine
+
+KEYS = ["transport", "bytes", "p50_us", "gb_per_s", "ceiling_gb_per_s", "register_us"]
+
+
+def names(hardware: Hardware) -> list[str]:
+    return [way.name for way in available(hardware)]
+
+
+def beside(gpus: int, mooncake: str | None) -> Hardware:
+    return Hardware(tuple(gpu(index) for index in range(gpus)), 2, mooncake=mooncake)
+
+
+def test_only_what_this_machine_has_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_rdma_devices", list)
+    assert names(machine()) == ["zmq", "shm", "shm-in-slot"]
+    assert names(beside(0, "mooncake-transfer-engine-non-cuda")) == ["zmq", "shm", "shm-in-slot", "mooncake-tcp"]
+    between = ["gpu-mooncake-nvlink", "gpu-mooncake-nvlink-pages", "gpu-zmq"]
+    assert names(beside(2, "mooncake-transfer-engine-cuda13"))[-3:] == between
+    assert names(beside(2, "mooncake-transfer-engine-non-cuda"))[-1] == "gpu-zmq"
+    assert "gpu-zmq" not in names(beside(1, "mooncake-transfer-engine-cuda13"))
+    slices = Hardware((gpu(0, "MIG-1", "GPU-9"), gpu(0, "MIG-2", "GPU-9")), 2)
+    assert "gpu-zmq" not in names(slices)
+    monkeypatch.setattr(transfer, "_rdma_devices", lambda: ["mlx5_0"])
+    assert "mooncake-rdma" in names(beside(0, "mooncake-transfer-engine-non-cuda"))
+
+
+@pytest.mark.parametrize(("wanted", "largest"), [(["pigeon"], "1MiB"), ([], "much")])
+def test_a_slip_is_a_usage_error(wanted: list[str], largest: str) -> None:
+    with pytest.raises(UserError, match=r"pigeon|much"):
+        run(wanted, largest, {"CUDA_VISIBLE_DEVICES": ""}, print)
+
+
+def test_a_transport_that_does_not_work_is_said_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> list[Row]:
+        raise EpdError("it fell to another protocol")
+
+    monkeypatch.setattr(transfer, "_measure", refuse)
+    assert transfer.measure([transfer.Way("broken", "pigeon")], [4096], (), print) == []
+    assert capsys.readouterr().out == "broken: does not work here: it fell to another protocol\n"
+
+
+def test_the_command_measures_between_two_processes_and_draws(tmp_path: Path) -> None:
+    plot, output = tmp_path / "plot.png", tmp_path / "rows.json"
+    words = ["bench", "transfer", "shm", "--largest", "64KiB", "--plot", str(plot), "--output", str(output), "--json"]
+    done = subprocess.run([sys.executable, "-m", "epdctl", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert rows == json.loads(output.read_text())
+    assert [row["bytes"] for row in rows] == [4096, 65536]
+    for row in rows:
+        assert list(row)[:6] == KEYS
+        assert all(row[key] > 0 for key in (*KEYS[2:], "summed_us"))
+    with Image.open(plot) as picture:
+        assert picture.format == "PNG"
+
+
+def test_a_picture_of_one_point_is_a_picture_too(tmp_path: Path) -> None:
+    row = Row(transport="zmq", bytes=4096, p50_us=1.0, gb_per_s=4.1, ceiling_gb_per_s=9.0, register_us=1.0)
+    draw({"zmq": [(row.bytes, row.gb_per_s)]}, "one", tmp_path / "one.png")
+    with Image.open(tmp_path / "one.png") as picture:
+        assert picture.size == (900, 560)

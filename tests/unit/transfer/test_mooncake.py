@@ -1,0 +1,163 @@
+"""What stands around Mooncake's engine, with an engine that only notes what it is asked."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from epdctl.errors import RegistrationFailed, TransferError, UserError
+from epdctl.transfer import mooncake
+from epdctl.transfer.mooncake import PROTOCOLS, Engine, MooncakeMover, engine_of, probe, rdma_devices
+from epdctl.transfer.onesided import Put
+from epdctl.wire.transfer import PoolLocation
+
+CPU = torch.device("cpu")
+
+
+class Pretender:
+    """Takes every write; ``delivers``: and really moves the bytes, within this process."""
+
+    def __init__(self, *, delivers: bool = True, status: int = 0) -> None:
+        self.delivers = delivers
+        self.status = status
+        self.writes: list[list[tuple[int, int, int]]] = []
+        self.registered: dict[int, int] = {}
+
+    def initialize(self, *_: str) -> int:
+        return 0
+
+    def get_rpc_port(self) -> int:
+        return 7
+
+    def register_memory(self, address: int, nbytes: int) -> int:
+        self.registered[address] = nbytes
+        return self.status
+
+    def unregister_memory(self, address: int) -> int:
+        del self.registered[address]
+        return 0
+
+    def batch_transfer_sync_write(self, to: str, own: list[int], theirs: list[int], sizes: list[int]) -> int:
+        assert to == "127.0.0.1:7"
+        runs = list(zip(own, theirs, sizes, strict=True))
+        self.writes.append(runs)
+        if self.delivers and self.status == 0:
+            for source, target, nbytes in runs:
+                _bytes_at(target, nbytes)[:] = _bytes_at(source, nbytes)
+        return self.status
+
+
+def _bytes_at(address: int, nbytes: int) -> memoryview:
+    import ctypes
+
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    made = Engine(Pretender(), "tcp")
+    monkeypatch.setattr(mooncake, "engine_of", lambda _protocol: made)
+    return made
+
+
+def writes(engine: Engine) -> list[list[tuple[int, int, int]]]:
+    raw = engine._raw
+    assert isinstance(raw, Pretender)
+    return raw.writes
+
+
+def test_neighbours_at_both_ends_go_as_one_run(engine: Engine) -> None:
+    mover = MooncakeMover("tcp", CPU)
+    pool = mover.allocate(4096, CPU).zero_()
+    remote = mover.reach(mover.locate("kv", pool))
+    pages = torch.arange(40, dtype=torch.uint8)
+    writes(engine).clear()
+    puts = [Put(pages[:10], 0), Put(pages[10:20], 10), Put(pages[20:30], 100), Put(pages[30:40], 110)]
+    remote.put(puts, threading.Event())
+    start, base = pages.data_ptr(), pool.data_ptr()
+    assert writes(engine) == [[(start, base, 20), (start + 20, base + 100, 20)]]
+    assert torch.equal(pool[100:120], pages[20:])
+    mover.close()
+    assert not engine._known
+
+
+def test_a_writer_that_was_told_to_stop_writes_no_further_batch(engine: Engine) -> None:
+    stop = threading.Event()
+    stop.set()
+    mover = MooncakeMover("tcp", CPU)
+    remote = mover.reach(mover.locate("kv", mover.allocate(64, CPU)))
+    writes(engine).clear()
+    remote.put([Put(torch.zeros(8, dtype=torch.uint8), 0)], stop)
+    assert writes(engine) == []
+
+
+def test_what_must_be_registered_goes_through_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Engine(Pretender(), "rdma")
+    monkeypatch.setattr(mooncake, "engine_of", lambda _protocol: made)
+    monkeypatch.setattr(mooncake, "STAGE_BYTES", 100)
+    mover = MooncakeMover("rdma", CPU)
+    pool, own = mover.allocate(1000, CPU).zero_(), mover.allocate(50, CPU).fill_(9)
+    foreign = torch.arange(250, dtype=torch.uint8)
+    writes(made).clear()
+    mover.reach(mover.locate("kv", pool)).put([Put(foreign, 0), Put(own, 500)], threading.Event())
+    assert torch.equal(pool[:250], foreign)
+    assert torch.equal(pool[500:550], own)
+    assert [[nbytes for _, _, nbytes in runs] for runs in writes(made)] == [[50], [100], [100], [50]]
+    mover.close()
+    assert not made._known
+
+
+def test_memory_of_others_is_no_pool(engine: Engine) -> None:
+    mover = MooncakeMover("tcp", CPU)
+    with pytest.raises(RegistrationFailed, match="not allocated by this transport"):
+        mover.locate("kv", torch.zeros(8, dtype=torch.uint8))
+
+
+def test_errors_of_the_engine_are_ours() -> None:
+    refusing = Engine(Pretender(status=-1), "tcp")
+    with pytest.raises(RegistrationFailed, match="does not take 8 bytes on cpu"):
+        refusing.register(torch.zeros(8, dtype=torch.uint8))
+    with pytest.raises(TransferError, match=r"did not deliver 8 bytes to 127\.0\.0\.1:7"):
+        refusing.write("127.0.0.1:7", [mooncake.Run(0, 0, 8)])
+
+
+def test_the_probe_believes_bytes_and_not_words() -> None:
+    with pytest.raises(UserError, match="and they were not"):
+        probe(Engine(Pretender(delivers=False), "tcp"), CPU)
+
+
+def test_a_protocol_that_fell_to_a_slower_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = {name: getattr(PROTOCOLS["nvlink"], name) for name in PROTOCOLS["nvlink"].__dataclass_fields__}
+    way = mooncake.Way(**quick | {"probe_bytes": 1 << 16, "least_gb_per_s": 1e9})
+    monkeypatch.setitem(PROTOCOLS, "nvlink", way)
+    with pytest.raises(UserError, match="it fell to another protocol"):
+        probe(Engine(Pretender(), "nvlink"), CPU)
+
+
+def test_rdma_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert rdma_devices(tmp_path / "none") == []
+    (tmp_path / "mlx5_0").mkdir()
+    assert rdma_devices(tmp_path) == ["mlx5_0"]
+    monkeypatch.setattr(mooncake, "rdma_devices", list)
+    engine_of.cache_clear()
+    with pytest.raises(UserError, match="no RDMA device"):
+        engine_of("rdma")
+
+
+def test_nvlink_and_its_variable_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_of.cache_clear()
+    monkeypatch.delenv(mooncake.NVLINK_VARIABLE, raising=False)
+    with pytest.raises(UserError, match="do not agree"):
+        engine_of("nvlink")
+    monkeypatch.setenv(mooncake.NVLINK_VARIABLE, "1")
+    with pytest.raises(UserError, match="do not agree"):
+        engine_of("tcp")
+
+
+def test_a_location_is_told_in_the_engines_terms(engine: Engine) -> None:
+    mover = MooncakeMover("tcp", CPU)
+    pool = mover.allocate(512, CPU)
+    assert mover.locate("kv", pool) == PoolLocation(pool="kv", place="127.0.0.1:7", base=pool.data_ptr(), nbytes=512)
