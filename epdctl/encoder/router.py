@@ -164,6 +164,7 @@ class RouterService:
             self._idle.clear()
             now = self._clock()
             self._apply(self._dispatcher.submit(key, now + message.budget_s, now, message.item.content_hash))
+            self._arm(now + message.budget_s)
 
     def _refusal(self, frames: list[memoryview]) -> tuple[FailureKind, str] | None:
         if self._draining:
@@ -214,7 +215,6 @@ class RouterService:
                     self._end(action, spec, frames)
                 case _:
                     assert_never(action)
-        self._arm()
 
     def _send(self, action: Send) -> None:
         job = self._jobs[action.item]
@@ -257,15 +257,21 @@ class RouterService:
             return False
         return True
 
-    def _arm(self) -> None:
-        """Wake up at the next deadline."""
+    def _arm(self, deadline: float) -> None:
+        """Wake up by then. The alarm of an item that has ended is left to ring in vain: moving it with every item cost
+        more than the item's own decision.
+        """
+        if self._alarm is not None and self._alarm.when() <= deadline:
+            return
         if self._alarm is not None:
             self._alarm.cancel()
-        at = self._dispatcher.next_deadline()
-        self._alarm = None if at is None else asyncio.get_running_loop().call_at(at, self._ring)
+        self._alarm = asyncio.get_running_loop().call_at(deadline, self._ring)
 
     def _ring(self) -> None:
+        self._alarm = None
         self._apply(self._dispatcher.tick(self._clock()))
+        if (deadline := self._dispatcher.next_deadline()) is not None:
+            self._arm(deadline)
 
     def pulse(self) -> Pulse:
         return Pulse(inflight=len(self._dispatcher), completed=self._completed)
