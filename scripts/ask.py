@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 import sys
 
 import httpx
@@ -16,7 +17,8 @@ TIMEOUT_SECONDS = 120.0
 def picture(width: int, height: int, colour: str, shape: str) -> str:
     """A data: URL of a PNG with one shape on white."""
     image = Image.new("RGB", (width, height), "white")
-    box = (width // 4, height // 4, 3 * width // 4, 3 * height // 4)
+    shift = random.randrange(8)  # a picture that the encoders have not seen
+    box = (width // 4 + shift, height // 4, 3 * width // 4, 3 * height // 4)
     draw = ImageDraw.Draw(image)
     (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
     file = io.BytesIO()
@@ -62,4 +64,6 @@ def main(url: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} http://127.0.0.1:8000")
+    sys.exit(main(sys.argv[1]))

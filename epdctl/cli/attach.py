@@ -106,6 +106,9 @@ class Session:
                 case Interrupt():
                     say(f"{item.reason}: draining and stopping; once more to kill")
                     return
+                case Ended(source="watch") if last.stopping:
+                    say("taken down from elsewhere")
+                    return
                 case Ended(source="watch"):
                     raise daemon_lost(item)
 

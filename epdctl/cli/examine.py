@@ -93,9 +93,11 @@ def _runtime_dir(path: Path) -> Check:
 
 
 def _port(environ: Mapping[str, str]) -> Check:
-    ending = f":{DEFAULT_PORT}"
-    ours = next((found.name for found in list_clusters(environ) if (found.record.gateway or "").endswith(ending)), None)
-    return checks.check_port(DEFAULT_PORT, _taken(DEFAULT_PORT), ours)
+    text = environ.get("EPDCTL_PORT", "")  # what the shipped profiles ask for
+    port = int(text) if text.isdecimal() and 0 < int(text) < 65_536 else DEFAULT_PORT
+    gateways = ((found.name, found.record.gateway or "") for found in list_clusters(environ))
+    ours = next((name for name, gateway in gateways if gateway.endswith(f":{port}")), None)
+    return checks.check_port(port, _taken(port), ours)
 
 
 def _taken(port: int) -> bool:

@@ -68,8 +68,8 @@ def take_down(name: str | None, *, drain_s: float | None, force: bool) -> None:
     try:
         cluster = find_cluster(name, os.environ)
     except NotRunning as error:
-        _clear_dead(name or os.environ.get("EPDCTL_CLUSTER"))
-        say(f"{error.message}: nothing to take down")
+        if not _clear_dead(name or os.environ.get("EPDCTL_CLUSTER")):
+            say(f"{error.message}: nothing to take down")
         return
     footprint = Footprint.of(cluster)
     for event in cluster.client.down(drain_s=drain_s, force=force):
@@ -115,13 +115,15 @@ def _stop(session: Session) -> None:
     _prove(session.cluster, footprint)
 
 
-def _clear_dead(name: str | None) -> None:
-    """A daemon that was killed cannot clean up: do it in its place."""
-    for dead in dead_runs(os.environ, name):
+def _clear_dead(name: str | None) -> bool:
+    """A daemon that was killed cannot clean up: do it in its place. Whether there was anything to clear."""
+    found = dead_runs(os.environ, name)
+    for dead in found:
         say(f"removing what a dead run left: {dead}")
         left = clear(dead)
         if left:
             raise RankError("\n".join(left))
+    return bool(found)
 
 
 def _prove(cluster: ClusterRef, footprint: Footprint) -> None:

@@ -50,11 +50,11 @@ def _show_each(replies: Iterable[StatusReply], *, json: bool) -> None:
 
 
 def _show_live(replies: Iterable[StatusReply]) -> None:
-    """On a terminal the table stays in its place; elsewhere each change is one more table."""
+    """On a terminal the table stays in its place; elsewhere each change of a state is one more table."""
     from epdctl.cli import console, tables
 
     if not console.is_fancy(sys.stdout):
-        _show_each(replies, json=False)
+        _show_each(tables.turns(replies), json=False)
         return
     from rich.live import Live
 

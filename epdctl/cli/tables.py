@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 
 from rich.console import Group
@@ -23,6 +23,7 @@ __all__ = [
     "status_table",
     "status_title",
     "status_view",
+    "turns",
 ]
 
 STATE_STYLES = {
@@ -145,6 +146,15 @@ def changes(before: StatusReply | None, after: StatusReply) -> Iterator[str]:
     for status in after.ranks:
         if known.get(status.rank) != (status.state, status.reason):
             yield f"{status.rank} {_with_reason(status.state, status.reason)}"
+
+
+def turns(replies: Iterable[StatusReply]) -> Iterator[StatusReply]:
+    """Those that show a state or a reason which the one before did not."""
+    before = None
+    for reply in replies:
+        if before is None or any(changes(before, reply)):
+            yield reply
+        before = reply
 
 
 def _with_reason(state: str, reason: str) -> str:

@@ -91,8 +91,18 @@ def find_cluster(name: str | None, environ: Mapping[str, str]) -> ClusterRef:
         names = ", ".join(cluster.name for cluster in running)
         raise SelectorError(f"several clusters are running: {names}", hint="choose one with --cluster NAME")
     if not running:
-        raise NotRunning("no cluster is running", hint="start one with: epdctl up FILE")
+        raise _nothing_runs(environ)
     return running[0]
+
+
+def _nothing_runs(environ: Mapping[str, str]) -> NotRunning:
+    dead = [directory.name for directory in cluster_dirs(environ) if not directory.running]
+    if not dead:
+        return NotRunning("no cluster is running", hint="start one with: epdctl up FILE")
+    return NotRunning(
+        f"no cluster is running; the daemon of {', '.join(dead)} died without cleaning up",
+        hint=f"epdctl down clears what it left; epdctl --cluster {dead[0]} logs has what its ranks wrote",
+    )
 
 
 def last_run(name: str, environ: Mapping[str, str]) -> RunState:

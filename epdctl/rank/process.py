@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, assert_never
 
-from epdctl.errors import BadMessage, IncompatiblePeer, UserError, WireError
+from epdctl.errors import BadMessage, EpdError, IncompatiblePeer, UserError, WireError
 from epdctl.rank.fatal import Departure, fatal, status_of
 from epdctl.rank.service import Factual, HearsAbsent, Service
 from epdctl.rank.tasks import Tasks
@@ -116,7 +116,11 @@ class RankProcess:
         if error is None:
             log.warning("the event loop: %s", context.get("message"))
             return
-        log.error("%s\n%s", context.get("message"), "".join(traceback.format_exception(error)).rstrip())
+        if isinstance(error, EpdError):  # said in words; where it was raised helps nobody
+            log.error("%s", error.message)
+            log.debug("raised at", exc_info=error)
+        else:
+            log.error("%s\n%s", context.get("message"), "".join(traceback.format_exception(error)).rstrip())
         self._leave(fatal(error, serving=self._ready))
 
     async def _last_words(self, last: Fatal) -> Departure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from epdctl.cli import tables
@@ -173,3 +174,8 @@ def test_off_a_terminal_a_table_is_plain_and_cut_nowhere(monkeypatch: pytest.Mon
     assert "\x1b" not in out.getvalue()
     assert reason.strip() in out.getvalue()
     assert all(line == line.rstrip() for line in out.getvalue().splitlines())
+
+
+def test_only_a_turn_of_a_state_or_a_reason_is_worth_another_table() -> None:
+    later = replace(READY, ranks=[replace(status, since=status.since + 1, rss_bytes=7) for status in READY.ranks])
+    assert list(tables.turns([STARTING, STARTING, READY, later, BROKEN])) == [STARTING, READY, BROKEN]
