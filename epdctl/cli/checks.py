@@ -99,14 +99,14 @@ def fitting_extra(torch_version: str | None, cuda_driver: int | None) -> str:
 def check_mooncake(found: Mooncake, extra: str, wanted_package: str) -> Check:
     line = f"pip install 'epdctl[{extra}]'"
     if not found.packages:
-        return ok("mooncake", f"not installed; only transfer over RDMA or NVLink needs it: {line}")
+        return ok("mooncake", f"not installed; only transfer between GPUs or over RDMA needs it: {line}")
     others = [package for package in found.packages if package != wanted_package]
     if others:
         text = f"{', '.join(found.packages)} installed; all of them write the same module, and this machine needs one"
         return Check(Level.FAIL, "mooncake", text, f"pip uninstall -y {' '.join(found.packages)} && {line}")
     if found.broken is not None:
         return Check(Level.FAIL, "mooncake", f"does not import: {found.broken}", _library_remedy(found.broken))
-    return ok("mooncake", f"{wanted_package} imports")
+    return ok("mooncake", f"{wanted_package} imports; its ports ask for no token and listen on every address")
 
 
 def _library_remedy(error: str) -> str:
