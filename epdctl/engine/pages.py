@@ -15,11 +15,13 @@ def pages_for(tokens: int, page_size: int) -> int:
 
 
 class PageAllocator:
-    """Pages 0 … total - 1, each either free or taken."""
+    """Pages 0 … total - 1, each either free or taken. Pages that lie side by side go to a peer as one piece."""
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self._free = list(range(total - 1, -1, -1))  # a stack: the page given back last is warm in the cache
+        self._free = list(
+            range(total - 1, -1, -1)
+        )  # descending: the lowest go first, so that a taker's lie side by side
         self._taken: set[int] = set()
 
     @property
@@ -40,7 +42,8 @@ class PageAllocator:
         if wrong or len(set(pages)) != len(pages):
             raise ValueError(f"pages given back that nobody has: {sorted(wrong) or list(pages)}")
         self._taken.difference_update(pages)
-        self._free.extend(reversed(pages))
+        self._free.extend(pages)
+        self._free.sort(reverse=True)
 
     def check(self) -> None:
         """Every page is exactly once free or taken. Raises AssertionError."""

@@ -22,6 +22,14 @@ def test_all_or_nothing() -> None:
     assert sorted(allocator.take(4)) == [0, 1, 2, 3]
 
 
+def test_the_lowest_pages_go_first_so_that_they_lie_side_by_side() -> None:
+    allocator = PageAllocator(8)
+    first, second = allocator.take(3), allocator.take(3)
+    allocator.give(second)
+    allocator.give(tuple(reversed(first)))
+    assert allocator.take(6) == (0, 1, 2, 3, 4, 5)
+
+
 @pytest.mark.parametrize("pages", [(0,), (1, 1), (99,)])
 def test_giving_back_what_one_does_not_have_changes_nothing(pages: tuple[int, ...]) -> None:
     allocator = PageAllocator(4)
