@@ -207,10 +207,15 @@ def _rank(name: RankName, service: str, environ: dict[str, str]) -> PlannedRank:
 
 @contextmanager
 def _baseline(folder: Path) -> Generator[str]:
-    """Its two processes; where the first one listens."""
+    """Its two processes; where the first one listens. Each in a session of its own, as ranks are: Linux shares cores
+    between sessions first, and on a busy machine those of one session wake each other sooner.
+    """
     front, back = f"ipc://{folder}/front", f"ipc://{folder}/back"
     module = [sys.executable, "-m", "epdctl.bench.dispatching.baseline"]
-    processes = [subprocess.Popen([*module, *words]) for words in (["proxy", front, back], ["echo", back])]
+    processes = [
+        subprocess.Popen([*module, *words], start_new_session=True)
+        for words in (["proxy", front, back], ["echo", back])
+    ]
     try:
         yield front
     finally:
