@@ -41,6 +41,7 @@ from epdctl.wire.encode import (
     FailureKind,
     MediaItem,
     RouterToClient,
+    Sized,
 )
 from epdctl.wire.sockets import Inbox, Link
 from tests.support.leaks import marked_processes
@@ -139,6 +140,7 @@ class Client:
         self.landed.add((message.request, message.attempt, message.index))
 
     def _answered(self, message: RouterToClient) -> None:
+        assert not isinstance(message, Sized), "it has a slot"
         name = (str(message.request), message.attempt, message.index)
         self.answers[name] += 1
         if name in self.tries and not self.tries[name].ended.done():

@@ -35,6 +35,7 @@ from epdctl.wire.transfer import (
     Landed,
     PieceHeader,
     ReceiverToWriter,
+    RemoteLease,
     TensorSpec,
     Write,
     WriterToReceiver,
@@ -83,7 +84,8 @@ class LightEncoder:
         job, spec = order.job, spec_of(order.job)
         self._tell(router, ItemSized(dispatch=order.dispatch, spec=spec))
         made = await self._compute.run(lambda: self._forward(media, job.item.rows))
-        if await self._write(job, made):
+        assert job.slot is not None
+        if await self._write(job.slot, made):
             landed = EmbeddingLanded(
                 request=job.request,
                 attempt=job.attempt,
@@ -102,18 +104,18 @@ class LightEncoder:
             threading.Event().wait()
         return value(media, rows)
 
-    async def _write(self, job: Encode, data: bytes) -> bool:
+    async def _write(self, slot: RemoteLease, data: bytes) -> bool:
         """False when the slot is somebody else's by now."""
-        endpoint = job.slot.pool.endpoint
+        endpoint = slot.pool.endpoint
         if endpoint not in self._writers:
             self._writers[endpoint] = Link(endpoint, RECEIVER_TO_WRITER, WRITER_TO_RECEIVER, self._answered)
         number = next(self._numbers)
         future = self._written[number] = asyncio.get_running_loop().create_future()
         write = Write(
             write=number,
-            pool=job.slot.pool.pool,
-            lease=job.slot.lease,
-            generation=job.slot.generation,
+            pool=slot.pool.pool,
+            lease=slot.lease,
+            generation=slot.generation,
             pieces=[PieceHeader(extent=0, offset=0, nbytes=len(data))],
             token=self._token,
         )

@@ -7,7 +7,16 @@ from typing import assert_never
 
 from epdctl.rank.service import Progress, Pulse
 from epdctl.wire.config import RankSpec
-from epdctl.wire.encode import ROUTER_TO_WORKER, WORKER_TO_ROUTER, CancelItem, EncodeItem, ItemEncoded, RouterToWorker
+from epdctl.wire.encode import (
+    ROUTER_TO_WORKER,
+    WORKER_TO_ROUTER,
+    CancelItem,
+    EncodeItem,
+    ItemEncoded,
+    RouterToWorker,
+    StartProfile,
+    StopProfile,
+)
 from epdctl.wire.lifecycle import Endpoints, Peer
 from epdctl.wire.sockets import Inbox, Sender
 from epdctl.wire.transfer import TensorSpec
@@ -33,6 +42,8 @@ class Echo:
                 self._inbox.reply(router, ItemEncoded(dispatch=dispatch, spec=_SPEC), WORKER_TO_ROUTER)
             case CancelItem():
                 pass  # it is done already
+            case StartProfile() | StopProfile():
+                pass  # nobody asks for one here
             case _:
                 assert_never(message)
 

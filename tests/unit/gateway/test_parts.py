@@ -15,9 +15,9 @@ from PIL import Image
 from epdctl.errors import RequestError
 from epdctl.gateway.balance import Load, choose
 from epdctl.gateway.budget import Door
-from epdctl.rank.media import read_picture
 from epdctl.gateway.states import ENDED, TABLE, IllegalStep, RequestState, Step, advance
 from epdctl.ids import RankName
+from epdctl.rank.media import read_picture
 from epdctl.wire.config import Limits
 from tests.unit.gateway.harness import data_url, picture
 
