@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from epdctl import __version__
 from epdctl.cli import (
+    ask,
     bench,
     doctor,
     down,
@@ -117,6 +118,7 @@ for name, verb, panel in (
     ("up", up.up, RUN),
     ("down", down.down, RUN),
     ("restart", restart.restart, RUN),
+    ("ask", ask.ask, LOOK),
     ("status", status.status, LOOK),
     ("health", health.health, LOOK),
     ("logs", logs.logs, LOOK),

@@ -54,13 +54,18 @@ async def ask(plan: Plan, budget_s: float) -> None:
     if url is None:
         raise RankError("the cluster has no gateway to ask")
     try:
-        async with httpx.AsyncClient(timeout=budget_s, trust_env=False) as client:
+        async with httpx.AsyncClient(timeout=budget_s, trust_env=False, headers=_key(plan)) as client:
             response = await client.post(f"{url}/v1/chat/completions", json=question(plan))
     except httpx.TimeoutException as error:
         raise RankError(f"the real request had no answer within {budget_s:g} s") from error
     except httpx.HTTPError as error:
         raise RankError(f"the real request did not get through: {str(error) or type(error).__name__}") from error
     _judge(response.status_code, response.content)
+
+
+def _key(plan: Plan) -> dict[str, str]:
+    keys = [rank.config.gateway.api_key for rank in plan.ranks if rank.stage is Stage.GATEWAY]
+    return {"authorization": f"Bearer {key.reveal()}" for key in keys if key is not None}
 
 
 def question(plan: Plan) -> dict[str, object]:

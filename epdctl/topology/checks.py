@@ -183,24 +183,23 @@ def pool_holds_a_request(file: TopologyFile) -> Iterator[Finding]:
             yield Finding(("stages", name, "kv_tokens"), problem, remedy)
 
 
-def gateway_stays_local(file: TopologyFile) -> Iterator[Finding]:
+def gateway_is_guarded(file: TopologyFile) -> Iterator[Finding]:
     host = file.gateway.host
     if host == "localhost":
         return
-    remedy = (
-        "write 127.0.0.1; reach it from elsewhere through an SSH tunnel or a reverse proxy with its own access rules"
-    )
     try:
         address = ipaddress.IPv4Address(host)
     except ValueError:
-        yield Finding(("gateway", "host"), f"{host!r} is not an IPv4 address of this machine's loopback", remedy)
+        remedy = "write 127.0.0.1, or the one address that clients reach it at"
+        yield Finding(("gateway", "host"), f"{host!r} is not an IPv4 address", remedy)
         return
     if address.is_unspecified:
+        remedy = "write 127.0.0.1, or the one address that clients reach it at"
         yield Finding(("gateway", "host"), f"{host} would listen on every address, for everybody", remedy)
-    elif not address.is_loopback:
-        yield Finding(
-            ("gateway", "host"), f"{host} is reachable from other machines, and the API asks no token", remedy
-        )
+    elif not address.is_loopback and file.gateway.api_key is None:
+        problem = f"{host} is reachable from other machines, and the API asks no key"
+        remedy = "add api_key: ${EPDCTL_API_KEY}, or write 127.0.0.1 and reach it through an SSH tunnel"
+        yield Finding(("gateway", "host"), problem, remedy, (("gateway", "api_key"),))
 
 
 def deadlines_are_in_order(file: TopologyFile) -> Iterator[Finding]:
@@ -246,7 +245,7 @@ CHECKS: tuple[Check, ...] = (
     page_sizes_agree,
     pool_holds_a_page,
     pool_holds_a_request,
-    gateway_stays_local,
+    gateway_is_guarded,
     deadlines_are_in_order,
     restart_delays_are_in_order,
     revision_needs_a_hub_id,

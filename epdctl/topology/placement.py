@@ -135,11 +135,22 @@ def _settle(topology: Topology, checkpoint: Checkpoint, hardware: Hardware, seat
         moving=moving(
             file.transfer, Ends(ranks, tuple(seating.seats.values()), file.stages.mono is not None), hardware
         ),
-        gateway=GatewayConfig(
-            host=file.gateway.host, port=file.gateway.port, stages=[stage for stage, _ in file.stages.present()]
-        ),
+        gateway=_gateway(file),
         heartbeat=file.deadlines.heartbeat,
         spare=max(1, hardware.cores // ranks),
+    )
+
+
+def _gateway(file: TopologyFile) -> GatewayConfig:
+    section = file.gateway
+    return GatewayConfig(
+        host=section.host,
+        port=section.port,
+        stages=[stage for stage, _ in file.stages.present()],
+        api_key=section.api_key,
+        strict=section.strict,
+        media_hosts=section.media_hosts,
+        media_seconds=section.media_timeout,
     )
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from epdctl.ids import Stage
 from epdctl.topology.document import Document
 from epdctl.topology.plan import Deadlines, RestartPolicy
-from epdctl.topology.values import Bytes, CacheBytes, Gpus, Seconds
+from epdctl.topology.values import ApiKey, Bytes, CacheBytes, Gpus, Seconds
 from epdctl.wire.config import EncoderConfig, EngineConfig, GatewayConfig, Limits, TransferConfig
 
 __all__ = [
@@ -33,6 +33,8 @@ __all__ = [
     "TransferSection",
     "json_schema",
 ]
+
+MEDIA_HOST = r"^[a-z0-9][a-z0-9.-]*(:[0-9]{1,5})?$"  # no wildcard: a host is named or it is not
 
 _LIMITS, _ENGINE, _ENCODER = Limits(), EngineConfig(), EncoderConfig()
 _GATEWAY, _TRANSFER = GatewayConfig(), TransferConfig()
@@ -71,8 +73,20 @@ class ModelSection(_Section):
 class GatewaySection(_Section):
     """Where the OpenAI-compatible HTTP API listens."""
 
-    host: str = Field(default=_GATEWAY.host, min_length=1, description="An address of this machine's loopback.")
+    host: str = Field(
+        default=_GATEWAY.host,
+        min_length=1,
+        description="An address of this machine; wider than loopback needs api_key.",
+    )
     port: int = Field(default=_GATEWAY.port, ge=1, le=65535, description="A free TCP port.")
+    api_key: ApiKey | None = Field(
+        default=None, description="What clients show as Authorization: Bearer; write ${EPDCTL_API_KEY}."
+    )
+    strict: bool = Field(default=False, description="A field of a request that nobody knows is a 400, not ignored.")
+    media_hosts: list[Annotated[str, Field(pattern=MEDIA_HOST)]] = Field(
+        default=[], description="Pictures may come from there over http(s): name or address, with :port if unusual."
+    )
+    media_timeout: Seconds = Field(default=_GATEWAY.media_seconds, description="For one such picture, like 10s.")
 
 
 class StageSection(_Section):

@@ -108,7 +108,8 @@ def _mistake(document: Document, trail: Trail, error: ErrorDetails) -> Mistake:
     if error["type"] == "missing":
         return document.mistake(trail, "is missing", f"add {_example(trail)}")
     problem, remedy = _explain(trail, error)
-    return document.mistake(trail, f"{problem}, found {_shown(error['input'])}", remedy)
+    found = "a text that is not shown" if trail[-1:] == ("api_key",) else _shown(error["input"])
+    return document.mistake(trail, f"{problem}, found {found}", remedy)
 
 
 def _explain(trail: Trail, error: ErrorDetails) -> tuple[str, str | None]:

@@ -10,11 +10,15 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-__all__ = ["Bytes", "CacheBytes", "GpuName", "Gpus", "Seconds", "parse_duration", "parse_size"]
+from epdctl.ids import Secret
+
+__all__ = ["ApiKey", "Bytes", "CacheBytes", "GpuName", "Gpus", "Seconds", "parse_duration", "parse_size"]
 
 GpuName = int | str  # an index as nvidia-smi counts, or (the beginning of) a UUID
 
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([kmgt]i?)?b$", re.IGNORECASE)
+SHORTEST_KEY = 16
+_KEY = re.compile(r"^[!-~]{16,256}$")
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h)$")
 _PREFIXES = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -53,6 +57,16 @@ def parse_duration(value: object) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def parse_key(value: object) -> Secret:
+    """What clients show; never found by trying."""
+    if isinstance(value, str) and _KEY.match(value):
+        return Secret(value)
+    raise wrong(
+        f"should be {SHORTEST_KEY} to 256 visible ASCII characters in quotes",
+        "write ${EPDCTL_API_KEY} and set that, for example to the output of `openssl rand -hex 16`",
+    )
+
+
 def _word(value: object) -> str:
     if value in ("auto", "none"):
         return str(value)
@@ -86,6 +100,9 @@ def _after(parse: Callable[[object], Any]) -> BeforeValidator:
 Bytes = Annotated[int, _after(parse_size), Field(ge=1), _text_or("integer", r"^\d+(\.\d+)?\s*([kKmMgGtT]i?)?[bB]$")]
 CacheBytes = Annotated[
     int, _after(parse_cache), Field(ge=0), _text_or("integer", r"^off$|^\d+(\.\d+)?\s*([kKmMgGtT]i?)?[bB]$")
+]
+ApiKey = Annotated[
+    Secret, PlainValidator(parse_key), WithJsonSchema({"type": "string", "minLength": SHORTEST_KEY, "maxLength": 256})
 ]
 Seconds = Annotated[float, _after(parse_duration), Field(gt=0), _text_or("number", r"^\d+(\.\d+)?\s*(ms|s|m|h)$")]
 

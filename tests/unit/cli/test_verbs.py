@@ -38,7 +38,7 @@ from tests.unit.cli.fake_daemon import Script, running
 from tests.unit.cli.replies import BROKEN
 
 VERBS = (
-    "up", "down", "status", "health", "logs", "restart", "events", "plan", "init", "schema", "doctor", "version",
+    "up", "down", "ask", "status", "health", "logs", "restart", "events", "plan", "init", "schema", "doctor", "version",
 )  # fmt: skip
 
 

@@ -227,7 +227,7 @@ def test_a_refused_body_is_read_on_before_the_answer() -> None:
 
             path = "/v1/chat/completions"
             scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": []}
-            app: Any = server.config.app
+            app: Any = server._server.config.app
             await app({**scope, "query_string": b"", "root_path": "", "http_version": "1.1"}, receive, send)
             assert log == ["read"] * 6 + ["http.response.start 413", "http.response.body"]
 

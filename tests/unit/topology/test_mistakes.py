@@ -252,7 +252,15 @@ MISTAKES = [
         "kv_tokens: 8192 or more",
     ),
     ("open to all", LANGUAGE + "gateway: {host: «0.0.0.0}", "gateway.host", "listen on every address", "127.0.0.1"),
-    ("open to some", LANGUAGE + "gateway: {host: «10.0.0.5}", "gateway.host", "asks no token", "SSH tunnel"),
+    (
+        "open to some",
+        LANGUAGE + "gateway: {host: «10.0.0.5}",
+        "gateway.host",
+        "asks no key",
+        "api_key: ${EPDCTL_API_KEY}",
+    ),
+    ("a short key", LANGUAGE + "gateway: {api_key: «short-key}", "gateway.api_key", "16 to 256", "openssl rand"),
+    ("a wildcard", LANGUAGE + "gateway: {media_hosts: [«'*.example.com']}", "gateway.media_hosts[0]", "name", None),
     ("a host's name", LANGUAGE + "gateway: {host: «node7}", "gateway.host", "'node7' is not an IPv4", "127.0.0.1"),
     (
         "unhealthy too early",

@@ -1,0 +1,98 @@
+"""A client of the gateway's HTTP API, as small as one question needs it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from epdctl.errors import DeadlineExceeded, RankError, Unreachable, UserError
+
+__all__ = ["Gateway", "picture", "words"]
+
+Part = Mapping[str, Any]
+_DATA = "data: "
+_DONE = "[DONE]"
+
+
+def words(text: str) -> Part:
+    return {"type": "text", "text": text}
+
+
+def picture(path: Path) -> Part:
+    """The file as it is: what it holds is found out by the gateway. Raises UserError."""
+    try:
+        encoded = base64.b64encode(path.read_bytes()).decode()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}", hint="name picture files after the question"
+        ) from error
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """``seconds``: the longest silence that is waited through. Every method raises Unreachable, DeadlineExceeded, and
+    RankError with the gateway's own words for what it refuses."""
+
+    url: str
+    key: str | None
+    seconds: float
+
+    def whole(self, body: Mapping[str, Any]) -> str:
+        """The JSON of the whole answer."""
+        with self._speaking() as client:
+            reply = client.post("/v1/chat/completions", json=self._named(client, body))
+            _refused(reply.status_code, reply.content)
+            return json.dumps(reply.json(), ensure_ascii=False)
+
+    def pieces(self, body: Mapping[str, Any]) -> Iterator[str]:
+        """The answer's text as it comes."""
+        with self._speaking() as client:
+            asked = {**self._named(client, body), "stream": True}
+            with client.stream("POST", "/v1/chat/completions", json=asked) as reply:
+                if reply.status_code != httpx.codes.OK:
+                    _refused(reply.status_code, reply.read())
+                for line in reply.iter_lines():
+                    if line.startswith(_DATA) and line != _DATA + _DONE:
+                        yield _text(json.loads(line.removeprefix(_DATA)))
+
+    def _named(self, client: httpx.Client, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With the one model that is served."""
+        reply = client.get("/v1/models")
+        _refused(reply.status_code, reply.content)
+        return {"model": reply.json()["data"][0]["id"], **body}
+
+    @contextmanager
+    def _speaking(self) -> Iterator[httpx.Client]:
+        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        try:
+            with httpx.Client(base_url=self.url, headers=headers, timeout=self.seconds, trust_env=False) as client:
+                yield client
+        except httpx.TimeoutException as error:
+            raise DeadlineExceeded(f"the gateway at {self.url} said nothing for {self.seconds:g} s") from error
+        except httpx.HTTPError as error:
+            raise Unreachable(f"the gateway at {self.url} cannot be reached: {error}") from error
+
+
+def _text(chunk: Mapping[str, Any]) -> str:
+    if "error" in chunk:
+        raise RankError(f"the answer broke off: {chunk['error']['message']}")
+    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+
+
+def _refused(status: int, content: bytes) -> None:
+    if status == httpx.codes.OK:
+        return
+    try:
+        text = json.loads(content)["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        text = content.decode(errors="replace")[:500]
+    hint = "set EPDCTL_API_KEY to the gateway's key" if status == httpx.codes.UNAUTHORIZED else None
+    raise RankError(f"the gateway refused with HTTP {status}: {text}", hint=hint)
