@@ -27,7 +27,7 @@ from epdctl.gateway.budget import Door, Ticket
 from epdctl.gateway.detokenize import TextStream
 from epdctl.gateway.forms import ChatForm, Form, TextForm
 from epdctl.gateway.http import Body, Speaker, error_headers
-from epdctl.gateway.intake import Intake, remote_urls
+from epdctl.gateway.intake import Intake, Order, remote_urls
 from epdctl.gateway.openapi import description
 from epdctl.gateway.pipeline import Pipeline, new_request_id
 from epdctl.gateway.remote import Fetcher
@@ -233,19 +233,16 @@ class Completions:
         return error.status
 
     async def _visit(self, visit: Visit, receive: Receive, body: Body) -> int:
-        raw = await body.read(visit.ticket, self._seconds)
-        await unless_hung_up(receive, self._serve(visit, raw))
+        await body.read(visit.ticket, self._seconds)
+        await unless_hung_up(receive, self._serve(visit, body))
         return 200
 
-    async def _serve(self, visit: Visit, raw: bytes) -> None:
+    async def _serve(self, visit: Visit, body: Body) -> None:
         desk = self._desk
-        request = await self._aside(lambda: desk.intake.read(self._api.request, raw, strict=desk.config.strict))
-        fetched = await self._fetch(visit, request, len(raw))
-        order = await self._aside(lambda: desk.intake.order(request, fetched))
-        visit.ticket.hold(order.media_bytes)
+        request, order, ignored = await self._take_in(visit, body)
         desk.meters.pictures.inc(len(order.media))
         headers = {}
-        if ignored := [_header_text(name) for name in request.ignored_fields[:MOST_NAMED]]:
+        if ignored:
             self._notes.tell(ignored)
             headers["x-epdctl-ignored"] = ",".join(ignored)
         flight = desk.pipeline.start(visit.request, order, visit.began + self._seconds)
@@ -261,6 +258,17 @@ class Completions:
             flight.abandon()  # means nothing when it has ended
         desk.meters.prompt_tokens.inc(answer.usage.prompt_tokens)
         desk.meters.completion_tokens.inc(answer.usage.completion_tokens)
+
+    async def _take_in(self, visit: Visit, body: Body) -> tuple[ChatRequest | TextRequest, Order, list[str]]:
+        """What is kept of a body as long as its answer takes, and the names of what was ignored. Body and text of the
+        request go when this returns: they are three times as large as the pictures in them."""
+        intake, raw = self._desk.intake, body.take()
+        request = await self._aside(lambda: intake.read(self._api.request, raw, strict=self._desk.config.strict))
+        fetched = await self._fetch(visit, request, len(raw))
+        order = await self._aside(lambda: intake.order(request, fetched))
+        visit.ticket.hold(order.media_bytes)
+        ignored = [_header_text(name) for name in request.ignored_fields[:MOST_NAMED]]
+        return request.bare(), order, ignored
 
     async def _aside(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._desk.pool, work)

@@ -183,11 +183,11 @@ def _forged(param: str) -> RequestError:
     return RequestError(400, text, param=param, code="forged_media")
 
 
-def too_long(what: str, limit: int) -> RequestError:
+def too_long(what: str, limit: int, param: str = "messages") -> RequestError:
     return RequestError(
         400,
         f"{what}; prompt and answer together may have {limit} tokens",
-        param="messages",
+        param=param,
         code="context_length_exceeded",
     )
 

@@ -6,7 +6,7 @@ A field that would change the answer and is not served is refused; one that chan
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -116,6 +116,9 @@ class StreamOptions(Incoming):
     continuous_usage_stats: bool = False  # vLLM's: the counts so far in every chunk
 
 
+BULK = frozenset({"messages", "prompt"})
+
+
 class Settings(Incoming):
     """How the answer is to be made."""
 
@@ -146,9 +149,19 @@ class Settings(Incoming):
             raise RequestError(400, "stream_options needs stream: true", param="stream_options")
         return self
 
+    def bare(self) -> Self:
+        """How the answer is to look, without what it is to answer, nor what nobody knows: those are most of the bytes."""
+        kept = {name: getattr(self, name) for name in type(self).model_fields if name not in BULK}
+        return self.model_construct(**kept)
+
     @property
     def answer_tokens(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def answer_param(self) -> str:
+        """Which field said how many."""
+        return "max_tokens"
 
     @property
     def wanted_logprobs(self) -> int | None:

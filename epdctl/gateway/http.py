@@ -16,6 +16,17 @@ __all__ = ["Body", "Speaker", "error_headers"]
 
 SEND_SECONDS = 30.0  # a client that reads nothing for so long has hung up
 DISCARD_SECONDS = 5.0
+BODY_SECONDS = 30.0  # for a whole body, whatever the request's own deadline
+BODY_GRACE = 5.0  # after which a body must have come at this rate, on the average
+BODY_RATE = 64 << 10  # bytes a second
+
+
+def body_deadline(size: int, seconds: float) -> float:
+    """Seconds after the first byte by which more than ``size`` bytes must be here. Pure.
+
+    Whoever sends slower holds a place in the queue for nothing.
+    """
+    return min(seconds, BODY_SECONDS, BODY_GRACE + size / BODY_RATE)
 
 
 class Body:
@@ -25,22 +36,27 @@ class Body:
         self._receive = receive
         self._limit = limit
         self._complete = False
+        self._chunks: list[bytes] = []
 
-    async def read(self, ticket: Ticket, seconds: float) -> bytes:
+    async def read(self, ticket: Ticket, seconds: float) -> None:
         """Raises RequestError (408, 413, 429 when the ticket cannot hold it) and HungUp."""
-        chunks: list[bytes] = []
-        size = 0
+        size, began = 0, asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds) as limit:
                 while not self._complete:
+                    limit.reschedule(began + body_deadline(size, seconds))
                     chunk = await self._next()
                     size += len(chunk)
                     if size > self._limit:
                         raise RequestError(413, f"the body is larger than {self._limit} bytes", code="body_too_large")
                     ticket.hold(size)
-                    chunks.append(chunk)
+                    self._chunks.append(chunk)
         except TimeoutError as error:
-            raise RequestError(408, "the body did not arrive in time", code="timeout") from error
+            raise RequestError(408, f"the body stopped or came too slowly, at byte {size}", code="timeout") from error
+
+    def take(self) -> bytes:
+        """What was read; it is not kept."""
+        chunks, self._chunks = self._chunks, []
         return b"".join(chunks)
 
     async def discard(self) -> None:

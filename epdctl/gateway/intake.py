@@ -114,7 +114,7 @@ class Intake:
             raise RequestError(400, str(error), param="messages") from error
 
     def _sampling(self, request: Settings, prompt_tokens: int) -> Sampling:
-        max_tokens = self._answer_tokens(request.answer_tokens, prompt_tokens)
+        max_tokens = self._answer_tokens(request, prompt_tokens)
         if (request.min_tokens or 0) > max_tokens:
             raise RequestError(
                 400, f"min_tokens {request.min_tokens} is more than the answer's {max_tokens}", param="min_tokens"
@@ -144,12 +144,11 @@ class Intake:
             raise RequestError(400, text, param="logit_bias")
         return bias
 
-    def _answer_tokens(self, asked: int | None, prompt_tokens: int) -> int:
-        rest = self.limits.max_context - prompt_tokens
+    def _answer_tokens(self, request: Settings, prompt_tokens: int) -> int:
+        asked, rest = request.answer_tokens, self.limits.max_context - prompt_tokens
         if rest < (asked or 1):
-            raise too_long(
-                f"the prompt has {prompt_tokens} tokens and the answer {asked or 1}", self.limits.max_context
-            )
+            what = f"the prompt has {prompt_tokens} tokens and the answer {asked or 1}"
+            raise too_long(what, self.limits.max_context, request.answer_param if rest >= 1 else "messages")
         return asked or min(rest, DEFAULT_ANSWER_TOKENS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeVar
 
@@ -112,6 +113,10 @@ class ChatRequest(Settings):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def answer_param(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -173,8 +178,12 @@ def _as_request_error(error: ValidationError) -> RequestError:
     text = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return RequestError(400, f"the body is not JSON: {text.removeprefix('Invalid JSON: ')}")
+    if first["type"].startswith("union_tag") and _A_MESSAGE.fullmatch(param):
+        param, text = f"{param}.role", "expected system, developer, user or assistant; tools are not served"
     return RequestError(400, f"{param}: {text}" if param else text, param=param or None)
 
+
+_A_MESSAGE = re.compile(r"messages\[\d+\]")
 
 # pydantic puts the name of a union's branch into the path; a client knows nothing of branches
 _BRANCHES = frozenset({"system", "developer", "user", "assistant"})

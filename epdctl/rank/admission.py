@@ -34,23 +34,25 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a rank has when nothing runs on it."""
+    """What a rank has when nothing runs on it. ``stage``: what it is called in a topology."""
 
     pages: int
     slot_bytes: int = 0
+    stage: str = "<stage>"
 
     def refusal(self, need: Need) -> Refusal | None:
         """Set when ``need`` does not fit an empty rank, so that waiting would be for ever."""
         if need.pages > self.pages:
             return Refusal(
                 FailureKind.TOO_LARGE,
-                f"prompt and answer need {need.pages} KV pages; this rank has {self.pages} (engine.kv_tokens)",
+                f"prompt and answer need {need.pages} KV pages; this rank has {self.pages} "
+                f"(stages.{self.stage}.kv_tokens)",
             )
         if (wanted := sum(_aligned(slot) for slot in need.slots)) > self.slot_bytes:
             return Refusal(
                 FailureKind.TOO_LARGE,
                 f"the embeddings of this request need {wanted} bytes; the pool of this rank has {self.slot_bytes} "
-                "(transfer.embedding_bytes)",
+                "(transfer.embedding_pool)",
             )
         return None
 

@@ -103,7 +103,7 @@ class LanguageRank(ABC, Generic[S, In]):
 
     @property
     def _capacity(self) -> Capacity:
-        return Capacity(self.machine.pages.total)
+        return Capacity(self.machine.pages.total, stage=self._spec.config.stage)
 
     def _leaving(self, stay: S, refusal: Refusal | None) -> None:
         """The story of ``stay`` has ended: tell the peers that still count on it."""

@@ -79,7 +79,8 @@ def _size(data: bytes, param: str) -> tuple[int, int]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _bad(param, f"the picture has too many pixels: {error}") from error
     except _UNREADABLE as error:
-        raise _bad(param, f"not a picture we can read ({', '.join(FORMATS)}): {error}") from error
+        # Pillow's words are not for clients: they tell of our objects and addresses
+        raise _bad(param, f"not a picture we can read ({', '.join(FORMATS)}), or a damaged one") from error
     if width < 1 or height < 1:
         raise _bad(param, f"the picture is {width} x {height} pixels")
     return (height, width) if turned else (width, height)

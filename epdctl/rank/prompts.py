@@ -73,7 +73,7 @@ class PromptRank(LanguageRank[S, In]):
 
     @property
     def _capacity(self) -> Capacity:
-        return Capacity(self.machine.pages.total, self._slots.allocator.total)
+        return Capacity(self.machine.pages.total, self._slots.allocator.total, self._spec.config.stage)
 
     def _need(self, message: Prefill | Generate, answer: int) -> Need:
         """Pages for the prompt and ``answer`` tokens that are computed here too, and a slot per item."""

@@ -12,6 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive
 
 from epdctl.errors import RequestError
+from epdctl.rank.connection import MOST_CONNECTIONS, Connection
 from epdctl.wire.encode import FailureKind
 
 __all__ = ["STATUS", "HttpServer", "HungUp", "address_of", "bind", "failure", "unless_hung_up"]
@@ -114,13 +115,14 @@ class HttpServer:
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 backlog=BACKLOG,
+                limit_concurrency=MOST_CONNECTIONS,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=CLOSE_SECONDS,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 __all__ = ["CONTENT_TYPE", "GatewayMeters"]
@@ -19,6 +19,7 @@ class GatewayMeters:
     """``inflight`` and ``media_bytes`` are read when somebody asks for the metrics."""
 
     def __init__(self, *, inflight: Callable[[], float], media_bytes: Callable[[], float]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, that nobody asks for
         self.registry = CollectorRegistry()
         self._gauge("epdctl_requests_in_flight", "Chat requests between first byte and last", inflight)
         self._gauge("epdctl_media_bytes", "Bytes of bodies and pictures held for open requests", media_bytes)

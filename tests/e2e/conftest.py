@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import tiny_checkpoint
-from tests.support.cluster import EPD, LANGUAGE, MONO, Cluster
+from tests.support.cluster import EPD, LANGUAGE, MONO, PAIRS, Cluster
 from tests.support.leaks import no_leaks
 
 CHUNK = 64  # tokens; small, so that ordinary prompts take several
@@ -46,6 +46,13 @@ def epd(tmp_path_factory: pytest.TempPathFactory, epd_topology: str) -> Iterator
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory, language_topology: str) -> Iterator[Cluster]:
     yield from running(Cluster(tmp_path_factory.mktemp("l"), language_topology, name="language"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Cluster]:
+    """Two decode ranks, and a supervisor that is quick to give one up."""
+    topology = PAIRS.format(model=checkpoint, chunk=CHUNK)
+    yield from running(Cluster(tmp_path_factory.mktemp("p"), topology, name="pairs"))
 
 
 @pytest.fixture(scope="session")  # two small processes, which may stay

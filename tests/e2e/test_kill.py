@@ -11,6 +11,7 @@ import httpx
 import psutil
 import pytest
 
+from epdctl.wire.control import RankState
 from tests.support.cluster import GUARD_SECONDS, Cluster, Part, parse
 from tests.support.leaks import no_leaks
 from tests.support.reference import picture_bytes
@@ -75,6 +76,43 @@ def test_a_stream_goes_on_after_its_rank_was_killed(request: pytest.FixtureReque
         ids += [token for choice in chunk["choices"] for token in choice.get("token_ids") or []]
     assert tuple(ids) == expected.token_ids
     cluster.wait_ready(rank, incarnation=before["incarnation"] + 1)
+
+
+def test_a_rank_that_stood_still_for_long_goes_on_with_nothing_of_before(pairs: Cluster) -> None:
+    """It was given up meanwhile; all that it still held, or finds in its sockets, is over."""
+    expected = pairs.ask(PARTS)
+    before = pairs.rank("decode/0")
+    os.kill(before["pid"], signal.SIGSTOP)
+    with ThreadPoolExecutor(6) as pool:
+        replies = [pool.submit(post, pairs) for _ in range(6)]
+        pairs.wait("decode/0", lambda rank: rank.state is RankState.UNHEALTHY)
+        for reply in [future.result() for future in replies]:
+            assert reply.status_code == 200, reply.text
+            assert parse(reply.json()) == expected
+    os.kill(before["pid"], signal.SIGCONT)
+    after = pairs.wait_ready("decode/0", incarnation=before["incarnation"])
+    assert (after["pid"], after["restarts"]) == (before["pid"], before["restarts"])
+    for rank in ("decode/0", "decode/1", "prefill/0", "encoder/0", "encoder-router/0"):
+        pairs.wait(rank, lambda status: status.inflight == 0)
+    for _ in range(2):  # one for each decode rank
+        assert pairs.ask(PARTS) == expected
+
+
+def test_a_restarted_rank_finishes_the_answers_it_is_at(pairs: Cluster) -> None:
+    options = {"max_tokens": 1500, "ignore_eos": True}
+    streams = [pairs.stream(PARTS, **options) for _ in range(2)]  # one on each decode rank
+    firsts = [next(stream) for stream in streams]
+    assert all(first["choices"] for first in firsts)
+    before = pairs.rank("decode/0")
+    with ThreadPoolExecutor(1) as pool:
+        restarting = pool.submit(pairs.run, "restart", "decode/0", "--cluster", pairs.name)
+        pairs.wait("decode/0", lambda rank: rank.state is RankState.DRAINING)
+        for stream in streams:
+            chunks = list(stream)
+            assert not any("error" in chunk for chunk in chunks)
+            assert {chunk["resumes"] for chunk in chunks} == {0}
+        assert restarting.result().returncode == 0
+    pairs.wait_ready("decode/0", incarnation=before["incarnation"] + 1)
 
 
 def test_a_killed_gateway_comes_back(epd: Cluster) -> None:

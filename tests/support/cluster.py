@@ -169,6 +169,18 @@ stages:
   prefill: {{chunk_tokens: {chunk}, kv_tokens: 16384}}
   decode: {{kv_tokens: 16384}}
 restart: {{initial: 0.1, maximum: 1}}
+limits: {{wait_seconds: 3m}}
+"""
+
+PAIRS = """
+model: {{path: {model}, name: tiny}}
+gateway: {{port: ${{EPDCTL_PORT}}}}
+stages:
+  encoder: {{dp: 1}}
+  prefill: {{chunk_tokens: {chunk}, kv_tokens: 16384}}
+  decode: {{dp: 2, kv_tokens: 16384}}
+limits: {{wait_seconds: 3m}}
+deadlines: {{heartbeat: 0.3, unhealthy: 3, dead: 3m, drain: 2m}}
 """
 
 LANGUAGE = """
@@ -185,4 +197,5 @@ gateway: {{port: ${{EPDCTL_PORT}}}}
 stages:
   mono: {{chunk_tokens: {chunk}, kv_tokens: 16384}}
 restart: {{initial: 0.1, maximum: 1}}
+limits: {{wait_seconds: 3m}}
 """

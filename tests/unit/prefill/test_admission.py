@@ -156,3 +156,12 @@ def test_leaving_a_line_one_is_not_in_is_fine(name: str) -> None:
     line: Line[str] = Line(1)
     line.leave(name)
     assert name not in line
+
+
+def test_a_refusal_names_what_can_be_written_in_a_topology() -> None:
+    room = Capacity(pages=4, slot_bytes=512, stage="decode")
+    pages, slots = room.refusal(Need(5)), room.refusal(Need(1, (1024,)))
+    assert pages is not None
+    assert slots is not None
+    assert "stages.decode.kv_tokens" in pages.text
+    assert "transfer.embedding_pool" in slots.text
