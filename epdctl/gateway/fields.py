@@ -150,7 +150,7 @@ class Settings(Incoming):
         return self
 
     def bare(self) -> Self:
-        """How the answer is to look, without what it is to answer, nor what nobody knows: those are most of the bytes."""
+        """How the answer is to look, without what it is to answer: that is most of the bytes."""
         kept = {name: getattr(self, name) for name in type(self).model_fields if name not in BULK}
         return self.model_construct(**kept)
 
