@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from epdctl.errors import RequestError
+from epdctl.errors import QuarantineFull, RequestError
 from epdctl.wire.config import Limits
 from epdctl.wire.encode import FailureKind
 from epdctl.wire.serve import Failed, Finished, FinishReason, Granted, Token
@@ -196,5 +196,22 @@ def test_drained_when_the_last_answer_is_out() -> None:
             end = await rank.gateway.outcome("late")
             assert isinstance(end, Failed)
             assert (end.kind, end.text) == (FailureKind.RANK_LOST, "language/0 is draining")
+
+    run(scene())
+
+
+def test_a_rank_of_which_lost_writers_hold_too_much_says_so_instead_of_beating() -> None:
+    async def scene() -> None:
+        async with single(Setup(embedding_bytes=4096)) as rank:
+            service = rank.rank.service
+            (pool,) = service._written
+            lease = pool.lease(2048, "lost", seconds=60)
+            pool.enter(lease.id, lease.generation, "encoder/0.1")
+            assert service.pulse().leases == 1
+            pool.release(lease.id)
+            with pytest.raises(QuarantineFull, match=r"2048 of 4096 bytes of the embeddings pool.*encoder/0\.1"):
+                service.pulse()
+            pool.leave(lease.id, "encoder/0.1")
+            assert service.pulse().leases == 0
 
     run(scene())
