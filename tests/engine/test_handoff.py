@@ -148,9 +148,9 @@ def test_a_lost_page_would_show(
 @every_family
 @pytest.mark.parametrize("service", [PrefillService, DecodeService, LanguageService])
 def test_a_rank_builds_its_own_engine_from_the_checkpoint(
-    service: Callable[[RankSpec], LanguageRank[Any, Any]], checkpoint: Path
+    service: Callable[[RankSpec], LanguageRank[Any, Any]], checkpoint: Path, tower: Tower
 ) -> None:
-    """As the process of a rank does it: nothing is handed in but the spec."""
+    """As the process of a rank does it: nothing is handed in but the spec, and the width of a tower's rows is known."""
     phases: list[str] = []
 
     async def scene() -> None:
@@ -165,6 +165,7 @@ def test_a_rank_builds_its_own_engine_from_the_checkpoint(
                 assert endpoints.inbox is not None
                 assert endpoints.transfer is not None
                 assert rank.pulse().total_pages == 20
+                assert rank.machine.loaded.width == tower.width
                 rank.check()
             finally:
                 await rank.close()

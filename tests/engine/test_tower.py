@@ -71,6 +71,16 @@ def test_packed_pictures_get_what_the_whole_model_gives_them(checkpoint: Path, t
         assert float(one.std()) > 0.1
 
 
+def test_one_of_several_is_the_same_in_whatever_company(checkpoint: Path, tower: Tower) -> None:
+    """LLaVA-OneVision tiles a picture that stands alone in its request, not one that stands alone in a forward."""
+    files = pictures(3, SIZES[:2])
+    several = [tower.prepare(file, media_item(checkpoint, file, index, 2)) for index, file in enumerate(files)]
+    lone = prepared(tower, checkpoint, files[0])
+    both = tower.encode(several)
+    for batch, at in (([several[0]], 0), ([several[0], lone], 0), ([lone, several[0]], 1)):
+        torch.testing.assert_close(tower.encode(batch)[at], both[0], atol=2e-5, rtol=1e-5)
+
+
 def test_what_a_forward_costs_is_its_patches(checkpoint: Path, tower: Tower) -> None:
     for each in (prepared(tower, checkpoint, file) for file in pictures(1, SIZES)):
         tiles = each.pixels.ndim == 4

@@ -25,6 +25,7 @@ SMALL = [[56, 112], [112, 56], [112, 112], [168, 224], [224, 224]]
 MODELS: dict[str, tuple[int, int, list[list[int]], int]] = {
     "published": (384, 14, PUBLISHED, 9),
     "few pinpoints": (384, 14, [[384, 768], [768, 384], [768, 768], [1152, 384], [384, 1152]], 9),
+    "largest first": (384, 14, PUBLISHED[::-1], 9),
     "small": (56, 14, SMALL, 9),
     "kept small": (336, 14, [[336 * rows, 336 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)], 4),
 }
