@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
+import pytest
+
+from epdctl.bench.dispatching import baseline
 from epdctl.bench.supervisor import Figures
 from tests.unit.cli.conftest import Run
 
@@ -24,3 +28,29 @@ def test_one_round(run: Run, tmp_path: Path) -> None:
         assert 0 < report[name]["p50"] == report[name]["max"]
     assert report["detect_ms"]["p50"] <= report["ready_ms"]["p50"]
     assert "daemon killed: 12 processes gone" in result.stderr  # guard, rank and grandchild of each
+
+
+def test_dispatch_against_plain_sockets(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    result = run("bench", "dispatch", "--rounds", "1", "--items", "20", "--json", "--output", str(file))
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report == json.loads(file.read_text())
+    assert (report["rounds"], report["items"]) == (1, 20)
+    assert report["ratio_p50"] == pytest.approx(report["p50_us"] / report["base_p50_us"], abs=0.01)
+    assert report["ratio_rate"] == pytest.approx(report["rate"] / report["base_rate"], abs=0.01)
+    assert len(inspect.getsource(baseline).splitlines()) <= 40
+
+
+def test_an_encoder_is_fed_and_measured(run: Run) -> None:
+    result = run("bench", "encode", "--size", "tiny", "--cpu", "--seconds", "0.5", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [tower["tower"] for tower in report["towers"]] == ["Qwen2.5-VL", "Qwen3-VL"]
+    for tower in report["towers"]:
+        assert 0 < tower["fast_error"] < 1e-4
+        assert tower["fast_ms"] > 0
+    assert [flow["name"] for flow in report["flows"]] == ["clients", "undecoded", "stream"]
+    assert all(flow["pictures"] > 0 for flow in report["flows"])
+    assert sum(flow["checked"] for flow in report["flows"]) > 0
+    assert report["packed_ratio"] > 0

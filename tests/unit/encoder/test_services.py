@@ -223,6 +223,20 @@ def test_a_batch_is_formed_from_whatever_waits_across_requests_within_its_budget
     in_world(sockets, test)
 
 
+def test_a_rank_that_answered_has_room_for_the_next_at_once(sockets: Path) -> None:
+    """It said FULL to the item that its answer brought, while the one before was being cleared away."""
+
+    async def test(world: World) -> None:
+        _, link, answers = await world.router(inflight=1)
+        await world.encoder(ToyTower(), limits=Limits(inflight=1))
+        for number in range(100):
+            link.send(world.job(request=f"request {number}"), [picture(ROWS, 1 + number % 9)])
+        told = await answers.count(100)
+        assert [message for message in told if not isinstance(message, Encoded)] == []
+
+    in_world(sockets, test)
+
+
 def test_the_shape_is_said_before_the_forward_and_the_slot_is_told_before_the_router(sockets: Path) -> None:
     async def test(world: World) -> None:
         gate = Gate()

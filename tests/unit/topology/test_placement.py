@@ -298,3 +298,12 @@ def test_mono_takes_the_settings_of_both_models_and_needs_no_router() -> None:
 def test_varlen_attention_of_a_mono_rank_on_the_cpu() -> None:
     (line,) = refused("model: {path: x, attention: varlen, dtype: bfloat16}\nstages: {mono: {}}", machine())
     assert "but mono runs on the CPU" in line
+
+
+def test_optimize_is_told_to_encoders() -> None:
+    made = plan(MODEL + "stages: {encoder: {optimize: off}, language: {}}", machine())
+    assert rank(made, "encoder/0").config.model.optimize == "off"
+    assert (
+        rank(plan(MODEL + "stages: {encoder: {}, language: {}}", machine()), "encoder/0").config.model.optimize
+        == "auto"
+    )
