@@ -19,8 +19,9 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from epdctl.bench.blueprints import BLUEPRINTS
 from epdctl.bench.checkpoints import SIZES, make_checkpoint, model_config
-from tests.support.checkpoints import tiny_checkpoint
+from tests.support.checkpoints import every_family, tiny_checkpoint
 
 TEXT = "Hello, wörld!  It's 12345\n\n<|im_start|>user\nдом<|image_pad|> é日本<|im_end|>"
 
@@ -31,9 +32,11 @@ CONVERSATION = [
 ]
 
 
+@every_family
 def test_plain_transformers_loads_it_whole(checkpoint: Path) -> None:
     model, info = AutoModelForImageTextToText.from_pretrained(checkpoint, output_loading_info=True)
-    assert type(model) is Qwen2_5_VLForConditionalGeneration
+    family = json.loads((checkpoint / "config.json").read_text())["model_type"]
+    assert type(model).__name__ == BLUEPRINTS[family].model
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert (
@@ -105,6 +108,8 @@ def test_each_of_the_halves_is_above_300_mb() -> None:
 
 def test_the_command_makes_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "epdctl.bench.checkpoints", str(tmp_path / "made"), "--seed", "3"]
+    command += ["--family", "qwen3_vl"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == str(tmp_path / "made")
     assert (tmp_path / "made" / "model.safetensors").stat().st_size < 4 << 20
+    assert json.loads((tmp_path / "made" / "config.json").read_text())["model_type"] == "qwen3_vl"
