@@ -223,16 +223,24 @@ def test_a_batch_is_formed_from_whatever_waits_across_requests_within_its_budget
     in_world(sockets, test)
 
 
-def test_a_rank_that_answered_has_room_for_the_next_at_once(sockets: Path) -> None:
-    """It said FULL to the item that its answer brought, while the one before was being cleared away."""
+def test_a_rank_has_room_again_before_it_answers(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router sends the next item as soon as it hears; it was told FULL while the one before was cleared away."""
+    reply = Inbox.reply
 
     async def test(world: World) -> None:
-        _, link, answers = await world.router(inflight=1)
-        await world.encoder(ToyTower(), limits=Limits(inflight=1))
-        for number in range(100):
-            link.send(world.job(request=f"request {number}"), [picture(ROWS, 1 + number % 9)])
-        told = await answers.count(100)
-        assert [message for message in told if not isinstance(message, Encoded)] == []
+        encoder = await world.encoder(ToyTower(), limits=Limits(inflight=1))
+        inflight: list[int] = []
+
+        def noted(inbox: Inbox[Any], to: bytes, message: Any, codec: Any, frames: Any = ()) -> None:
+            if isinstance(message, ItemEncoded):
+                inflight.append(encoder.pulse().inflight)
+            reply(inbox, to, message, codec, frames)
+
+        monkeypatch.setattr(Inbox, "reply", noted)
+        router, answers = world.as_router()
+        router.send(EncodeItem(dispatch=1, job=world.job()), [picture(ROWS, 1)])
+        await answers.until(of(ItemEncoded, 1))
+        assert inflight == [0]
 
     in_world(sockets, test)
 
