@@ -34,6 +34,7 @@ def test_an_open_request_holds_its_pictures_and_not_the_body_they_came_in() -> N
                 async with asyncio.timeout(GUARD_SECONDS):  # the thread that read it lets go when it likes
                     while tracemalloc.get_traced_memory()[0] > 1.5 * counted:  # noqa: ASYNC110 - all: four times as much
                         await asyncio.sleep(0)
+                assert not asking.done(), "it is still open"
             finally:
                 tracemalloc.stop()
             asking.cancel()
