@@ -38,7 +38,7 @@ class EncodeBody(_Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``POST /encode``. Without ``deliver_to`` it answers with the sizes, and ``POST /send`` delivers."""
 
     mm_items: Annotated[list[str], msgspec.Meta(min_length=1)]  # data: URLs
-    modality: Literal["image", "IMAGE"] = "image"
+    modality: Literal["image", "IMAGE", "audio", "AUDIO", "video", "VIDEO"] = "image"
     num_parts: Annotated[int, msgspec.Meta(ge=1)] = 1
 
     def __post_init__(self) -> None:

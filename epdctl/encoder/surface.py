@@ -205,6 +205,9 @@ class HttpSurface:
     def _read(self, raw: bytes) -> tuple[EncodeBody, Items]:
         """On a thread. Raises RequestError."""
         body = parse(raw, EncodeBody)
+        if body.modality.lower() != "image":
+            text = f"modality {body.modality.lower()} is not served: no family here has a tower for it"
+            raise RequestError(400, text, param="modality", code="unsupported")
         if len(body.mm_items) > self._limits.max_images:
             text = f"{len(body.mm_items)} items; at most {self._limits.max_images} are served"
             raise RequestError(400, text, param="mm_items")

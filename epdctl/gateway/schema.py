@@ -180,9 +180,16 @@ def _as_request_error(error: ValidationError) -> RequestError:
         return RequestError(400, f"the body is not JSON: {text.removeprefix('Invalid JSON: ')}")
     if first["type"].startswith("union_tag") and _A_MESSAGE.fullmatch(param):
         param, text = f"{param}.role", "expected system, developer, user or assistant; tools are not served"
+    if first["type"].startswith("union_tag"):
+        text = next((why for tag, why in _UNSERVED.items() if f"'{tag}'" in text), text)
     return RequestError(400, f"{param}: {text}" if param else text, param=param or None)
 
 
+# parts that other servers know, and what would be needed for them here
+_UNSERVED = {
+    "video_url": "video_url is not served: no family here has the half that samples frames; send them as image_url",
+    "input_audio": "input_audio is not served: no family here has an audio tower",
+}
 _A_MESSAGE = re.compile(r"messages\[\d+\]")
 
 # pydantic puts the name of a union's branch into the path; a client knows nothing of branches

@@ -53,7 +53,9 @@ MISTAKES: dict[str, tuple[object, int, str | None, str]] = {
     "null content": (ask(None), 400, "messages[0].content", "string"),
     "empty content": (ask([]), 400, "messages[0].content", "at least 1"),
     "number as content": (ask(5), 400, "messages[0].content", "string"),
-    "unknown part": (ask([{"type": "video_url", "video_url": {}}]), 400, "messages[0].content[0]", "video_url"),
+    "unknown part": (ask([{"type": "smell"}]), 400, "messages[0].content[0]", "smell"),
+    "video": (ask([{"type": "video_url", "video_url": {}}]), 400, "messages[0].content[0]", "as image_url"),
+    "audio": (ask([{"type": "input_audio", "input_audio": {}}]), 400, "messages[0].content[0]", "no family here"),
     "part without text": (ask([{"type": "text"}]), 400, "messages[0].content[0].text", "required"),
     "picture from the assistant": (
         messages({"role": "user", "content": "x"}, {"role": "assistant", "content": [image_part(PNG)]}),
