@@ -86,8 +86,15 @@ class _Socket:
         if not events & _READABLE:
             return False
         with contextlib.suppress(zmq.Again):
-            self._handle(self._socket.recv_multipart(_LAST, copy=False))
+            self._handle(self._received())
         return True
+
+    def _received(self) -> list[zmq.Frame]:
+        """One whole message: its frames come together, and each knows whether it is the last."""
+        frames = [self._socket.recv(_LAST, copy=False)]
+        while frames[-1].more:
+            frames.append(self._socket.recv(_LAST, copy=False))
+        return frames
 
     def _handle(self, frames: list[zmq.Frame]) -> None:
         raise NotImplementedError
