@@ -74,7 +74,9 @@ def test_another_sockets_message_is_refused() -> None:
 
 def test_json_has_the_fields_and_no_tag() -> None:
     assert msgspec.json.decode(to_json(Ready(endpoints=Endpoints(inbox="i")))) == {
-        "endpoints": {"inbox": "i", "transfer": None, "http": None, "encode": None}
+        "endpoints": {"inbox": "i", "transfer": None, "http": None, "encode": None},
+        "facts": None,
+        "transfer": None,
     }
 
 
