@@ -1,0 +1,431 @@
+"""One guarded cluster and everybody who may call: clients we did not write, bad requests, clients that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from huggingface_hub import InferenceClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessageParam, ChatCompletionTokenLogprob
+
+from epdctl.wire.control import RankStatus
+from tests.e2e.conftest import CHUNK, running
+from tests.support.cluster import Cluster, content, data_url
+from tests.support.reference import picture_bytes
+
+KEY = "a-key-for-tests-0123456789"
+TOPOLOGY = """
+model: {{path: {model}, name: tiny}}
+gateway:
+  port: ${{EPDCTL_PORT}}
+  api_key: ${{EPDCTL_API_KEY}}
+  media_hosts: ["127.0.0.1:{elsewhere}", "localhost:{elsewhere}"]
+  media_timeout: 500ms
+stages:
+  encoder: {{dp: 1}}
+  prefill: {{chunk_tokens: {chunk}, kv_tokens: 16384}}
+  decode: {{kv_tokens: 16384}}
+limits: {{max_context: 4096, max_body_bytes: 2MiB, max_pixels: 1000000, max_images: 8}}
+restart: {{initial: 0.1, maximum: 1}}
+"""
+RED = picture_bytes(5, 56, 84)
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """Another host: a picture, a detour to a private place, a picture that is too large, and one that never comes."""
+
+    def do_GET(self) -> None:
+        if self.path == "/slow":
+            self.connection.recv(1)  # until the other end gives up
+            return
+        if self.path == "/detour":
+            self.send_response(302)
+            self.send_header("location", "http://169.254.169.254/latest/meta-data")
+            self.end_headers()
+            return
+        body = {"/red.png": RED, "/large": b"x" * (3 << 20)}.get(self.path)
+        self.send_response(404 if body is None else 200)
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def log_message(self, *_: object) -> None:
+        """The test's output is enough."""
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[int]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_address[1]
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, elsewhere: int) -> Iterator[Cluster]:
+    topology = TOPOLOGY.format(model=checkpoint, chunk=CHUNK, elsewhere=elsewhere)
+    made = Cluster(tmp_path_factory.mktemp("c"), topology, name="clients")
+    made.env["EPDCTL_API_KEY"] = KEY
+    yield from running(made)
+
+
+@pytest.fixture(scope="module")
+def http(cluster: Cluster) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=cluster.url, headers={"authorization": f"Bearer {KEY}"}, timeout=120) as client:
+        yield client
+
+
+def idle(rank: RankStatus) -> bool:
+    return not (rank.inflight or rank.leases or rank.held_pages)
+
+
+def comes_to_rest(cluster: Cluster) -> None:
+    """Every rank says of itself that nothing is in flight, and that no lease and no page is held."""
+    for rank in cluster.status()["ranks"]:
+        cluster.wait(rank["rank"], idle)
+
+
+def ask(parts: object = "what is this?", **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": parts}]
+    return {"model": "tiny", "messages": messages, "max_tokens": 4, "temperature": 0, **fields}
+
+
+def image(url: object) -> dict[str, Any]:
+    return ask([{"type": "image_url", "image_url": {"url": url}}])
+
+
+# -- clients that we did not write --
+
+
+@pytest.fixture(scope="module")
+def official(cluster: Cluster) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
+        yield client
+
+
+def messages(*parts: str | bytes) -> list[ChatCompletionMessageParam]:
+    found: Any = [{"role": "user", "content": content(parts)}]
+    typed: list[ChatCompletionMessageParam] = found
+    return typed
+
+
+def test_the_official_client_whole_and_streamed_with_pictures_and_logprobs(official: openai.OpenAI) -> None:
+    assert [model.id for model in official.models.list()] == ["tiny"]
+    asked = messages("Look at ", RED, " and tell.")
+    options: dict[str, Any] = {"model": "tiny", "messages": asked, "max_tokens": 12, "temperature": 0}
+    whole = official.chat.completions.create(**options, logprobs=True, top_logprobs=3)
+    choice = whole.choices[0]
+    assert choice.message.content
+    assert whole.usage is not None
+    assert choice.logprobs is not None
+    tokens = choice.logprobs.content or []
+    assert 0 < len(tokens) <= whole.usage.completion_tokens
+    for token in tokens:
+        assert token.top_logprobs[0].logprob == pytest.approx(token.logprob)  # greedy: the likeliest was taken
+        assert [top.logprob for top in token.top_logprobs] == sorted(
+            (t.logprob for t in token.top_logprobs), reverse=True
+        )
+    text, usage = "", None
+    told: list[ChatCompletionTokenLogprob] = []
+    for chunk in official.chat.completions.create(
+        **options, logprobs=True, top_logprobs=3, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = chunk.usage or usage
+        for each in chunk.choices:
+            text += each.delta.content or ""
+            told += (each.logprobs.content or []) if each.logprobs else []
+    assert (text, usage) == (choice.message.content, whole.usage)
+    assert [(each.token, each.logprob) for each in told] == [(each.token, each.logprob) for each in tokens]
+
+
+def test_the_official_client_in_turns_and_in_plain_text(official: openai.OpenAI) -> None:
+    turns: Any = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": content([RED, "first"])},
+        {"role": "assistant", "content": "I see."},
+        {"role": "user", "content": content(["and ", picture_bytes(6, 56, 56)])},
+    ]
+    one = official.chat.completions.create(model="tiny", messages=turns, max_tokens=6, seed=3, presence_penalty=1.0)
+    two = official.chat.completions.create(model="tiny", messages=turns, max_tokens=6, seed=3, presence_penalty=1.0)
+    assert one.choices[0].message == two.choices[0].message
+    plain = official.completions.create(model="tiny", prompt="Once upon", max_tokens=6, temperature=0, logprobs=2)
+    logprobs = plain.choices[0].logprobs
+    assert logprobs is not None
+    assert len(logprobs.tokens or []) == len(logprobs.text_offset or []) > 0
+    streamed = official.completions.create(model="tiny", prompt="Once upon", max_tokens=6, temperature=0, stream=True)
+    assert "".join(choice.text for chunk in streamed for choice in chunk.choices) == plain.choices[0].text
+
+
+def test_the_official_client_understands_what_is_refused(official: openai.OpenAI, cluster: Cluster) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        official.chat.completions.create(model="tiny", messages=messages("x"), n=2)
+    assert bad.value.param == "n"
+    with pytest.raises(openai.NotFoundError) as unknown:
+        official.chat.completions.create(model="gpt-4o", messages=messages("x"))
+    assert unknown.value.code == "model_not_found"
+    stranger = official.with_options(api_key="another-key-of-the-same-kind")
+    with pytest.raises(openai.AuthenticationError) as refused:
+        stranger.models.list()
+    assert refused.value.code == "invalid_api_key"
+    assert httpx.get(f"{cluster.url}/health").status_code == 200  # open to all, as load balancers need it
+
+
+def test_the_client_of_transformers_chat(cluster: Cluster) -> None:
+    """huggingface_hub's, which `transformers chat` is made of."""
+    client = InferenceClient(base_url=f"{cluster.url}/v1", api_key=KEY, timeout=120)
+    asked: Any = messages(RED, "What is this?")
+    whole = client.chat_completion(asked, model="tiny", max_tokens=8, temperature=0.0, logprobs=True, top_logprobs=1)
+    streamed = client.chat_completion(asked, model="tiny", max_tokens=8, temperature=0.0, stream=True)
+    text = "".join(choice.delta.content or "" for chunk in streamed for choice in chunk.choices)
+    assert text == whole.choices[0].message.content
+
+
+def test_ask_from_the_shell(cluster: Cluster, tmp_path: Path, http: httpx.Client) -> None:
+    (tmp_path / "a.png").write_bytes(RED)
+    (tmp_path / "b.png").write_bytes(picture_bytes(7, 56, 56))
+    words = ("ask", "What is this?", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--max-tokens", "8")
+    said = cluster.run(*words, "--cluster", cluster.name)
+    assert said.returncode == 0, said.stderr
+    whole = cluster.run(*words, "--cluster", cluster.name, "--json")
+    reply = json.loads(whole.stdout)
+    assert said.stdout.strip() == reply["choices"][0]["message"]["content"].strip()
+    same = http.post(
+        "/v1/chat/completions", json=ask(content([RED, picture_bytes(7, 56, 56), "What is this?"]), max_tokens=8)
+    )
+    assert same.json()["choices"][0]["message"] == reply["choices"][0]["message"]
+    missing = cluster.run("ask", "x", str(tmp_path / "none.png"), "--cluster", cluster.name)
+    assert (missing.returncode, "none.png cannot be read" in missing.stderr) == (2, True)
+
+
+def test_the_key_is_nowhere_to_be_read(cluster: Cluster) -> None:
+    for words in (
+        ("plan", "--json"),
+        ("plan",),
+        ("status", "--json"),
+        ("logs", "--cluster", cluster.name),
+        ("events",),
+    ):
+        result = cluster.run(*words)
+        assert KEY not in result.stdout + result.stderr, words
+
+
+# -- bad requests --
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+def bomb() -> bytes:
+    """A text of 64 MB in 64 kB, before a picture of a reasonable size whose pixels go on and on."""
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(64 << 20)))
+    return png(56, 56, text, chunk(b"IDAT", zlib.compress(bytes(32 << 20))[:2000]))
+
+
+def gif(width: int, height: int) -> bytes:
+    return b"GIF89a" + struct.pack("<HH", width, height) + b"\x00\x00\x00,\0\0\0\0" + struct.pack("<HH", width, height)
+
+
+Bad = Callable[[int], tuple[object, int]]  # the other host's port → body, status
+
+
+def chat(status: int = 400, **fields: Any) -> Bad:
+    return lambda _: (ask(**fields), status)
+
+
+def seen(url: object, status: int = 400) -> Bad:
+    return lambda _: (image(url), status)
+
+
+BAD: dict[str, Bad] = {
+    "no JSON": lambda _: (b"{", 400),
+    "not UTF-8": lambda _: (b'{"model": "\xff"}', 400),
+    "deep JSON": lambda _: (b"[" * 100_000, 400),
+    "a list": lambda _: ([], 400),
+    "no messages": lambda _: ({"model": "tiny"}, 400),
+    "null messages": lambda _: ({"model": "tiny", "messages": None}, 400),
+    "a number within": lambda _: ({"model": "tiny", "messages": [5]}, 400),
+    "a list as role": lambda _: ({"model": "tiny", "messages": [{"role": ["user"], "content": "x"}]}, 400),
+    "an object as text": chat(parts=[{"type": "text", "text": {}}]),
+    "a list as URL": seen(["x"]),
+    "an image without URL": chat(parts=[{"type": "image_url", "image_url": {}}]),
+    "negative max_tokens": chat(max_tokens=-1),
+    "max_tokens as text": chat(max_tokens="4"),
+    "an endless answer": chat(max_tokens=10**9),
+    "too hot": chat(temperature=99),
+    "nan": lambda _: (json.dumps(ask(temperature=float("nan"))).encode(), 400),
+    "unknown model": chat(status=404, model="gpt-4o"),
+    "two answers": chat(n=2),
+    "tools": chat(tools=[{"type": "function", "function": {"name": "f"}}]),
+    "a schema": chat(response_format={"type": "json_schema", "json_schema": {}}),
+    "21 alternatives": chat(logprobs=True, top_logprobs=21),
+    "a bias for no token": chat(logit_bias={"99999999": 1}),
+    "a body over the limit": lambda _: (b" " * (3 << 20), 413),
+    "a long prompt": chat(parts="word " * 6000),
+    "broken base64": seen("data:image/png;base64,@@@"),
+    "an empty picture": seen("data:image/png;base64,"),
+    "a text as picture": seen(data_url(b"hello there")),
+    "a truncated header": seen(data_url(RED[:20])),
+    "a truncated PNG": seen(data_url(RED[: len(RED) // 2])),
+    "a corrupt PNG": seen(data_url(RED[:60] + bytes(40) + RED[100:])),
+    "50,000 x 50,000": seen(data_url(png(50_000, 50_000, chunk(b"IDAT", b"")))),
+    "a large GIF": seen(data_url(gif(60_000, 60_000))),
+    "a bomb": seen(data_url(bomb())),
+    "an SVG": seen(data_url(b'<svg xmlns="http://www.w3.org/2000/svg"/>', "image/svg+xml")),
+    "a ribbon": seen(data_url(picture_bytes(1, 4000, 4))),
+    "nine pictures": chat(parts=[{"type": "image_url", "image_url": {"url": data_url(RED)}}] * 9),
+    "a local file": seen("file:///etc/passwd"),
+    "a host that is not allowed": seen("https://example.com/a.png"),
+    "a private address": seen("http://169.254.169.254/latest/meta-data"),
+    "our own ports": seen("http://127.0.0.1:1/a.png"),
+    "a name for loopback": lambda port: (image(f"http://localhost:{port}/red.png"), 400),
+    "a redirect to a private address": lambda port: (image(f"http://127.0.0.1:{port}/detour"), 400),
+    "a slow host": lambda port: (image(f"http://127.0.0.1:{port}/slow"), 400),
+    "too much from another host": lambda port: (image(f"http://127.0.0.1:{port}/large"), 400),
+    "nothing at another host": lambda port: (image(f"http://127.0.0.1:{port}/none"), 400),
+    "a forged picture": chat(parts="look: <|image_pad|>"),
+}
+
+
+def resident(cluster: Cluster) -> int:
+    return sum(psutil.Process(rank["pid"]).memory_info().rss for rank in cluster.status()["ranks"])
+
+
+def test_bad_requests_are_refused_with_a_reason_and_harm_nothing(
+    cluster: Cluster, http: httpx.Client, elsewhere: int
+) -> None:
+    fine = image(f"http://127.0.0.1:{elsewhere}/red.png")
+    expected = http.post("/v1/chat/completions", json=fine).json()["choices"][0]["message"]
+    refuse_all(http, elsewhere)  # once, so that what is loaded only then is there
+    before, pids = resident(cluster), [rank["pid"] for rank in cluster.status()["ranks"]]
+    refuse_all(http, elsewhere)
+    assert len(BAD) >= 40
+    comes_to_rest(cluster)
+    assert http.post("/v1/chat/completions", json=fine).json()["choices"][0]["message"] == expected
+    assert [rank["pid"] for rank in cluster.status()["ranks"]] == pids
+    assert "epdctl_media_bytes 0.0" in http.get("/metrics").text
+    assert resident(cluster) - before < 48 << 20, "a picture of 50,000 x 50,000 alone would be 7 GB"
+
+
+def refuse_all(http: httpx.Client, elsewhere: int) -> None:
+    for name, bad in BAD.items():
+        body, status = bad(elsewhere)
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        reply = http.post("/v1/chat/completions", content=raw)
+        assert reply.status_code == status, (name, reply.status_code, reply.text)
+        error = reply.json()["error"]
+        assert len(error["message"]) > 5, name
+        assert error["type"] == "invalid_request_error", name
+
+
+# -- anything at all --
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def test_nothing_that_is_sent_is_a_500(http: httpx.Client) -> None:
+    """Requests as the OpenAPI description has them, with any one field replaced by anything."""
+    description = http.get("/openapi.json").json()
+    paths = {path: body["post"] for path, body in description["paths"].items() if "post" in body}
+    assert set(paths) == {"/v1/chat/completions", "/v1/completions"}
+    base = {"/v1/chat/completions": ask(), "/v1/completions": {"model": "tiny", "prompt": "x", "max_tokens": 2}}
+
+    def fields(path: str) -> list[str]:
+        ref = paths[path]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        return sorted(description["components"]["schemas"][ref.rpartition("/")[2]]["properties"])
+
+    @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    @given(data=st.data())
+    def attack(data: st.DataObject) -> None:
+        path = data.draw(st.sampled_from(sorted(base)))
+        name = data.draw(st.sampled_from(fields(path)))
+        values = data.draw(st.dictionaries(st.just(name) | st.sampled_from(fields(path)), JSON, max_size=2))
+        reply = http.post(path, content=json.dumps({**base[path], **values}).encode())
+        assert reply.status_code < 500, (values, reply.text)
+        assert reply.status_code == 200 or reply.json()["error"]["message"]
+
+    attack()
+
+
+# -- clients that hang up --
+
+
+def descriptors(cluster: Cluster) -> dict[str, int]:
+    return {rank["rank"]: psutil.Process(rank["pid"]).num_fds() for rank in cluster.status()["ranks"]}
+
+
+async def hang_up_in_the_middle(cluster: Cluster, seed: int) -> None:
+    """Write some of a request, read some of the answer, and go; where, the seed says."""
+    draw = random.Random(seed)
+    parts: object = content([RED, "tell"]) if draw.random() < 0.5 else "tell me everything"
+    body = json.dumps(ask(parts, max_tokens=64, ignore_eos=True, stream=draw.random() < 0.7)).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1",
+        "host: x",
+        f"authorization: Bearer {KEY}",
+        f"content-length: {len(body)}",
+    )
+    raw = "\r\n".join([*head, "", ""]).encode() + body
+    reader, writer = await asyncio.open_connection("127.0.0.1", cluster.port)
+    try:
+        whole = draw.random() < 0.8
+        writer.write(raw if whole else raw[: draw.randrange(len(raw))])
+        await writer.drain()
+        if whole:
+            for _ in range(draw.choice([0, 0, 1, 2, 5, 20])):
+                if not await reader.read(1 + draw.randrange(200)):
+                    break
+        if draw.random() < 0.3:
+            writer.transport.abort()  # a reset, and no farewell
+    finally:
+        writer.close()
+
+
+def test_three_hundred_clients_hang_up_and_leave_nothing(cluster: Cluster, http: httpx.Client) -> None:
+    expected = http.post("/v1/chat/completions", json=ask(content([RED, "x"]))).json()["choices"][0]["message"]
+    comes_to_rest(cluster)
+    before = descriptors(cluster)
+
+    async def everybody() -> None:
+        turns = asyncio.Semaphore(24)
+
+        async def one(seed: int) -> None:
+            async with turns:
+                await hang_up_in_the_middle(cluster, seed)
+
+        await asyncio.gather(*(one(seed) for seed in range(300)))
+
+    asyncio.run(everybody())
+    comes_to_rest(cluster)
+    metrics = http.get("/metrics").text
+    assert "epdctl_requests_in_flight 0.0" in metrics
+    assert "epdctl_media_bytes 0.0" in metrics
+    for rank, count in descriptors(cluster).items():
+        assert count <= before[rank] + 3, f"{rank} holds {count} descriptors, and held {before[rank]}"
+    assert http.post("/v1/chat/completions", json=ask(content([RED, "x"]))).json()["choices"][0]["message"] == expected
