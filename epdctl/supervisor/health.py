@@ -7,6 +7,7 @@ import struct
 import time
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -15,12 +16,14 @@ from epdctl.ids import Stage
 from epdctl.topology.plan import Plan
 from epdctl.wire.control import HealthReply, Problem, RankState, RankStatus
 
-__all__ = ["DEGRADED", "HEALTHY", "UNHEALTHY", "ask", "deep", "question", "verdict"]
+__all__ = ["CANARY", "DEGRADED", "HEALTHY", "UNHEALTHY", "Canary", "ask", "deep", "find_canary", "question", "verdict"]
 
 HEALTHY, DEGRADED, UNHEALTHY = "healthy", "degraded", "unhealthy"
 
 _SIDE = 32  # pixels
 _TOKENS = 4
+_CANARY_TOKENS = 32
+CANARY = "canary.json"
 _MAX_ANSWER = 500  # characters of an error body worth showing
 
 
@@ -50,17 +53,19 @@ async def ask(plan: Plan, budget_s: float) -> None:
     """One short greedy completion through the gateway. Raises RankError with what is wrong about the answer."""
     import httpx  # a quarter of the daemon's import time, and only deep checks need it
 
-    url = plan.gateway_url
+    url, canary = plan.gateway_url, find_canary(plan)
     if url is None:
         raise RankError("the cluster has no gateway to ask")
     try:
         async with httpx.AsyncClient(timeout=budget_s, trust_env=False, headers=_key(plan)) as client:
-            response = await client.post(f"{url}/v1/chat/completions", json=question(plan))
+            response = await client.post(f"{url}/v1/chat/completions", json=question(plan, canary))
     except httpx.TimeoutException as error:
         raise RankError(f"the real request had no answer within {budget_s:g} s") from error
     except httpx.HTTPError as error:
         raise RankError(f"the real request did not get through: {str(error) or type(error).__name__}") from error
-    _judge(response.status_code, response.content)
+    said = _judge(response.status_code, response.content)
+    if canary is not None and said.strip() != canary.answer:
+        raise RankError(f"the real request was answered wrongly: expected {canary.answer!r}, got {said!r}")
 
 
 def _key(plan: Plan) -> dict[str, str]:
@@ -68,25 +73,56 @@ def _key(plan: Plan) -> dict[str, str]:
     return {"authorization": f"Bearer {key.reveal()}" for key in keys if key is not None}
 
 
-def question(plan: Plan) -> dict[str, object]:
+class Canary(msgspec.Struct, frozen=True):
+    """A question with a known answer, as ``canary.json`` beside a checkpoint's weights."""
+
+    pictures: list[str]  # PNG files, in base64
+    prompt: str
+    answer: str
+
+
+def find_canary(plan: Plan) -> Canary | None:
+    """What the checkpoint itself says it must answer; None when it says nothing, or when no rank sees."""
+    directory = next((rank.config.model.path for rank in plan.ranks), None)
+    if directory is None or not _sees(plan):
+        return None
+    try:
+        return msgspec.json.decode(Path(directory, CANARY).read_bytes(), type=Canary)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise RankError(f"{Path(directory, CANARY)} cannot be read: {error}") from error
+
+
+def question(plan: Plan, canary: Canary | None = None) -> dict[str, object]:
     """The body of the request: a picture too, where some rank has the tower."""
-    content: list[dict[str, object]] = [{"type": "text", "text": "What is this?"}]
-    if {rank.stage for rank in plan.ranks} & {Stage.ENCODER, Stage.MONO}:
-        content.insert(0, {"type": "image_url", "image_url": {"url": _picture()}})
+    pictures = canary.pictures if canary is not None else [_picture()] if _sees(plan) else []
+    urls = ({"url": f"data:image/png;base64,{picture}"} for picture in pictures)
+    content: list[dict[str, object]] = [{"type": "image_url", "image_url": url} for url in urls]
+    content.append({"type": "text", "text": canary.prompt if canary is not None else "What is this?"})
     return {
         "model": next((rank.config.model.name for rank in plan.ranks), ""),
         "messages": [{"role": "user", "content": content}],
-        "max_tokens": _TOKENS,
+        "max_tokens": _TOKENS if canary is None else _CANARY_TOKENS,
         "temperature": 0,
-        "ignore_eos": True,
+        "ignore_eos": canary is None,
     }
+
+
+def _sees(plan: Plan) -> bool:
+    return bool({rank.stage for rank in plan.ranks} & {Stage.ENCODER, Stage.MONO})
 
 
 class _Usage(msgspec.Struct):
     completion_tokens: int
 
 
+class _Message(msgspec.Struct):
+    content: str
+
+
 class _Choice(msgspec.Struct):
+    message: _Message
     finish_reason: str | None = None
 
 
@@ -97,7 +133,8 @@ class _Answer(msgspec.Struct):
     choices: list[_Choice]
 
 
-def _judge(status: int, body: bytes) -> None:
+def _judge(status: int, body: bytes) -> str:
+    """The text of the answer. Raises RankError when it is none."""
     if status != 200:
         text = body.decode(errors="replace")[:_MAX_ANSWER]
         raise RankError(f"the real request was answered with HTTP {status}: {text}")
@@ -109,16 +146,17 @@ def _judge(status: int, body: bytes) -> None:
         raise RankError("the real request was answered without a single token")
     if not answer.choices or answer.choices[0].finish_reason is None:
         raise RankError("the real request was answered without a finish_reason")
+    return answer.choices[0].message.content
 
 
 def _picture() -> str:
-    """A 32x32 RGB picture with a gradient, as a data: URL."""
+    """A 32x32 RGB picture with a gradient: a PNG file in base64."""
     rows = (bytes(value for x in range(_SIDE) for value in (8 * x, 8 * y, 128)) for y in range(_SIDE))
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     header = struct.pack(">IIBBBBB", _SIDE, _SIDE, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
     png = b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return base64.b64encode(png).decode()
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

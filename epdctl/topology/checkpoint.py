@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from epdctl.errors import Mistake, TopologyError
@@ -13,8 +14,10 @@ from epdctl.families import SERVED
 from epdctl.topology.schema import Topology
 from epdctl.topology.words import closest
 
-__all__ = ["Checkpoint", "find_checkpoint"]
+__all__ = ["BUNDLED", "Checkpoint", "find_checkpoint"]
 
+BUNDLED = ("shapes-vl",)  # shipped in the package's data
+_NAME_ONE = f"name a checkpoint's directory, a hub id, or {BUNDLED[0]}, the small model that is shipped"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
@@ -43,11 +46,13 @@ def _directory(topology: Topology, environ: Mapping[str, str]) -> tuple[Path, st
     local = Path(environ.get("HOME", "~"), path[2:]) if path.startswith("~/") else Path(path)
     if local.is_dir():
         return local.resolve(), local.resolve().name
+    if path in BUNDLED:
+        return Path(str(resources.files("epdctl").joinpath("data", path))), path
     if _HUB_ID.match(path):
         return _cached(topology, environ), path
     if local.exists():
         raise _wrong(topology, f"{local.resolve()} is a file", "name the checkpoint's directory")
-    raise _wrong(topology, f"there is no directory {local.resolve()}", "name a checkpoint's directory, or a hub id")
+    raise _wrong(topology, f"there is no directory {local.resolve()}", _NAME_ONE)
 
 
 def _cached(topology: Topology, environ: Mapping[str, str]) -> Path:

@@ -7,23 +7,31 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
+import msgspec
 import pytest
 from PIL import Image
 
 from epdctl.errors import RankError
 from epdctl.ids import Incarnation, RankName
-from epdctl.supervisor.health import ask, deep, question, verdict
+from epdctl.supervisor.health import CANARY, Canary, ask, deep, question, verdict
 from epdctl.topology.plan import Plan
+from epdctl.wire.config import RankConfig
 from epdctl.wire.control import HealthReply, RankState, RankStatus
 from epdctl.wire.lifecycle import Endpoints
 from tests.support.scripted import scripted_plan
 from tests.support.scripted_rank import Script
 
-GOOD = {"choices": [{"finish_reason": "length", "message": {}}], "usage": {"completion_tokens": 4}, "id": "x"}
+GOOD = {
+    "choices": [{"finish_reason": "length", "message": {"content": "x"}}],
+    "usage": {"completion_tokens": 4},
+    "id": "x",
+}
 
 
 def status(name: str, state: RankState, reason: str = "because") -> RankStatus:
@@ -88,9 +96,11 @@ def gateway(code: int, body: object) -> Iterator[tuple[int, list[dict[str, objec
     with HTTPServer(("127.0.0.1", 0), Answer) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield server.server_port, asked
-        server.shutdown()
-        thread.join()
+        try:
+            yield server.server_port, asked
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def plan_at(port: int, *others: str) -> Plan:
@@ -112,7 +122,7 @@ def test_a_real_answer_is_healthy_and_says_how_long_it_took() -> None:
         (503, {"error": {"message": "no decode rank"}}, "HTTP 503.*no decode rank"),
         (200, {"error": "x"}, "something else than a completion"),
         (200, {**GOOD, "usage": {"completion_tokens": 0}}, "single token"),
-        (200, {**GOOD, "choices": [{"finish_reason": None}]}, "finish_reason"),
+        (200, {**GOOD, "choices": [{"message": {"content": "x"}, "finish_reason": None}]}, "finish_reason"),
         (200, {**GOOD, "choices": []}, "finish_reason"),
     ],
 )
@@ -139,3 +149,38 @@ def test_the_picture_is_one_and_goes_only_where_something_can_see_it() -> None:
     assert (picture.size, picture.mode) == ((32, 32), "RGB")
     assert len(picture.getcolors(maxcolors=1024) or ()) > 500
     assert "image_url" not in json.dumps(question(plan_at(1, "language/0")))
+
+
+def said(text: str) -> dict[str, object]:
+    return {**GOOD, "choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+
+
+@pytest.fixture
+def knowing(tmp_path: Path) -> Callable[[int], Plan]:
+    """A plan whose checkpoint says what it must answer."""
+    (tmp_path / CANARY).write_bytes(msgspec.json.encode(Canary(["AAAA", "BBBB"], "Which colours?", "1 red, 2 blue")))
+
+    def plan(port: int) -> Plan:
+        made = plan_at(port, "encoder/0")
+        ranks = tuple(replace(rank, config=with_model(rank.config, str(tmp_path))) for rank in made.ranks)
+        return replace(made, ranks=ranks)
+
+    return plan
+
+
+def with_model(config: RankConfig, path: str) -> RankConfig:
+    return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=path))
+
+
+def test_a_checkpoint_that_knows_an_answer_is_asked_for_it(knowing: Callable[[int], Plan]) -> None:
+    with gateway(200, said("1 red, 2 blue")) as (port, asked):
+        asyncio.run(ask(knowing(port), 30.0))
+    text = json.dumps(asked)
+    assert "Which colours?" in text
+    assert text.index("base64,AAAA") < text.index("base64,BBBB")
+
+
+def test_a_wrong_answer_is_named_beside_the_right_one(knowing: Callable[[int], Plan]) -> None:
+    with gateway(200, said("1 blue, 2 red")) as (port, _), pytest.raises(RankError) as caught:
+        asyncio.run(ask(knowing(port), 30.0))
+    assert "expected '1 red, 2 blue', got '1 blue, 2 red'" in caught.value.message
