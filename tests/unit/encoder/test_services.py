@@ -790,6 +790,13 @@ def test_a_capture_of_two_batches_is_a_chrome_trace(sockets: Path, tmp_path: Pat
     in_world(sockets, test)
 
 
+@pytest.mark.parametrize("module", ["epdctl.encoder.surface", "epdctl.encoder.client"])
+def test_the_surface_and_its_reader_import_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(' '.join({{'torch', 'transformers'}} & set(sys.modules)) or None)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("module", ["epdctl.encoder.router", "epdctl.rank.process", "epdctl.rank.__main__"])
 def test_what_needs_no_model_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(' '.join({{'torch', 'transformers', 'numpy'}} & set(sys.modules)) or None)"
