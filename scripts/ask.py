@@ -1,69 +1,84 @@
-"""Ask a running cluster about two small pictures and print the answer as it comes: ``ask.py URL``."""
+"""Draw a few pictures, ask a running cluster about them, and print what was drawn beside the answers: ``ask.py URL``.
+
+Exits 1 when an answer is missing, and, with ``--right``, when one is wrong.
+"""
 
 from __future__ import annotations
 
+import argparse
 import base64
-import io
 import json
 import random
 import sys
+from collections.abc import Iterator
 
 import httpx
-from PIL import Image, ImageDraw
+
+from epdctl.bench.shapes.draw import png
+from epdctl.bench.shapes.questions import Question, Task, ask
+from epdctl.bench.shapes.scenes import TRAINED, Composer
 
 TIMEOUT_SECONDS = 120.0
+SIZE = (64, 64)
 
 
-def picture(width: int, height: int, colour: str, shape: str) -> str:
-    """A data: URL of a PNG with one shape on white."""
-    image = Image.new("RGB", (width, height), "white")
-    shift = random.randrange(8)  # a picture that the encoders have not seen
-    box = (width // 4 + shift, height // 4, 3 * width // 4, 3 * height // 4)
-    draw = ImageDraw.Draw(image)
-    (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+def questions(seed: int) -> list[Question]:
+    composer = Composer(TRAINED, seed)
+    return [
+        ask(Task.COLOUR, composer, SIZE),
+        ask(Task.SHAPE, composer, SIZE),
+        ask(Task.PLACE, composer, SIZE),
+        ask(Task.COLOURS, composer, SIZE, pictures=2),
+    ]
 
 
-def question(model: str) -> dict[str, object]:
-    pictures = [picture(140, 112, "red", "circle"), picture(84, 168, "blue", "square")]
-    content: list[dict[str, object]] = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
-    content.append({"type": "text", "text": "What is different between these two pictures?"})
+def body(model: str, question: Question) -> dict[str, object]:
+    urls = (f"data:image/png;base64,{base64.b64encode(png(scene)).decode()}" for scene in question.scenes)
+    content: list[dict[str, object]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content.append({"type": "text", "text": question.prompt})
     return {
         "model": model,
         "messages": [{"role": "user", "content": content}],
-        "max_tokens": 24,
+        "max_tokens": 32,
         "temperature": 0,
         "stream": True,
-        "stream_options": {"include_usage": True},
     }
 
 
-def main(url: str) -> int:
-    with httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS) as client:
-        model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-        chunks, usage = 0, None
-        with client.stream("POST", "/v1/chat/completions", json=question(model)) as reply:
-            if reply.status_code != 200:
-                print(reply.read().decode(), file=sys.stderr)
-                return 1
-            for line in reply.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
+def answer(client: httpx.Client, model: str, question: Question) -> Iterator[str]:
+    """The pieces of the answer, as they come."""
+    with client.stream("POST", "/v1/chat/completions", json=body(model, question)) as reply:
+        if reply.status_code != 200:
+            raise SystemExit(reply.read().decode())
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
                 chunk = json.loads(line.removeprefix("data: "))
                 if "error" in chunk:
-                    print(f"\n{chunk['error']}", file=sys.stderr)
-                    return 1
-                usage = chunk.get("usage") or usage
-                for choice in chunk["choices"]:
-                    print(choice["delta"].get("content") or "", end="", flush=True)
-                    chunks += 1
-    print(f"\n\n({chunks} chunks; {json.dumps(usage)})")
-    return 0 if usage and usage["completion_tokens"] > 0 else 1
+                    raise SystemExit(str(chunk["error"]))
+                yield from (choice["delta"].get("content") or "" for choice in chunk["choices"])
+
+
+def main(url: str, seed: int, *, right: bool) -> int:
+    missing = wrong = 0
+    with httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS) as client:
+        model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+        for question in questions(seed):
+            said = ""
+            count = len(question.scenes)
+            print(f"{count} picture{'s' * (count > 1)}, {question.prompt}  →  ", end="", flush=True)
+            for piece in answer(client, model, question):
+                said += piece
+                print(piece, end="", flush=True)
+            print(f"   (drawn: {question.answer})")
+            missing += not said
+            wrong += said.strip() != question.answer
+    return int(missing > 0 or (right and wrong > 0))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} http://127.0.0.1:8000")
-    sys.exit(main(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url", help="http://127.0.0.1:8000")
+    parser.add_argument("--seed", type=int, default=random.randrange(10_000))
+    parser.add_argument("--right", action="store_true", help="exit 1 when an answer is wrong")
+    given = parser.parse_args()
+    sys.exit(main(given.url, given.seed, right=given.right))

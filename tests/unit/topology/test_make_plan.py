@@ -255,3 +255,13 @@ def test_a_port_is_free_until_somebody_listens(tmp_path: Path, checkpoint: Path)
         with pytest.raises(PlacementError, match=f"port {port} of 127.0.0.1 is in use by "):
             make_plan(file, environ={}, hardware=machine())
     assert busy_ports("127.0.0.1", port) == {}
+
+
+def test_the_shipped_model_is_found_by_its_name_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for profile in ("cpu-demo", "cpu-mono"):
+        made = make_plan(PROFILES / f"{profile}.yaml", environ={}, hardware=machine(), ports_in_use={})
+        assert {rank.config.model.name for rank in made.ranks} == {"shapes-vl"}
+        assert Path(made.ranks[0].config.model.path, "model.safetensors").is_file()
