@@ -24,8 +24,8 @@ from openai.types.chat import ChatCompletionMessageParam, ChatCompletionTokenLog
 
 from epdctl.wire.control import RankStatus
 from tests.e2e.conftest import CHUNK, running
-from tests.support.cluster import Cluster, content, data_url
-from tests.support.reference import picture_bytes
+from tests.support.cluster import Cluster, Part, content, data_url
+from tests.support.reference import picture_bytes, reference_generate
 
 KEY = "a-key-for-tests-0123456789"
 TOPOLOGY = """
@@ -195,6 +195,34 @@ def test_the_client_of_transformers_chat(cluster: Cluster) -> None:
     streamed = client.chat_completion(asked, model="tiny", max_tokens=8, temperature=0.0, stream=True)
     text = "".join(choice.delta.content or "" for chunk in streamed for choice in chunk.choices)
     assert text == whole.choices[0].message.content
+
+
+@pytest.mark.parametrize("way", ["whole", "streamed"])
+def test_penalties_and_logprobs_are_those_of_generate(checkpoint: Path, http: httpx.Client, way: str) -> None:
+    """Over prefill and decode, with a picture in the prompt, which a penalty reads on the decode rank too."""
+    parts: list[Part] = ["Look at ", RED, " and tell."]
+    told = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    options = {"repetition_penalty": 1.4, "min_new_tokens": 20}
+    truth = reference_generate(checkpoint, [{"role": "user", "content": told}], [RED], 24, **options)
+    plain = reference_generate(checkpoint, [{"role": "user", "content": told}], [RED], 24)
+    assert truth.answer != plain.answer
+    asked = {"repetition_penalty": 1.4, "min_tokens": 20, "logprobs": True, "top_logprobs": 5, "return_token_ids": True}
+    body = ask(content(parts), **asked) | {"max_tokens": 24, "stream": way == "streamed"}
+    reply = http.post("/v1/chat/completions", json=body)
+    if way == "whole":
+        choices = reply.json()["choices"]
+    else:
+        lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n")]
+        choices = [choice for line in lines if line.startswith("{") for choice in json.loads(line)["choices"]]
+    ids = [token for choice in choices for token in choice.get("token_ids") or []]
+    likely = [each for choice in choices for each in (choice["logprobs"] or {"content": []})["content"]]
+    assert ids == truth.answer[: len(ids)]
+    assert len(ids) == len(likely) >= 20
+    expected = truth.logits.log_softmax(-1)
+    for place, (token, each) in enumerate(zip(ids, likely, strict=True)):
+        assert each["logprob"] == pytest.approx(float(expected[place, token]), abs=1e-4)
+        best = expected[place].topk(5).values.tolist()
+        assert [top["logprob"] for top in each["top_logprobs"]] == pytest.approx(best, abs=1e-4)
 
 
 def test_ask_from_the_shell(cluster: Cluster, tmp_path: Path, http: httpx.Client) -> None:
@@ -384,7 +412,7 @@ async def hang_up_in_the_middle(cluster: Cluster, seed: int) -> None:
     """Write some of a request, read some of the answer, and go; where, the seed says."""
     draw = random.Random(seed)
     parts: object = content([RED, "tell"]) if draw.random() < 0.5 else "tell me everything"
-    body = json.dumps(ask(parts, max_tokens=64, ignore_eos=True, stream=draw.random() < 0.7)).encode()
+    body = json.dumps(ask(parts, max_tokens=40, ignore_eos=True, stream=draw.random() < 0.7)).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1",
         "host: x",

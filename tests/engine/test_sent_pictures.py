@@ -1,4 +1,4 @@
-"""Pictures as people send them: the size that the gateway reads from the header and the pixels that the tower begins with
+"""Pictures as people send them: the size that the gateway reads from the header and the pixels that the tower takes
 are those of transformers' ``load_image`` and of the family's processor."""
 
 from __future__ import annotations

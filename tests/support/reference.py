@@ -54,9 +54,10 @@ def picture_bytes(seed: int, width: int, height: int, kind: str = "PNG") -> byte
 
 
 def reference_generate(
-    directory: Path, messages: Sequence[dict[str, Any]], pictures: Sequence[bytes], max_new_tokens: int
+    directory: Path, messages: Sequence[dict[str, Any]], pictures: Sequence[bytes], max_new_tokens: int, **options: Any
 ) -> Reference:
-    """``messages``: chat messages with a part ``{"type": "image"}`` per picture. Raises Tied."""
+    """``messages``: chat messages with a part ``{"type": "image"}`` per picture. ``options``: of ``generate``.
+    Raises Tied."""
     model, processor = _loaded(directory)
     text = processor.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     seen = [Image.open(io.BytesIO(file)).convert("RGB") for file in pictures]
@@ -69,6 +70,7 @@ def reference_generate(
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
+        **options,
     )
     return _reference(processor.tokenizer, prompt["input_ids"][0].tolist(), output)
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from epdctl.errors import RequestError
+from epdctl.gateway.intake import Intake
+from epdctl.gateway.schema import ChatRequest
+from epdctl.wire.config import Limits, ModelConfig
 from epdctl.wire.serve import Decode, Generate, Prefill
 from tests.support.fake_ranks import Answering
 from tests.unit.gateway.harness import EPD, LANGUAGE, ask, events, house, streamed_text
+from tests.unit.gateway.model_files import write_model_files
 
 LOGPROBS = {"logprobs": True, "top_logprobs": 2}
 
@@ -206,3 +213,19 @@ def test_a_developer_is_the_system() -> None:
             assert one.tokens == other.tokens
 
     asyncio.run(scene())
+
+
+def test_strict_refuses_what_nobody_knows(tmp_path: Path) -> None:
+    write_model_files(tmp_path)
+    intake = Intake(ModelConfig(path=str(tmp_path), name="tiny", family="qwen2_5_vl"), Limits())
+    for body, name in (
+        (ask(colour="red"), "colour"),
+        (ask([{"type": "text", "text": "x", "y": 1}]), "messages.content.y"),
+    ):
+        raw = json.dumps(body).encode()
+        assert intake.read(ChatRequest, raw).ignored_fields == [name]
+        with pytest.raises(RequestError) as caught:
+            intake.read(ChatRequest, raw, strict=True)
+        assert (caught.value.status, caught.value.param) == (400, name)
+    known = ask(user="me", metadata={}, min_p=0.1)
+    assert intake.read(ChatRequest, json.dumps(known).encode(), strict=True).ignored_fields == []
