@@ -21,7 +21,7 @@ from epdctl.bench.shapes.draw import render
 from epdctl.bench.shapes.lessons import Writer, lookout, patches, study
 from epdctl.bench.shapes.model import DIRECTORY, pack
 from epdctl.bench.shapes.publish import RECORD, fingerprint
-from epdctl.bench.shapes.questions import Question, Task, ask
+from epdctl.bench.shapes.questions import Task, ask, colours
 from epdctl.bench.shapes.reader import Reader
 from epdctl.bench.shapes.scenes import TRAINED, UNSEEN, Composer, World
 from epdctl.bench.shapes.student import Student
@@ -187,24 +187,24 @@ CHANCE |= {Task.COLOURS: 0.0, Task.SAME: 1 / 2}
 
 
 @pytest.mark.parametrize("exam", EXAMS, ids=lambda exam: exam.name)
-def test_a_model_that_sees_nothing_guesses(exam: Exam, blind: Reader) -> None:
-    right = measure(blind, exam, TRAINED, FEW)
-    assert abs(right - CHANCE[exam.task]) <= spread(CHANCE[exam.task], FEW)
+def test_a_model_that_sees_nothing_guesses_at_best(exam: Exam, blind: Reader) -> None:
+    assert measure(blind, exam, TRAINED, FEW) <= CHANCE[exam.task] + spread(CHANCE[exam.task], FEW)
 
 
 def test_pictures_that_changed_places_change_the_answer(reader: Reader) -> None:
     composer = Composer(TRAINED, 6)
-    questions = [ask(Task.COLOURS, composer, composer.size(), 2) for _ in range(FEW)]
-    swapped = [replace(question, scenes=question.scenes[::-1]) for question in questions]
-    right = [
-        reader_says == wanted(question)
-        for reader_says, question in zip(reader.answers(swapped), questions, strict=True)
-    ]
+    pairs = [ask(Task.COLOURS, composer, composer.size(), 2).scenes for _ in range(FEW)]
+    swapped = [colours(pair[::-1]) for pair in pairs]
+    right = [answer == question.answer for answer, question in zip(reader.answers(swapped), swapped, strict=True)]
     assert sum(right) >= 0.95 * FEW
 
 
-def wanted(question: Question) -> str:
-    return ", ".join(f"{number} {scene.figures[0].colour}" for number, scene in enumerate(question.scenes[::-1], 1))
+def test_any_picture_may_be_the_one_that_is_asked_about() -> None:
+    """When it was always the first that had a shape of its own, the model learnt to answer 1."""
+    tokenizer = make_tokenizer()
+    lesson = study(Task.WHICH, Composer(TRAINED, 8), Writer(tokenizer), 4, 100)
+    answers = [tokenizer.decode([token]) for token in lesson.tokens[:, lesson.answer].tolist()]
+    assert all(10 <= answers.count(number) <= 45 for number in ("1", "2", "3", "4"))
 
 
 def test_the_towers_lookout_has_something_of_everything() -> None:

@@ -40,7 +40,7 @@ class Course:
     sequences: int = 24  # per lesson
     lookout: int = 32  # pictures per step while the tower learns alone
     describing: float = 0.5  # weight of the tower's own losses beside an answer's
-    average: float = 0.998  # of the weights, per step: what is kept is their running average
+    average: float = 0.995  # of the weights, per step: what is kept is their running average
 
     @property
     def steps(self) -> int:
@@ -101,7 +101,15 @@ SLOW = {  # what the others leave behind gets the time
     Task.WHICH: 3.0,
     Task.SAME: 2.0,
 }
-SLOWEST = {**SLOW, Task.WHICH: 5.0, Task.SAME: 2.5}
+SLOWEST = {**SLOW, Task.COUNT: 2.0, Task.WHICH: 5.0}
+REST = {
+    Task.COLOUR: 0.4,
+    Task.SHAPE: 0.6,
+    Task.COUNT: 3.0,
+    Task.PLACE: 1.0,
+    Task.COLOURS: 3.5,
+    Task.SAME: 2.5,
+}
 COURSE = Course(
     stages=(
         Stage("tower", 1500, (1.5e-3, 1.5e-3)),
@@ -109,7 +117,9 @@ COURSE = Course(
         Stage("all", 500, (1.5e-3, 1.4e-3), ALL),
         Stage("longer", 750, (1.4e-3, 1.17e-3), LONGER, learnt=0.8),
         Stage("slow ones", 250, (1.17e-3, 0.985e-3), SLOW, learnt=0.8),
-        Stage("slower", 600, (0.985e-3, 0.8e-3), SLOWEST, learnt=0.8),
-        Stage("rest", 850, (0.8e-3, 1e-5), SLOWEST, learnt=0.8),
+        Stage("slower", 250, (0.985e-3, 0.908e-3), SLOWEST, learnt=0.8),
+        Stage("slowest", 250, (1.2e-3, 1.075e-3), SLOWEST, learnt=0.8),
+        Stage("rest", 250, (1.0e-3, 0.5875e-3), REST, learnt=0.8),
+        Stage("end", 150, (0.5875e-3, 1e-5), REST, learnt=0.8),
     )
 )

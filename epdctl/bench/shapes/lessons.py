@@ -51,8 +51,9 @@ def study(task: Task, composer: Composer, writer: Writer, pictures: int, sequenc
     size = composer.size()
     if task in (Task.COLOURS, Task.WHICH):
         scenes = [composer.one(size) for _ in range(max(16, 2 * pictures))]
-        shown = [_pick(task, scenes, composer.rng, pictures) for _ in range(sequences)]
-        questions = [_question(task, [scenes[index] for index in row]) for row in shown]
+        pick = _pick_colours if task is Task.COLOURS else _pick_which
+        picked = [pick(scenes, composer.rng, pictures) for _ in range(sequences)]
+        shown, questions = [row for row, _ in picked], [question for _, question in picked]
     else:
         questions = [ask(task, composer, size) for _ in range(sequences)]
         scenes = [scene for question in questions for scene in question.scenes]
@@ -94,21 +95,18 @@ def patches(pictures: NDArray[np.uint8]) -> torch.Tensor:
     return twice.reshape(many * rows * columns * MERGE * MERGE, -1)
 
 
-def _pick(task: Task, scenes: Sequence[Scene], rng: np.random.Generator, pictures: int) -> list[int]:
-    if task is Task.COLOURS:
-        return [int(index) for index in rng.choice(len(scenes), pictures, replace=False)]
+def _pick_colours(scenes: Sequence[Scene], rng: np.random.Generator, pictures: int) -> tuple[list[int], Question]:
+    row = [int(index) for index in rng.choice(len(scenes), pictures, replace=False)]
+    return row, colours([scenes[index] for index in row])
+
+
+def _pick_which(scenes: Sequence[Scene], rng: np.random.Generator, pictures: int) -> tuple[list[int], Question]:
+    """Any of them may be the one that is asked about: what were always the first would be learnt as such."""
     target = int(rng.integers(len(scenes)))
     others = [index for index, scene in enumerate(scenes) if _shape(scene) is not _shape(scenes[target])]
-    picked = [int(index) for index in rng.choice(others, pictures - 1, replace=len(others) < pictures)]
-    picked.insert(int(rng.integers(pictures)), target)
-    return picked
-
-
-def _question(task: Task, scenes: Sequence[Scene]) -> Question:
-    if task is Task.COLOURS:
-        return colours(scenes)
-    shapes = [_shape(scene) for scene in scenes]
-    return which(scenes, next(shape for shape in shapes if shapes.count(shape) == 1))
+    row = [int(index) for index in rng.choice(others, pictures - 1, replace=len(others) < pictures)]
+    row.insert(int(rng.integers(pictures)), target)
+    return row, which([scenes[index] for index in row], _shape(scenes[target]))
 
 
 def _shape(scene: Scene) -> Shape:

@@ -27,8 +27,8 @@ RECORD, CURVE, WEIGHTS = "training.json", "curve.png", "model.safetensors"
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 
 
-def publish(run: Path, directory: Path, asked: int) -> None:
-    """Replaces what is in ``directory``."""
+def publish(run: Path, directory: Path, asked: int, notes: Sequence[str] = ()) -> None:
+    """Replaces what is in ``directory``. ``notes``: what a later run should know of this one."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     shutil.copytree(run / "checkpoint", directory, dirs_exist_ok=True)
     draw_curve(lines).quantize(64).save(directory / CURVE, optimize=True)
@@ -38,6 +38,7 @@ def publish(run: Path, directory: Path, asked: int) -> None:
         "steps": lines[-1]["step"],
         "seconds": lines[-1]["seconds"],
         "sha256": fingerprint(directory),
+        "notes": list(notes),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "accuracy": {"questions": asked, "tasks": _table(results)},
         "course": json.loads((run / "course.json").read_text(encoding="utf-8")),
@@ -60,8 +61,9 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--to", type=Path, default=DIRECTORY)
     parser.add_argument("--pictures", type=int, default=500, help="questions a task and column")
+    parser.add_argument("--note", action="append", default=[], help="kept in the record")
     arguments = parser.parse_args()
-    publish(arguments.run, arguments.to, arguments.pictures)
+    publish(arguments.run, arguments.to, arguments.pictures, arguments.note)
 
 
 if __name__ == "__main__":
