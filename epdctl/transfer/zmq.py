@@ -28,7 +28,7 @@ __all__ = ["ZmqTransport"]
 
 log = logging.getLogger(__name__)
 
-WINDOW = 32  # unanswered messages to one peer: what it may have to keep in memory for us is 32 x 1 MiB
+WINDOW = 8  # unanswered messages to one peer: what it may have to keep in memory for us is 8 x 4 MiB
 
 
 class ZmqTransport:
