@@ -70,7 +70,8 @@ async def ask(plan: Plan, budget_s: float) -> None:
 
 def _key(plan: Plan) -> dict[str, str]:
     keys = [rank.config.gateway.api_key for rank in plan.ranks if rank.stage is Stage.GATEWAY]
-    return {"authorization": f"Bearer {key.reveal()}" for key in keys if key is not None}
+    key = keys[0] if keys else None
+    return {"authorization": f"Bearer {key.reveal()}"} if key is not None else {}
 
 
 class Canary(msgspec.Struct, frozen=True):
