@@ -19,13 +19,14 @@ from epdctl.bench.shapes.accuracy import EXAMS, Exam, measure
 from epdctl.bench.shapes.course import COURSE, Stage
 from epdctl.bench.shapes.draw import render
 from epdctl.bench.shapes.lessons import Writer, lookout, patches, study
-from epdctl.bench.shapes.model import DIRECTORY, pack
+from epdctl.bench.shapes.model import DIRECTORY, LARGEST, pack
 from epdctl.bench.shapes.publish import RECORD, fingerprint
 from epdctl.bench.shapes.questions import Task, ask, colours
 from epdctl.bench.shapes.reader import Reader
 from epdctl.bench.shapes.scenes import TRAINED, UNSEEN, Composer, World
 from epdctl.bench.shapes.student import Student
-from epdctl.bench.shapes.tokens import LARGEST, make_tokenizer
+from epdctl.bench.shapes.tokens import LARGEST as LARGEST_VOCABULARY
+from epdctl.bench.shapes.tokens import make_tokenizer
 from epdctl.bench.shapes.train import Training
 from epdctl.engine.loading import load_language, load_tower
 from tests.support.checkpoints import model_config
@@ -64,7 +65,7 @@ def test_all_of_it_is_small_and_stored_in_16_bits() -> None:
 
 def test_the_tokenizer_is_the_one_the_script_makes() -> None:
     made = make_tokenizer()
-    assert made.get_vocab_size() <= LARGEST
+    assert made.get_vocab_size() <= LARGEST_VOCABULARY
     assert made.to_str(pretty=True) == (DIRECTORY / "tokenizer.json").read_text(encoding="utf-8")
 
 
@@ -77,7 +78,7 @@ def test_both_halves_load_by_themselves_and_are_the_whole(reader: Reader) -> Non
     assert all(torch.equal(value, whole[name]) for name, value in halves.items())
 
 
-@pytest.mark.parametrize("size", TRAINED.sizes)
+@pytest.mark.parametrize("size", [(width, height) for width, height in TRAINED.sizes if width * height <= LARGEST])
 def test_patches_are_what_the_processor_makes(size: tuple[int, int], reader: Reader) -> None:
     composer = Composer(TRAINED, 3)
     pictures = [render(composer.one(size)) for _ in range(2)]
