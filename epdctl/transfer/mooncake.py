@@ -19,8 +19,9 @@ from typing import Protocol
 import torch
 
 from epdctl.errors import RegistrationFailed, TransferError, UserError
+from epdctl.transfer.hosts import Put
 from epdctl.transfer.landing import Owner
-from epdctl.transfer.onesided import OneSidedTransport, Put
+from epdctl.transfer.onesided import OneSidedTransport
 from epdctl.wire.transfer import PoolLocation
 
 __all__ = ["NVLINK_VARIABLE", "PROTOCOLS", "Engine", "MooncakeMover", "engine_of", "mooncake_transport", "rdma_devices"]

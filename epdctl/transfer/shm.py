@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from epdctl.errors import PeerGone, RegistrationFailed, TransferError
+from epdctl.transfer.hosts import Put
 from epdctl.transfer.landing import Owner
-from epdctl.transfer.onesided import OneSidedTransport, Put
+from epdctl.transfer.onesided import OneSidedTransport
 from epdctl.wire.transfer import PoolLocation
 
 __all__ = ["ShmMover", "shm_transport"]
