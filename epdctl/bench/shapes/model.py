@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from epdctl.bench.checkpoints import END_TOKENS, SPECIAL_TOKENS
 from epdctl.bench.shapes.tokens import CHAT_TEMPLATE
 
-__all__ = ["DIRECTORY", "MERGE", "PATCH", "build", "pack"]
+__all__ = ["DIRECTORY", "LARGEST", "MEAN", "MERGE", "PATCH", "SMALLEST", "STD", "build", "pack"]
 
 DIRECTORY = Path(__file__).parents[2] / "data" / "shapes-vl"
 PATCH = 8  # pixels
