@@ -242,7 +242,7 @@ def test_ask_from_the_shell(cluster: Cluster, tmp_path: Path, http: httpx.Client
     assert (missing.returncode, "none.png cannot be read" in missing.stderr) == (2, True)
 
 
-def test_the_key_is_nowhere_to_be_read(cluster: Cluster) -> None:
+def test_the_key_is_nowhere_to_be_read_and_the_daemon_knows_it(cluster: Cluster) -> None:
     for words in (
         ("plan", "--json"),
         ("plan",),
@@ -252,6 +252,8 @@ def test_the_key_is_nowhere_to_be_read(cluster: Cluster) -> None:
     ):
         result = cluster.run(*words)
         assert KEY not in result.stdout + result.stderr, words
+    deep = cluster.run("health", "--deep", "--cluster", cluster.name)
+    assert deep.returncode == 0, deep.stdout + deep.stderr
 
 
 # -- bad requests --
