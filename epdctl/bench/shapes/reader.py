@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,13 @@ class Reader:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, padding_side="left")
         self.processor: Any = Qwen2VLImageProcessorPil.from_pretrained(directory)
         self._image = self.model.config.image_token_id
+        self._end = frozenset(self.model.generation_config.eos_token_id)
 
     def answers(self, questions: Sequence[Question]) -> list[str]:
-        """One batch: the shorter prompts are padded on the left."""
+        return [str(self.tokenizer.decode(tokens)) for tokens in self.tokens(questions)]
+
+    def tokens(self, questions: Sequence[Question]) -> list[list[int]]:
+        """Of each answer, without the end token. One batch: the shorter prompts are padded on the left."""
         pictures = [Image.fromarray(render(scene)) for question in questions for scene in question.scenes]
         seen = self.processor(images=pictures, return_tensors="pt")
         inputs = self.tokenizer(self._prompts(questions, seen["image_grid_thw"]), return_tensors="pt", padding=True)
@@ -42,7 +47,7 @@ class Reader:
             do_sample=False,
         )
         fresh = produced[:, inputs["input_ids"].shape[1] :]
-        return [str(text) for text in self.tokenizer.batch_decode(fresh, skip_special_tokens=True)]
+        return [list(takewhile(lambda token: token not in self._end, answer)) for answer in fresh.tolist()]
 
     def _prompts(self, questions: Sequence[Question], grids: torch.Tensor) -> list[str]:
         merged = self.processor.merge_size**2

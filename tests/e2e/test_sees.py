@@ -1,0 +1,135 @@
+"""The shipped model sees through a cluster what it sees alone; a cluster that shows it something else is found out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+
+from epdctl.adapters import make_plan
+from epdctl.bench.clusters import await_ready
+from epdctl.bench.clusters import running as started
+from epdctl.bench.shapes.draw import png
+from epdctl.bench.shapes.model import DIRECTORY
+from epdctl.bench.shapes.questions import Question, Task, ask, colours
+from epdctl.bench.shapes.reader import Reader
+from epdctl.bench.shapes.scenes import TRAINED, UNSEEN, Composer
+from epdctl.control.client import Client
+from epdctl.ids import Stage
+from epdctl.topology.plan import PlannedRank
+from tests.e2e.conftest import running
+from tests.support.cluster import GUARD_SECONDS, Answer, Cluster, Part, parse
+from tests.support.leaks import no_leaks
+
+PROFILE = Path(__file__).parents[2] / "profiles" / "cpu-demo.yaml"
+MODEL = "shapes-vl"
+SEED = 4_000_037  # neither training's nor the examination's
+AT_ONCE = 16
+BATCH = 50
+FEW, MANY = 40, 200
+LEARNT = [(Task.COLOUR, 1), (Task.PLACE, 1), (Task.SHAPE, 1), (Task.COLOURS, 4), (Task.COLOURS, 8), (Task.SAME, 2)]
+COLOURS = 8  # there are
+
+# The rank's own canary, which compares norms, is made to wait: here the answer alone has to tell.
+FAULTY = """
+model: {path: shapes-vl}
+gateway:
+  port: ${EPDCTL_PORT}
+stages:
+  mono: {gpus: none, kv_tokens: 16384, canary: 1h}
+"""
+
+
+def parts(question: Question) -> list[Part]:
+    return [*map(png, question.scenes), question.prompt]
+
+
+def ask_all(cluster: Cluster, questions: Sequence[Question]) -> list[Answer]:
+    """AT_ONCE under way at any time; the answers in the order of the questions."""
+
+    def answer(client: httpx.Client, question: Question) -> Answer:
+        body = cluster.body(parts(question), model=MODEL, max_tokens=32)
+        reply = client.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        return parse(reply.json())
+
+    with httpx.Client(base_url=cluster.url, timeout=GUARD_SECONDS) as client, ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(partial(answer, client), questions))
+
+
+@contextmanager
+def faulty(home: Path, service: str) -> Iterator[tuple[Cluster, Client]]:
+    """A cluster of one mono rank, whose process runs ``service`` of the faulty ones."""
+    cluster = Cluster(home, FAULTY, name=service)
+    plan = make_plan(cluster.file, environ=cluster.env, name=service)
+
+    def replaced(rank: PlannedRank) -> PlannedRank:
+        config = msgspec.structs.replace(rank.config, service=f"tests.support.faulty:{service}")
+        return dataclasses.replace(rank, config=config) if rank.stage is Stage.MONO else rank
+
+    plan = dataclasses.replace(plan, ranks=tuple(map(replaced, plan.ranks)))
+    with no_leaks(cluster.env), started(plan, cluster.env) as daemon:
+        await_ready(daemon.cluster.client)
+        yield cluster, daemon.cluster.client
+
+
+def problems(client: Client) -> str:
+    """Of a cluster that is unhealthy by its answer alone."""
+    assert client.health().verdict == "healthy"
+    reply = client.health(deep=True, budget_s=GUARD_SECONDS)
+    assert reply.verdict == "unhealthy"
+    return " ".join(problem.text for problem in reply.problems)
+
+
+def test_pictures_that_changed_places_in_transit_are_answered_so_and_found(tmp_path: Path) -> None:
+    composer = Composer(TRAINED, SEED)
+    asked = [ask(Task.COLOURS, composer, composer.size(), 2) for _ in range(FEW)]
+    with faulty(tmp_path, "swapping") as (cluster, client):
+        assert "expected '1 red, 2 blue', got '1 blue, 2 red'" in problems(client)
+        answers = ask_all(cluster, asked)
+    swapped = [colours(question.scenes[::-1]).answer for question in asked]
+    right = [answer.text == label for answer, label in zip(answers, swapped, strict=True)]
+    assert sum(right) >= 0.95 * FEW
+
+
+def test_a_tower_that_says_nothing_leaves_guesses_and_is_found(tmp_path: Path) -> None:
+    composer = Composer(TRAINED, SEED)
+    asked = [ask(Task.COLOUR, composer, composer.size()) for _ in range(FEW)]
+    with faulty(tmp_path, "blind") as (cluster, client):
+        assert "expected '1 red, 2 blue', got '" in problems(client)
+        answers = ask_all(cluster, asked)
+    right = sum(answer.text == question.answer for answer, question in zip(answers, asked, strict=True))
+    chance = 1 / COLOURS
+    assert right / FEW <= chance + 3 * math.sqrt(chance * (1 - chance) / FEW)
+
+
+@pytest.fixture(scope="module")
+def sees(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    yield from running(Cluster(tmp_path_factory.mktemp("s"), PROFILE.read_text(), name="sees"))
+
+
+def test_every_answer_is_the_one_that_transformers_gives(sees: Cluster) -> None:
+    composer = Composer(UNSEEN, SEED)
+    questions = [ask(task, composer, composer.size(), count) for task, count in (LEARNT * MANY)[:MANY]]
+    answers = ask_all(sees, questions)
+    reader = Reader(DIRECTORY)
+    wanted = [tokens for start in range(0, MANY, BATCH) for tokens in reader.tokens(questions[start : start + BATCH])]
+    assert [list(answer.token_ids) for answer in answers] == wanted
+    assert [answer.text for answer in answers] == [reader.tokenizer.decode(tokens) for tokens in wanted]
+    assert {answer.finish_reason for answer in answers} == {"stop"}
+    done = [rank["completed"] for rank in sees.status()["ranks"] if rank["stage"] == "encoder"]
+    assert len(done) == 2
+    assert all(done), "both encoders had a part in it"
+
+
+def test_a_cluster_that_answers_rightly_is_healthy(sees: Cluster) -> None:
+    reply = sees.run("health", "--deep")
+    assert (reply.returncode, reply.stdout.split()[0]) == (0, "healthy"), reply.stderr

@@ -1,0 +1,82 @@
+"""Ranks with a fault that no error and no count shows: only an answer does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from epdctl.encoder.worker import EncoderService
+from epdctl.engine.api import Prepared, Tower
+from epdctl.engine.loading import load_tower
+from epdctl.ids import RequestId
+from epdctl.mono.service import MonoService
+from epdctl.rank.machine import Machine
+from epdctl.wire.config import ModelConfig, RankSpec
+from epdctl.wire.encode import EncodeItem, MediaItem, RouterToWorker
+from epdctl.wire.sockets import Sender
+
+
+class BlindTower:
+    """Sees the first batch, which proves the rank ready, and makes zeros of all that comes later."""
+
+    def __init__(self, tower: Tower) -> None:
+        self._tower = tower
+        self._proved = False
+
+    @property
+    def width(self) -> int:
+        return self._tower.width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._tower.dtype
+
+    def prepare(self, media: bytes | memoryview, item: MediaItem) -> Prepared:
+        return self._tower.prepare(media, item)
+
+    def encode(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
+        embeddings = self._tower.encode(batch)
+        if self._proved:
+            return [torch.zeros_like(embedding) for embedding in embeddings]
+        self._proved = True
+        return embeddings
+
+
+def load_blind(model: ModelConfig, device: torch.device) -> Tower:
+    return BlindTower(load_tower(model, device))
+
+
+class SwappingEncoder(EncoderService):
+    """Gives the first picture of a request to the second place, and the second to the first; they have one size."""
+
+    def __init__(self, spec: RankSpec, *, beside: Machine | None = None) -> None:
+        super().__init__(spec, beside=beside)
+        self._held: dict[tuple[RequestId, int], tuple[Sender, EncodeItem, list[memoryview]]] = {}
+
+    def _arrived(self, router: Sender, message: RouterToWorker, frames: list[memoryview]) -> None:
+        if not isinstance(message, EncodeItem) or message.job.item.of < 2 or message.job.item.index > 1:
+            super()._arrived(router, message, frames)
+            return
+        key = message.job.request, message.job.attempt
+        if key not in self._held:
+            self._held[key] = router, message, frames
+            return
+        sender, earlier, picture = self._held.pop(key)
+        super()._arrived(sender, _showing(earlier, message), frames)
+        super()._arrived(router, _showing(message, earlier), picture)
+
+
+def _showing(place: EncodeItem, other: EncodeItem) -> EncodeItem:
+    """The item of one place with the picture of the other: what is remembered goes by the picture."""
+    item = msgspec.structs.replace(place.job.item, content_hash=other.job.item.content_hash)
+    return msgspec.structs.replace(place, job=msgspec.structs.replace(place.job, item=item))
+
+
+def blind(spec: RankSpec) -> MonoService:
+    return MonoService(spec, encoder=lambda part, beside: EncoderService(part, load=load_blind, beside=beside))
+
+
+def swapping(spec: RankSpec) -> MonoService:
+    return MonoService(spec, encoder=lambda part, beside: SwappingEncoder(part, beside=beside))
