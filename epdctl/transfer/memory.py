@@ -14,6 +14,7 @@ import torch
 from epdctl.errors import DeadlineExceeded, PeerGone, RegistrationFailed
 from epdctl.transfer.base import LandingPool, Piece
 from epdctl.transfer.landing import Frame, Landings, Owner, cut, payload, refused
+from epdctl.transfer.tensors import require_room
 from epdctl.wire.transfer import PoolAddress, ReceiverToWriter, Rejected, RemoteLease, Write
 
 __all__ = ["Exchange", "MemoryTransport", "Passing"]
@@ -70,6 +71,7 @@ class MemoryTransport:
         return "memory"
 
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        require_room(nbytes, device)
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def register(self, pool: LandingPool) -> PoolAddress:

@@ -22,6 +22,7 @@ from epdctl.errors import RegistrationFailed, TransferError, UserError
 from epdctl.transfer.hosts import Put
 from epdctl.transfer.landing import Owner
 from epdctl.transfer.onesided import OneSidedTransport
+from epdctl.transfer.tensors import require_room
 from epdctl.wire.transfer import PoolLocation
 
 __all__ = ["NVLINK_VARIABLE", "PROTOCOLS", "Engine", "MooncakeMover", "engine_of", "mooncake_transport", "rdma_devices"]
@@ -253,6 +254,7 @@ class MooncakeMover:
 
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """Registered at once: a pool is written to by peers, and read when its pages go to one."""
+        require_room(nbytes, device)
         memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._engine.register(memory)
         self._memories.append(memory)

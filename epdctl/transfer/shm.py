@@ -21,6 +21,7 @@ from epdctl.errors import PeerGone, RegistrationFailed, TransferError
 from epdctl.transfer.hosts import Put
 from epdctl.transfer.landing import Owner
 from epdctl.transfer.onesided import OneSidedTransport
+from epdctl.transfer.tensors import require_room
 from epdctl.wire.transfer import PoolLocation
 
 __all__ = ["ShmMover", "shm_transport"]
@@ -97,6 +98,7 @@ class ShmMover:
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
         if device.type != "cpu":
             raise RegistrationFailed(f"shm moves host memory only, not that of {device}; write transfer.backend: auto")
+        require_room(nbytes, device)
         region = _make(nbytes)
         self._regions[region.memory.data_ptr()] = region
         return region.memory

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import psutil
 import torch
 
-from epdctl.errors import TransferError
+from epdctl.errors import RegistrationFailed, TransferError
 from epdctl.transfer.base import Piece
 from epdctl.wire.transfer import Extent, TensorSpec
 
-__all__ = ["as_bytes", "dtype_named", "spec_of", "spread", "view_as"]
+__all__ = ["as_bytes", "dtype_named", "require_room", "spec_of", "spread", "view_as"]
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -19,6 +20,15 @@ def dtype_named(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise TransferError(f"no dtype is called {name!r}")
     return dtype
+
+
+def require_room(nbytes: int, device: torch.device) -> None:
+    """A pool is written whole when it is made: beyond what this host has left, that raises nothing, but wakes the
+    kernel's killer, and not only for us. Raises RegistrationFailed.
+    """
+    available = psutil.virtual_memory().available
+    if device.type == "cpu" and nbytes > available:
+        raise RegistrationFailed(f"{nbytes >> 20} MiB wanted, {available >> 20} MiB of this host's memory are left")
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:

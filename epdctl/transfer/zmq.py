@@ -12,6 +12,7 @@ import torch
 from epdctl.errors import DeadlineExceeded, PeerGone
 from epdctl.transfer.base import LandingPool, Piece
 from epdctl.transfer.landing import Landings, Owner, Parcel, cut, payload, refused
+from epdctl.transfer.tensors import require_room
 from epdctl.wire.sockets import Buffer, Inbox, Link, Sender
 from epdctl.wire.transfer import (
     RECEIVER_TO_WRITER,
@@ -48,6 +49,7 @@ class ZmqTransport:
         return "zmq"
 
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        require_room(nbytes, device)
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def register(self, pool: LandingPool) -> PoolAddress:

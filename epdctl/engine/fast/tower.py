@@ -63,12 +63,11 @@ def fast_tower(module: Any, table: torch.Tensor | None = None, *, ops: Ops | Non
     ``table``: [3, 256], what the image processor makes of a byte of each channel, for 8-bit pictures. ``ops``: other
     steps than this device's kernels. Raises Unsupported.
     """
-    parts = _take(module)
-    weight = parts.embed.weight
+    weight = next(module.parameters())
     ops = ops or kernels_for(weight.device, weight.dtype)
-    if ops is None:
+    if ops is None:  # asked before anything is taken: what is taken is padded, a copy
         raise Unsupported(f"there are no kernels for {weight.dtype} on {weight.device.type}")
-    return FastTower(parts, ops, None if table is None else table.to(weight.device, torch.float32))
+    return FastTower(_take(module), ops, None if table is None else table.to(weight.device, torch.float32))
 
 
 def _take(module: Any) -> Parts:

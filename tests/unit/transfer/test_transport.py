@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import pytest
 import torch
 
@@ -559,6 +560,14 @@ def test_a_checksum_goes_along_and_is_verified(
             receiver.pool.filled(good.lease, good.generation)
         finally:
             await careful.close()
+
+    between(make_fabric, test)
+
+
+def test_a_pool_beyond_this_host_is_refused_before_a_page_of_it_is_touched(make_fabric: Callable[[], Fabric]) -> None:
+    async def test(_: Fabric, receiver: Receiver, __: Transport) -> None:
+        with pytest.raises(RegistrationFailed, match="of this host's memory are left"):
+            receiver.transport.allocate(psutil.virtual_memory().total * 2, torch.device("cpu"))
 
     between(make_fabric, test)
 
