@@ -75,7 +75,7 @@ _LLAVA = """\
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSize:
-    """Shapes of both halves; heads are 16 wide in the small one, 128 (80 in the tower) in the large one."""
+    """Shapes of both halves; heads are 16 wide in the small one, 128 (80 in the tower) in the large ones."""
 
     vocab: int
     hidden: int
@@ -88,6 +88,13 @@ class CheckpointSize:
     vision_layers: int
     vision_heads: int
     window: int  # pixels
+    dtype: str = "float32"
+    max_pixels: int | None = None  # of a picture of the Qwen families; None: the blueprint's, which is small
+
+    @property
+    def full_attention(self) -> list[int]:
+        """Layers of a windowed tower that see the whole picture: each eighth, as in the real models, or the last."""
+        return [*range(7, self.vision_layers, 8)] or [self.vision_layers - 1]
 
     @property
     def head_dim(self) -> int:
@@ -113,6 +120,8 @@ SIZES = {
     "tiny": CheckpointSize(1024, 64, 128, 3, 4, 2, 32, 64, 2, 2, 56),
     # each half above 300 MB of float32: who loads what shows in resident memory
     "halves": CheckpointSize(1024, 2048, 5632, 2, 16, 4, 1280, 3420, 4, 16, 112),
+    # Qwen2.5-VL-7B's true size, 16.6 GB: make it on a GPU
+    "7b": CheckpointSize(152064, 3584, 18944, 28, 28, 4, 1280, 3420, 32, 16, 112, "bfloat16", 28 * 28 * 1280),
 }
 
 
@@ -140,7 +149,7 @@ def model_config(size: CheckpointSize, ids: Mapping[str, int]) -> dict[str, Any]
             "intermediate_size": size.vision_intermediate,
             "num_heads": size.vision_heads,
             "window_size": size.window,
-            "fullatt_block_indexes": [size.vision_layers - 1],
+            "fullatt_block_indexes": size.full_attention,
             "out_hidden_size": size.hidden,
         },
     }

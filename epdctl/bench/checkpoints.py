@@ -1,6 +1,7 @@
 """Makes checkpoints with random weights: ordinary directories that transformers loads, for tests and trials.
 
-As a command: ``python -m epdctl.bench.checkpoints DIRECTORY [--family qwen2_5_vl] [--size tiny] [--seed 0]``
+As a command: ``python -m epdctl.bench.checkpoints DIRECTORY [--family qwen2_5_vl] [--size tiny] [--seed 0]
+[--device cpu]``
 """
 
 from __future__ import annotations
@@ -48,18 +49,24 @@ bridges, quiet gardens, bright stars, deep forests, wide fields, narrow streets,
 
 
 def make_checkpoint(
-    directory: Path, size: CheckpointSize = SIZES["tiny"], seed: int = 0, *, family: str = FAMILY
+    directory: Path, size: CheckpointSize = SIZES["tiny"], seed: int = 0, *, family: str = FAMILY, device: str = "cpu"
 ) -> Path:
-    """Writes config, weights, tokenizer, processor and chat template into ``directory``; returns it."""
+    """Writes config, weights, tokenizer, processor and chat template into ``directory``; returns it.
+
+    ``device``: where the weights are drawn; another one gives others of the same seed."""
+    import torch
+
     blueprint = BLUEPRINTS[family]
     directory.mkdir(parents=True, exist_ok=True)
     ids = _write_tokenizer(directory, size.vocab, blueprint)
     processor = {"processor_class": blueprint.processor_class, **blueprint.processor()}
+    if size.max_pixels is not None:
+        processor["max_pixels"] = size.max_pixels
     _write_json(directory / "preprocessor_config.json", processor)
     if processing := blueprint.processing():
         _write_json(directory / "processor_config.json", processing)
     (directory / "chat_template.jinja").write_text(blueprint.template, encoding="utf-8")
-    _write_model(directory, size, blueprint, ids, seed)
+    _write_model(directory, size, blueprint, ids, torch.Generator(device).manual_seed(seed))
     end = [ids[token] for token in END_TOKENS]
     generation = {"do_sample": False, "eos_token_id": end, "pad_token_id": ids["<|endoftext|>"]}
     _write_json(directory / "generation_config.json", generation)
@@ -99,7 +106,9 @@ def _tokenizer_config(blueprint: Blueprint) -> dict[str, Any]:
     }
 
 
-def _write_model(directory: Path, size: CheckpointSize, blueprint: Blueprint, ids: dict[str, int], seed: int) -> None:
+def _write_model(
+    directory: Path, size: CheckpointSize, blueprint: Blueprint, ids: dict[str, int], generator: Any
+) -> None:
     import torch
     import transformers
     from transformers.utils import logging
@@ -107,9 +116,8 @@ def _write_model(directory: Path, size: CheckpointSize, blueprint: Blueprint, id
     logging.disable_progress_bar()
     config = getattr(transformers, blueprint.config_class)(**blueprint.config(size, ids))
     with torch.device("meta"):
-        model = getattr(transformers, blueprint.model)(config)
-    model = model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
+        model = getattr(transformers, blueprint.model)(config).to(getattr(torch, size.dtype))
+    model = model.to_empty(device=generator.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(name, parameter, generator)
@@ -170,8 +178,9 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(BLUEPRINTS), default=FAMILY)
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    print(make_checkpoint(arguments.directory, SIZES[arguments.size], arguments.seed, family=arguments.family))
+    parser.add_argument("--device", default="cpu")
+    told = parser.parse_args()
+    print(make_checkpoint(told.directory, SIZES[told.size], told.seed, family=told.family, device=told.device))
 
 
 if __name__ == "__main__":
