@@ -55,7 +55,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterato
     yield from running(Cluster(tmp_path_factory.mktemp("p"), topology, name="pairs"))
 
 
-@pytest.fixture(scope="session")  # two small processes, which may stay
+@pytest.fixture(scope="module")
 def mono(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Cluster]:
     topology = MONO.format(model=checkpoint, chunk=CHUNK)
     yield from running(Cluster(tmp_path_factory.mktemp("m"), topology, name="mono"))
