@@ -19,8 +19,8 @@ from typing import Protocol
 import torch
 
 from epdctl.errors import RegistrationFailed, TransferError, UserError
-from epdctl.transfer.hosts import Put
 from epdctl.transfer.landing import Owner
+from epdctl.transfer.movers import Put
 from epdctl.transfer.onesided import OneSidedTransport
 from epdctl.transfer.tensors import require_room
 from epdctl.wire.transfer import PoolLocation

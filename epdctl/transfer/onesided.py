@@ -17,8 +17,9 @@ import torch
 from epdctl.errors import DeadlineExceeded, PeerGone
 from epdctl.transfer.base import LandingPool, Piece
 from epdctl.transfer.guests import Guests
-from epdctl.transfer.hosts import Host, Moved, Mover
+from epdctl.transfer.hosts import Host
 from epdctl.transfer.landing import Owner
+from epdctl.transfer.movers import Moved, Mover
 from epdctl.wire.transfer import PoolAddress, RemoteLease
 
 __all__ = ["OneSidedTransport"]

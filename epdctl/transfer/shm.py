@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from epdctl.errors import PeerGone, RegistrationFailed, TransferError
-from epdctl.transfer.hosts import Put
 from epdctl.transfer.landing import Owner
+from epdctl.transfer.movers import Put
 from epdctl.transfer.onesided import OneSidedTransport
 from epdctl.transfer.tensors import require_room
 from epdctl.wire.transfer import PoolLocation

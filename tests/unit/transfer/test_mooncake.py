@@ -10,8 +10,8 @@ import torch
 
 from epdctl.errors import RegistrationFailed, TransferError, UserError
 from epdctl.transfer import mooncake
-from epdctl.transfer.hosts import Put
 from epdctl.transfer.mooncake import PROTOCOLS, Engine, MooncakeMover, engine_of, probe, rdma_devices
+from epdctl.transfer.movers import Put
 from epdctl.wire.transfer import PoolLocation
 
 CPU = torch.device("cpu")

@@ -27,10 +27,10 @@ from epdctl.ids import Incarnation, RankName
 from epdctl.transfer import landing
 from epdctl.transfer.allocators import RangeAllocator
 from epdctl.transfer.base import Piece, Transport
-from epdctl.transfer.hosts import Mover
 from epdctl.transfer.landing import Frame, Owner
 from epdctl.transfer.memory import Exchange, MemoryTransport
 from epdctl.transfer.mooncake import MooncakeMover
+from epdctl.transfer.movers import Mover
 from epdctl.transfer.onesided import OneSidedTransport
 from epdctl.transfer.open import BACKENDS, open_transport
 from epdctl.transfer.pool import Pool

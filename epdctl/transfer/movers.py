@@ -1,0 +1,85 @@
+"""What a way to move bytes offers to those who write by it: pools of peers that can be reached, and bytes put there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from epdctl.wire.transfer import PoolLocation
+
+__all__ = ["Moved", "Mover", "Put", "Remote"]
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """``data``: 1-D uint8; ``place``: bytes from the start of the peer's pool."""
+
+    data: torch.Tensor
+    place: int
+
+
+class Remote(Protocol):
+    """One pool of one peer, as its writer sees it."""
+
+    def put(self, puts: Sequence[Put], stop: threading.Event) -> None:
+        """Write them all and return when they are there; or return early when ``stop`` is set. On a thread.
+
+        Raises TransferError or PeerGone.
+        """
+        ...
+
+    def view(self, place: int, nbytes: int) -> torch.Tensor | None:
+        """The bytes themselves, where they can be had."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Mover(Protocol):
+    """One way to write into the memory of another process.
+
+    ``settle_seconds``: see Guests. ``inline_bytes``: so few are written on the loop, where a thread would cost more.
+    """
+
+    backend: str
+    note: str
+    settle_seconds: float
+    inline_bytes: int
+
+    def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor: ...
+
+    def locate(self, pool: str, memory: torch.Tensor) -> PoolLocation:
+        """Make it writable by peers. Raises RegistrationFailed."""
+        ...
+
+    def reach(self, location: PoolLocation) -> Remote:
+        """May take long; on a thread. Raises PeerGone or TransferError."""
+        ...
+
+    def ready(self) -> object | None:
+        """Called where the data was made: what ``wait`` must be given so that it is really there."""
+        ...
+
+    def wait(self, made: object | None) -> None:
+        """On a thread, before the data is read."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Moved:
+    """How many bytes were moved, in how many seconds of moving alone. From the threads of several peers."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.nbytes = 0
+        self.seconds = 0.0
+
+    def add(self, nbytes: int, seconds: float) -> None:
+        with self._lock:
+            self.nbytes += nbytes
+            self.seconds += seconds
