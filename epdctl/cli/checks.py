@@ -55,10 +55,13 @@ class Check(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Mooncake:
-    """What was found of it. ``broken``: the import error's text; None when it imports or is not installed."""
+    """What was found of it. ``broken``: the import error's text; None when it imports or is not installed.
+    ``private``: this kernel lets us keep its ports on the loopback.
+    """
 
     packages: Sequence[str]
     broken: str | None = None
+    private: bool = True
 
 
 def ok(subject: str, finding: str) -> Check:
@@ -106,7 +109,10 @@ def check_mooncake(found: Mooncake, extra: str, wanted_package: str) -> Check:
         return Check(Level.FAIL, "mooncake", text, f"pip uninstall -y {' '.join(found.packages)} && {line}")
     if found.broken is not None:
         return Check(Level.FAIL, "mooncake", f"does not import: {found.broken}", _library_remedy(found.broken))
-    return ok("mooncake", f"{wanted_package} imports; its ports ask for no token and listen on every address")
+    if not found.private:
+        text = f"{wanted_package} imports; its ports ask for no token, and this kernel lets every address reach them"
+        return Check(Level.WARN, "mooncake", text, "Linux 5.7 or newer, or a firewall before the ports 15000 to 17000")
+    return ok("mooncake", f"{wanted_package} imports; its ports ask for no token, and are kept on the loopback")
 
 
 def _library_remedy(error: str) -> str:

@@ -19,6 +19,7 @@ from epdctl.cli.machine import MOONCAKE_PACKAGES, cuda_driver, gpu_names, instal
 from epdctl.control.cluster import list_clusters
 from epdctl.control.paths import runtime_base
 from epdctl.launch.procs import probe
+from epdctl.transfer.loopback import can_keep
 
 __all__ = ["examine"]
 
@@ -50,7 +51,7 @@ def _mooncake() -> Check:
     packages = [package for package in MOONCAKE_PACKAGES if installed(package)]
     extra = checks.fitting_extra(installed("torch"), cuda_driver())
     broken = _import_error("mooncake.engine") if packages else None
-    return checks.check_mooncake(checks.Mooncake(packages, broken), extra, _EXTRA_PACKAGES[extra])
+    return checks.check_mooncake(checks.Mooncake(packages, broken, can_keep()), extra, _EXTRA_PACKAGES[extra])
 
 
 def _import_error(module: str) -> str | None:

@@ -1,13 +1,15 @@
 """Bytes by Mooncake's engine: TCP, RDMA, or NVLink within a host. Which one is said by the plan and proved at start.
 
-The engine itself asks nobody for a password: whoever reaches its port and knows an address may write there. Addresses
-are told only to peers that showed the cluster's token.
+The engine itself asks nobody for a password: whoever reaches its port and knows an address may write there. It binds
+to every address whatever it is told, so its listening sockets are tied to the loopback device as soon as they are
+there, before any memory is registered; and addresses are told only to peers that showed the cluster's token.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 import threading
 import time
@@ -20,12 +22,15 @@ import torch
 
 from epdctl.errors import RegistrationFailed, TransferError, UserError
 from epdctl.transfer.landing import Owner
+from epdctl.transfer.loopback import keep_on_loopback, listening
 from epdctl.transfer.movers import Put
 from epdctl.transfer.onesided import OneSidedTransport
 from epdctl.transfer.tensors import require_room
 from epdctl.wire.transfer import PoolLocation
 
 __all__ = ["NVLINK_VARIABLE", "PROTOCOLS", "Engine", "MooncakeMover", "engine_of", "mooncake_transport", "rdma_devices"]
+
+log = logging.getLogger(__name__)
 
 NVLINK_VARIABLE = "MC_INTRANODE_NVLINK"  # without it the same engine falls to TCP and does not say so
 HOST = "127.0.0.1"
@@ -75,10 +80,14 @@ class Run:
 
 
 class Engine:
-    """The one engine of this process. Every call but ``write`` is quick; ``write`` blocks and releases the GIL."""
+    """The one engine of this process. Every call but ``write`` is quick; ``write`` blocks and releases the GIL.
 
-    def __init__(self, raw: RawEngine, protocol: str) -> None:
+    ``private``: no other machine reaches its ports.
+    """
+
+    def __init__(self, raw: RawEngine, protocol: str, *, private: bool = True) -> None:
         self.protocol = protocol
+        self.private = private
         self.way = PROTOCOLS[protocol]
         self._raw = raw
         self._known: dict[int, int] = {}  # address → bytes
@@ -123,10 +132,21 @@ def engine_of(protocol: str) -> Engine:
         from mooncake.engine import TransferEngine
     except ImportError as error:
         raise UserError(f"Mooncake cannot be imported: {error}", hint="`epdctl doctor` says what to install") from error
+    before = listening()
     raw = TransferEngine()
     if raw.initialize(HOST, "P2PHANDSHAKE", PROTOCOLS[protocol].engine, "") != 0:
         raise UserError(f"Mooncake does not start with protocol {protocol}", hint="its own lines above say why")
-    return Engine(raw, protocol)
+    return Engine(raw, protocol, private=_kept_private(listening() - before))
+
+
+def _kept_private(sockets: frozenset[int]) -> bool:
+    """Not to be able to is no reason not to start, but it is said: here, and in ``status`` as long as the rank runs."""
+    try:
+        keep_on_loopback(sockets)
+    except OSError as error:
+        log.warning("Mooncake's ports ask for no token and can be reached from other machines: %s", error)
+        return False
+    return True
 
 
 def rdma_devices(folder: Path = Path("/sys/class/infiniband")) -> list[str]:
@@ -249,7 +269,8 @@ class MooncakeMover:
         self._device = device
         self._memories: list[torch.Tensor] = []
         self.settle_seconds = PROTOCOLS[protocol].settle_seconds
-        self.note = f"mooncake {protocol}, {probe(self._engine, device):.1f} GB/s to itself"
+        open_ports = "" if self._engine.private else "; its ports are open to other machines"
+        self.note = f"mooncake {protocol}, {probe(self._engine, device):.1f} GB/s to itself{open_ports}"
         self._stage = _Stage(self._engine, device) if PROTOCOLS[protocol].staged else None
 
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:

@@ -9,7 +9,8 @@ import pytest
 
 from tests.e2e.test_parity import Truth, beyond_the_chunk, eight, no_picture, three_sizes
 from tests.support.cluster import Cluster
-from tests.support.leaks import no_leaks
+from tests.support.leaks import marked_processes, no_leaks
+from tests.support.listeners import OPEN, exposed, listeners
 
 CASES = [eight, beyond_the_chunk, three_sizes, no_picture]
 
@@ -43,5 +44,19 @@ def test_the_same_tokens_over_every_transport(
             with ThreadPoolExecutor(len(known)) as pool:
                 answers = list(pool.map(cluster.ask, [parts for parts, _ in known]))
             assert answers == [answer for _, answer in known]
+            _reached_from_this_host_alone(cluster, engines=says.startswith("mooncake"))
         finally:
             cluster.down()
+
+
+def _reached_from_this_host_alone(cluster: Cluster, *, engines: bool) -> None:
+    """Every listener of every process is bound to the loopback, but Mooncake's, which are tied to it; and the ranks
+    that have them say nothing of open ports."""
+    found = listeners([int(one.partition(":")[0]) for one in marked_processes(cluster.env)])
+    assert ("127.0.0.1", cluster.port) in found
+    assert list(exposed(found)) == []
+    models = {rank["pid"] for rank in cluster.status()["ranks"] if rank["transfer"]}
+    wide = {one: pid for one, pid in found.items() if one[0] != "127.0.0.1"}
+    assert all(address in OPEN for address, _ in wide)
+    assert set(wide.values()) == (models if engines else set())
+    assert not any("open to other" in (rank["transfer"] or "") for rank in cluster.status()["ranks"])

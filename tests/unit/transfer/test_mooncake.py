@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +149,39 @@ def test_rdma_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     engine_of.cache_clear()
     with pytest.raises(UserError, match="no RDMA device"):
         engine_of("rdma")
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """What an engine listens on that binds to every address, as the real one does; started as the only one."""
+    server = socket.socket()
+
+    class Listening(Pretender):
+        def initialize(self, *_: str) -> int:
+            server.listen()
+            return 0
+
+    monkeypatch.setitem(sys.modules, "mooncake.engine", SimpleNamespace(TransferEngine=Listening))
+    monkeypatch.delenv(mooncake.NVLINK_VARIABLE, raising=False)
+    engine_of.cache_clear()
+    with server:
+        yield server
+    engine_of.cache_clear()
+
+
+def test_the_engines_ports_are_kept_on_the_loopback(opened: socket.socket) -> None:
+    assert engine_of("tcp").private
+    assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16) == b"lo\0"
+    assert "open" not in MooncakeMover("tcp", CPU).note
+
+
+def test_ports_that_stay_open_are_told_in_the_status(opened: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(_: frozenset[int]) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(mooncake, "keep_on_loopback", forbid)
+    assert not engine_of("tcp").private
+    assert MooncakeMover("tcp", CPU).note.endswith("; its ports are open to other machines")
 
 
 def test_nvlink_and_its_variable_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
