@@ -12,6 +12,7 @@ import msgspec
 __all__ = [
     "Incarnation",
     "LocalGpu",
+    "Modality",
     "PhysicalGpu",
     "RankName",
     "RequestId",
@@ -49,6 +50,21 @@ class Stage(enum.StrEnum):
     LANGUAGE = "language"
     MONO = "mono"
 
+
+class Modality(enum.StrEnum):
+    """What a part of a request is, beside text."""
+
+    IMAGE = "image"
+    AUDIO = "audio"
+    VIDEO = "video"
+
+    @property
+    def noun(self) -> str:
+        """One of it, in messages for people; with an s, several."""
+        return _NOUNS[self]
+
+
+_NOUNS = {Modality.IMAGE: "picture", Modality.AUDIO: "sound clip", Modality.VIDEO: "video"}
 
 MODEL_STAGES = frozenset({Stage.ENCODER, Stage.PREFILL, Stage.DECODE, Stage.LANGUAGE, Stage.MONO})
 

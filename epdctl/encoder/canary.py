@@ -1,57 +1,48 @@
-"""Readiness, proved: a small picture of our own goes the way of every item, and the values that come are checked."""
+"""Readiness, proved: a small medium of our own goes the way of every item, and the values that come are checked."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-import struct
-import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from epdctl.errors import EpdError
 from epdctl.families import open_family
-from epdctl.wire.config import EncoderConfig, ModelConfig
+from epdctl.families.base import Family
+from epdctl.families.samples import SAMPLES
+from epdctl.rank.headers import read_header
+from epdctl.wire.config import EncoderConfig, Limits, ModelConfig
 from epdctl.wire.encode import MediaItem
 
-__all__ = ["PNG", "Canary", "Watch", "picture_canary"]
+__all__ = ["BAND", "Canary", "Watch", "family_canary", "model_canary"]
 
 log = logging.getLogger(__name__)
 
-SIDE = 32  # pixels
 BAND = 0.05  # how far the norm may be from the first one, as a part of it: batches change 16-bit numbers a little
-
-
-def _png() -> bytes:
-    """SIDE × SIDE pixels of a gradient, RGB."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = (bytes(value for x in range(SIDE) for value in (8 * x, 8 * y, 128)) for y in range(SIDE))
-    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-PNG = _png()
 
 
 @dataclass(frozen=True, slots=True)
 class Canary:
+    """``item`` has no hash: what is remembered proves nothing."""
+
     media: bytes
     item: MediaItem
 
 
-def picture_canary(model: ModelConfig) -> Canary:
-    """Raises LoadError for a checkpoint without its json files."""
-    expected = open_family(Path(model.path)).picture_tokens(SIDE, SIDE, 1)
-    item = MediaItem(
-        index=0, modality="image", content_hash="", of=1, grid=list(expected.grid), rows=expected.rows
-    )  # no hash: what is remembered proves nothing
-    return Canary(PNG, item)
+def model_canary(model: ModelConfig) -> Canary:
+    """Of the first modality that the model takes. Raises LoadError for a checkpoint without its json files."""
+    return family_canary(open_family(Path(model.path)))
+
+
+def family_canary(family: Family) -> Canary:
+    modality = family.modalities[0]
+    media = SAMPLES[modality]
+    span = family.span(read_header(modality, media, Limits()), 1)
+    item = MediaItem(index=0, modality=modality, content_hash="", of=1, grid=list(span.grid), rows=span.rows)
+    return Canary(media, item)
 
 
 class Watch:
@@ -76,7 +67,7 @@ class Watch:
         self._seen = self._made()
         if not math.isfinite(self._norm) or self._norm == 0.0:
             raise EpdError(
-                f"the tower made an embedding of norm {self._norm} of the test picture",
+                f"the tower made an embedding of norm {self._norm} of the test item",
                 hint="the checkpoint's weights, or the device's memory, are damaged",
             )
 
@@ -102,9 +93,9 @@ class Watch:
                 norm = await self._measure()
         except TimeoutError:
             busy = self._made() != before
-            return None if busy else f"the test picture was not encoded within {self._deadline:g} s"
+            return None if busy else f"the test item was not encoded within {self._deadline:g} s"
         except EpdError as error:
-            return f"the test picture was refused: {error.message}"
+            return f"the test item was refused: {error.message}"
         if abs(norm / self._norm - 1.0) <= BAND:  # false for nan too
             return None
-        return f"the test picture's embedding has norm {norm:.6g}; at the start it was {self._norm:.6g}"
+        return f"the test item's embedding has norm {norm:.6g}; at the start it was {self._norm:.6g}"

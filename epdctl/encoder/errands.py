@@ -118,7 +118,7 @@ async def _hand_out(body: EncodeBody, job: Job, to: Destination, ends: float) ->
         req_id=body.req_id,
         part_idx=body.part_idx,
         num_parts=body.num_parts,
-        modality=body.modality.lower(),
+        modality=body.kind,
         grids=[item.grid for item in job.items],
         specs=specs,
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from epdctl.errors import RequestError
+from epdctl.ids import Modality
 
 __all__ = ["Destination", "EncodeBody", "SendBody", "Target", "parse", "target_of"]
 
@@ -40,6 +41,10 @@ class EncodeBody(_Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     mm_items: Annotated[list[str], msgspec.Meta(min_length=1)]  # data: URLs
     modality: Literal["image", "IMAGE", "audio", "AUDIO", "video", "VIDEO"] = "image"
     num_parts: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+    @property
+    def kind(self) -> Modality:
+        return Modality(self.modality.lower())
 
     def __post_init__(self) -> None:
         if self.part_idx >= self.num_parts:

@@ -1,4 +1,4 @@
-"""``/health_generate``: a real picture through router and rank and back, with its values checked."""
+"""``/health_generate``: a real medium through router and rank and back, with its values checked."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import math
 
 import numpy
 
-from epdctl.encoder.canary import BAND
+from epdctl.encoder.canary import BAND, Canary
 from epdctl.encoder.jobs import Jobs
 from epdctl.errors import RequestError
-from epdctl.wire.encode import MediaItem
 from epdctl.wire.transfer import TensorSpec
 
 __all__ = ["Proof", "norm_of"]
@@ -19,7 +18,7 @@ __all__ = ["Proof", "norm_of"]
 class Proof:
     """Any number of askers share the one that is under way: a storm of probes is no load."""
 
-    def __init__(self, jobs: Jobs, canary: tuple[MediaItem, bytes], seconds: float) -> None:
+    def __init__(self, jobs: Jobs, canary: Canary, seconds: float) -> None:
         self._jobs = jobs
         self._canary = canary
         self._seconds = seconds
@@ -34,23 +33,23 @@ class Proof:
 
     async def _try(self) -> str | None:
         try:
-            job = self._jobs.start([self._canary], self._seconds)
+            job = self._jobs.start([(self._canary.item, self._canary.media)], self._seconds)
             try:
                 (rows,), (spec,) = await job.embeddings(), await job.sizes()
             finally:
                 self._jobs.forget(job)
         except RequestError as error:
-            return f"the test picture was not encoded: {error.message}"
+            return f"the test item was not encoded: {error.message}"
         return self._judged(norm_of(rows, spec))
 
     def _judged(self, norm: float) -> str | None:
         if not math.isfinite(norm) or norm == 0.0:
-            return f"the test picture's embedding has norm {norm}"
+            return f"the test item's embedding has norm {norm}"
         if self._norm is None:
             self._norm = norm
         if abs(norm / self._norm - 1.0) <= BAND:
             return None
-        return f"the test picture's embedding has norm {norm:.6g}; the first one had {self._norm:.6g}"
+        return f"the test item's embedding has norm {norm:.6g}; the first one had {self._norm:.6g}"
 
 
 def norm_of(rows: memoryview, spec: TensorSpec) -> float:

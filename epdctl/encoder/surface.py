@@ -6,7 +6,6 @@ Decides nothing about ranks and imports no torch: a request becomes items for th
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import logging
 from collections.abc import Awaitable, Callable
@@ -18,7 +17,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.routing import Route
 
-from epdctl.encoder.canary import PNG, SIDE
+from epdctl.encoder.canary import family_canary
 from epdctl.encoder.dispatch import Ended, RankKey
 from epdctl.encoder.errands import Errands
 from epdctl.encoder.jobs import Jobs
@@ -28,8 +27,9 @@ from epdctl.encoder.proof import Proof
 from epdctl.encoder.verdict import judge
 from epdctl.errors import LoadError, RequestError
 from epdctl.families import open_family
+from epdctl.families.base import Span
 from epdctl.ids import RankName
-from epdctl.rank.media import Medium, read_picture
+from epdctl.rank.media import Medium, Source, read, span_of
 from epdctl.rank.web import HttpServer, HungUp, address_of, bind, unless_hung_up
 from epdctl.telemetry.encoder import EncoderMeters
 from epdctl.telemetry.metrics import CONTENT_TYPE
@@ -41,7 +41,7 @@ __all__ = ["Fleet", "HttpSurface"]
 log = logging.getLogger(__name__)
 
 BODY_SECONDS = 60.0
-THREADS = 2  # for what would hold up the router's loop: parsing, base64, headers of pictures
+THREADS = 2  # for what would hold up the router's loop: parsing, base64, headers of media
 
 Handler = Callable[[Request], Awaitable[Response]]
 Items = list[tuple[MediaItem, bytes]]
@@ -73,7 +73,7 @@ class HttpSurface:
         self._token = _read_token(http)
         self._jobs = Jobs(inbox)
         self._errands = Errands(self._jobs, http.held_bytes)
-        self._proof = Proof(self._jobs, self._canary(), spec.config.encoder.canary_deadline)
+        self._proof = Proof(self._jobs, family_canary(self._family), spec.config.encoder.canary_deadline)
         self._profiles = Profiles(fleet, http.profiles)
         self._pool = ThreadPoolExecutor(THREADS, "intake")
         self._body_bytes = 0
@@ -205,35 +205,18 @@ class HttpSurface:
     def _read(self, raw: bytes) -> tuple[EncodeBody, Items]:
         """On a thread. Raises RequestError."""
         body = parse(raw, EncodeBody)
-        if body.modality.lower() != "image":
-            text = f"modality {body.modality.lower()} is not served: no family here has a tower for it"
-            raise RequestError(400, text, param="modality", code="unsupported")
-        if len(body.mm_items) > self._limits.max_images:
-            text = f"{len(body.mm_items)} items; at most {self._limits.max_images} are served"
-            raise RequestError(400, text, param="mm_items")
+        if body.kind not in self._family.modalities:
+            text = f"modality {body.kind} is not served: this model takes {', '.join(self._family.modalities)}"
+            raise RequestError(400, text, param="modality", code="unsupported_modality")
         of = len(body.mm_items)
-        media = [read_picture(url, f"mm_items[{at}]", self._limits) for at, url in enumerate(body.mm_items)]
-        return body, [(self._item(at, medium, of), medium.data) for at, medium in enumerate(media)]
-
-    def _item(self, index: int, medium: Medium, of: int) -> MediaItem:
-        try:
-            expected = self._family.picture_tokens(medium.width, medium.height, of)
-        except ValueError as error:
-            raise RequestError(400, f"mm_items[{index}]: {error}", param=f"mm_items[{index}]") from error
-        return MediaItem(
-            index=index,
-            modality="image",
-            content_hash=medium.content_hash,
-            of=of,
-            grid=list(expected.grid),
-            rows=expected.rows,
-        )
-
-    def _canary(self) -> tuple[MediaItem, bytes]:
-        digest = hashlib.blake2b(PNG, digest_size=16).hexdigest()
-        item = self._item(0, Medium(PNG, digest, SIDE, SIDE), 1)
-        unnamed = MediaItem(index=0, modality="image", content_hash="", of=1, grid=item.grid, rows=item.rows)
-        return unnamed, PNG  # without its hash: what is remembered proves nothing
+        if of > self._limits.max_media:
+            text = f"{of} items; at most {self._limits.max_media} are served"
+            raise RequestError(400, text, param="mm_items")
+        sources = [Source(body.kind, f"mm_items[{at}]", url) for at, url in enumerate(body.mm_items)]
+        media = [read(source, self._limits) for source in sources]
+        spans = [span_of(self._family, *each, of) for each in zip(sources, (m.header for m in media), strict=True)]
+        items = [_item(at, medium, spans[at], of) for at, medium in enumerate(media)]
+        return body, [(item, medium.data) for item, medium in zip(items, media, strict=True)]
 
     async def _health(self, _: Request) -> Response:
         """Answers at once, from what is known: it waits for no rank."""
@@ -259,6 +242,17 @@ class HttpSurface:
 
     async def _metrics(self, _: Request) -> Response:
         return Response(self._meters.text(), media_type=CONTENT_TYPE)
+
+
+def _item(index: int, medium: Medium, span: Span, of: int) -> MediaItem:
+    return MediaItem(
+        index=index,
+        modality=span.modality,
+        content_hash=medium.content_hash,
+        of=of,
+        grid=list(span.grid),
+        rows=span.rows,
+    )
 
 
 def _read_token(http: EncoderHttp) -> str | None:

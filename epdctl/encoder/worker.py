@@ -1,4 +1,4 @@
-"""An encoder rank: pictures in, embeddings straight into the slots of the rank that waits for them.
+"""An encoder rank: media in, embeddings straight into the slots of the rank that waits for them.
 
 An item is one task from arrival to answer; cancelling it is cancelling the task. Preprocessing runs on a few threads,
 the forward on one. Nothing here knows a request: batches are formed from whatever waits.
@@ -15,7 +15,7 @@ from typing import Protocol, assert_never
 
 import torch
 
-from epdctl.encoder.canary import Canary, Watch, picture_canary
+from epdctl.encoder.canary import Canary, Watch, model_canary
 from epdctl.encoder.forward import Forward
 from epdctl.encoder.making import Makings, Reading, Refused, Size
 from epdctl.encoder.notices import Notices
@@ -109,7 +109,7 @@ class EncoderService:
         spec: RankSpec,
         *,
         load: LoadTower = load_tower,
-        canary: Callable[[ModelConfig], Canary] = picture_canary,
+        canary: Callable[[ModelConfig], Canary] = model_canary,
         beside: Machine | None = None,
     ) -> None:
         self._spec = spec
@@ -210,9 +210,9 @@ class EncoderService:
         if self._draining:
             return FailureKind.NO_RANK, f"{self._spec.rank} is being stopped"
         if len(frames) != 1:
-            return FailureKind.INTERNAL, f"an item came with {len(frames)} pictures"
+            return FailureKind.INTERNAL, f"an item came with {len(frames)} files"
         if len(self._items) >= self._spec.config.limits.inflight:
-            return FailureKind.FULL, f"{self._spec.rank} works on {len(self._items)} pictures already"
+            return FailureKind.FULL, f"{self._spec.rank} works on {len(self._items)} items already"
         return None
 
     def _accept(self, work: _Work) -> None:
@@ -292,7 +292,7 @@ class EncoderService:
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(self._preprocessing, self._prepare, media, item)
         if (list(prepared.grid), prepared.rows) != (item.grid, item.rows):
-            text = f"the picture makes {prepared.rows} rows of grid {list(prepared.grid)}"
+            text = f"the {item.modality.noun} makes {prepared.rows} rows of grid {list(prepared.grid)}"
             raise Refused(FailureKind.BAD_MEDIA, f"{text}, and its header promised {item.rows} of {item.grid}")
         return prepared
 

@@ -38,7 +38,7 @@ class Prepared:
     [tiles, 3, height, width], or 8-bit [height, width, 3] where the device does the rest.
     """
 
-    grid: tuple[int, int, int]  # families.base.Picture's
+    grid: tuple[int, int, int]  # families.base.Span's
     rows: int  # embeddings to come
     patches: int  # what the forward costs
     pixels: torch.Tensor
@@ -61,7 +61,7 @@ class Tower(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def prepare(self, media: bytes | memoryview, item: MediaItem) -> Prepared:
-        """Decode and preprocess one picture; safe on many threads at once. Raises RequestError (400) on bad media."""
+        """Decode and preprocess one medium; safe on many threads at once. Raises RequestError (400) on bad media."""
         ...
 
     def encode(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:

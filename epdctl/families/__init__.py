@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from epdctl.errors import LoadError
 from epdctl.families.base import Family
 from epdctl.families.files import read_json
+from epdctl.families.media import MediaFamily
+from epdctl.ids import Modality
 
-__all__ = ["SERVED", "open_family"]
+__all__ = ["SERVED", "modalities_of", "open_family"]
 
 # model_type → the class of its torch-free half; the module's name is the family's
 SERVED: dict[str, str] = {
@@ -27,6 +30,16 @@ def open_family(directory: Path) -> Family:
             f"{directory} is a model of type {model_type!r}, which is not served",
             hint=f"served: {', '.join(sorted(SERVED))}",
         )
-    module = importlib.import_module(f"epdctl.families.{model_type}")
-    family: Family = getattr(module, SERVED[model_type])(directory)
+    family: Family = _class(model_type)(directory)
     return family
+
+
+def modalities_of(model_type: str) -> Sequence[Modality]:
+    """What models of a served family take beside text; what a checkpoint of it says may add to that."""
+    return tuple(_class(model_type).placeholders)
+
+
+def _class(model_type: str) -> type[MediaFamily]:
+    module = importlib.import_module(f"epdctl.families.{model_type}")
+    found: type[MediaFamily] = getattr(module, SERVED[model_type])
+    return found

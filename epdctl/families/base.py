@@ -1,7 +1,7 @@
 """What a model family is without torch: sizes, placeholders and end tokens. One module of this package per family.
 
-The gateway knows from here how long a prompt will be before any picture is encoded; the torch half of the same family
-stands in ``engine/families``.
+The gateway knows from here how long a prompt will be before any picture or sound is encoded; the torch half of the same
+family stands in ``engine/families``.
 """
 
 from __future__ import annotations
@@ -9,27 +9,53 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+from epdctl.ids import Modality
 from epdctl.wire.serve import PromptItem
 
-__all__ = ["Family", "Picture", "Prompt"]
+__all__ = ["Family", "Header", "PictureHeader", "Prompt", "SoundHeader", "Span"]
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """What the family's processor makes of one picture."""
+class PictureHeader:
+    """``width`` and ``height``: pixels of the upright picture."""
+
+    modality: ClassVar[Modality] = Modality.IMAGE
+
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class SoundHeader:
+    """``frames``: samples of each channel, ``rate`` of them in a second."""
+
+    modality: ClassVar[Modality] = Modality.AUDIO
+
+    frames: int
+    rate: int
+
+
+Header = PictureHeader | SoundHeader  # what a file says of itself, read before anything in it is decoded
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What the family's processor makes of one medium."""
 
     grid: tuple[int, int, int]  # the family's own three numbers, from which its tower and its positions know the rest
     rows: int  # embeddings, and so placeholder tokens
+    modality: Modality = Modality.IMAGE
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids with every picture's placeholder repeated to its length, and where each item stands."""
+    """Token ids with every medium's placeholder repeated to its length, and where each item stands."""
 
     tokens: list[int]
-    items: list[PromptItem]
+    items: list[PromptItem]  # in the prompt's order
+    sources: list[int]  # of each item: which of the request's media it is
 
 
 class Family(Protocol):
@@ -38,15 +64,21 @@ class Family(Protocol):
     def __init__(self, directory: Path) -> None: ...
 
     @property
+    def modalities(self) -> Sequence[Modality]:
+        """What it takes beside text. The first is what its encoders prove themselves with."""
+        ...
+
+    @property
     def end_token_ids(self) -> Sequence[int]:
         """The tokens at which ``generate`` stops: generation_config's, else config's eos_token_id."""
         ...
 
-    def picture_tokens(self, width: int, height: int, of: int) -> Picture:
-        """``of``: pictures in the whole request (some families tile a lone one). Raises ValueError with the reason
-        for a picture the processor refuses (Qwen: an aspect ratio above 200)."""
+    def span(self, header: Header, of: int) -> Span:
+        """``of``: media of its kind in the request (some families tile a lone picture). Raises ValueError with the
+        reason for one the processor refuses (Qwen: an aspect ratio above 200), or that the family does not take."""
         ...
 
-    def expand(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> Prompt:
-        """``tokens``: the tokenised chat template, one placeholder per picture. Raises ValueError on another count."""
+    def expand(self, tokens: Sequence[int], spans: Sequence[Span]) -> Prompt:
+        """``tokens``: the tokenised chat template, one placeholder per medium; ``spans``: in the request's order, which
+        a template keeps within a modality. Raises ValueError on another count."""
         ...

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from epdctl.errors import LoadError
-from epdctl.families.base import Picture
+from epdctl.families.base import Span
 from epdctl.families.files import read_image_processor, read_json
-from epdctl.families.pictures import PictureFamily, refuse_empty
+from epdctl.families.media import PictureFamily, refuse_empty
 
 __all__ = ["LlavaOnevision", "TileRule"]
 
@@ -84,7 +84,7 @@ class LlavaOnevision(PictureFamily):
         self.rule = TileRule.read(read_json(directory / "config.json"), read_image_processor(directory))
         super().__init__(directory)
 
-    def picture_tokens(self, width: int, height: int, of: int) -> Picture:
+    def picture_tokens(self, width: int, height: int, of: int) -> Span:
         """A row per patch of the whole picture; then, of a lone one, the rows of its tiles, each line ended by a
         newline. One of several gets a single newline."""
         refuse_empty(width, height)
@@ -92,7 +92,7 @@ class LlavaOnevision(PictureFamily):
             raise ValueError(f"a picture of {width} x {height} pixels is longer than {LONGEST}")
         whole = self.rule.patches**2
         if of != 1:
-            return Picture(grid=(1, height, width), rows=whole + 1)
+            return Span(grid=(1, height, width), rows=whole + 1)
         down, across = self.rule.tiles(width, height)
         rows, columns = self.rule.kept(width, height)
-        return Picture(grid=(1 + down * across, height, width), rows=whole + rows * (columns + 1))
+        return Span(grid=(1 + down * across, height, width), rows=whole + rows * (columns + 1))

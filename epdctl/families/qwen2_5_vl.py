@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epdctl.families.base import Picture
+from epdctl.families.base import Span
 from epdctl.families.files import read_image_processor
-from epdctl.families.pictures import PictureFamily, refuse_empty
+from epdctl.families.media import PictureFamily, refuse_empty
 
 __all__ = ["PictureRule", "Qwen25VL"]
 
@@ -70,7 +70,7 @@ class Qwen25VL(PictureFamily):
         self.rule = PictureRule.read(read_image_processor(directory))
         super().__init__(directory)
 
-    def picture_tokens(self, width: int, height: int, of: int) -> Picture:
+    def picture_tokens(self, width: int, height: int, of: int) -> Span:
         """``of`` changes nothing here: a lone picture is treated like one of many."""
         rows, columns = self.rule.grid(width, height)
-        return Picture(grid=(1, rows, columns), rows=rows * columns // self.rule.merge**2)
+        return Span(grid=(1, rows, columns), rows=rows * columns // self.rule.merge**2)

@@ -57,7 +57,7 @@ class Desk:
     pipeline: Pipeline
     door: Door
     meters: GatewayMeters
-    pool: Executor  # for what would hold up the loop: parsing, tokenising, reading headers of pictures
+    pool: Executor  # for what would hold up the loop: parsing, tokenising, reading headers of media
     fetcher: Fetcher
     config: GatewayConfig
 
@@ -96,7 +96,7 @@ def _add_reports(app: FastAPI, desk: Desk) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         ranks = desk.pipeline.ranks
-        reasons = ranks.missing(pictures=ranks.sees)
+        reasons = ranks.missing(media=ranks.sees)
         if desk.door.closed is not None:
             reasons.insert(0, desk.door.closed)
         status = "unavailable" if reasons else "ok"
@@ -240,7 +240,8 @@ class Completions:
     async def _serve(self, visit: Visit, body: Body) -> None:
         desk = self._desk
         request, order, ignored = await self._take_in(visit, body)
-        desk.meters.pictures.inc(len(order.media))
+        for item in order.prompt.items:
+            desk.meters.media.labels(item.modality.value).inc()
         headers = {}
         if ignored:
             self._notes.tell(ignored)
@@ -261,7 +262,7 @@ class Completions:
 
     async def _take_in(self, visit: Visit, body: Body) -> tuple[ChatRequest | TextRequest, Order, list[str]]:
         """What is kept of a body as long as its answer takes, and the names of what was ignored. Body and text of the
-        request go when this returns: they are three times as large as the pictures in them."""
+        request go when this returns: they are three times as large as the media in them."""
         intake, raw = self._desk.intake, body.take()
         request = await self._aside(lambda: intake.read(self._api.request, raw, strict=self._desk.config.strict))
         fetched = await self._fetch(visit, request, len(raw))

@@ -76,7 +76,7 @@ class Brief:
         )
 
     def encode(self, index: int, slot: RemoteLease, notify: str, budget_s: float) -> Encode:
-        """Goes with the picture's bytes behind it."""
+        """Goes with the medium's bytes behind it."""
         return Encode(
             request=self.request,
             attempt=self.attempt,

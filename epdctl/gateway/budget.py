@@ -59,7 +59,7 @@ class Door:
 
 
 class Ticket:
-    """One request's right to be here, and the bytes it holds: first of its body, then of its pictures."""
+    """One request's right to be here, and the bytes it holds: first of its body, then of its media."""
 
     def __init__(self, door: Door) -> None:
         self._door = door

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from tokenizers import Tokenizer
 
 from epdctl.errors import LoadError, RequestError
 from epdctl.families.files import read_json, read_json_if_there
-from epdctl.gateway.schema import ImagePart, Message, TextPart
+from epdctl.gateway.schema import PARTS, MediaPart, Message, TextPart
 from epdctl.gateway.spelling import Spelling
+from epdctl.ids import Modality
 
 __all__ = ["ChatTemplate"]
+
+Turn = dict[str, Any]  # a message as templates read it: JSON
 
 # Names in config.json under which families keep the tokens that stand for media. A text must not bring its own.
 MEDIA_TOKENS = (
@@ -35,11 +38,15 @@ MEDIA_TOKENS = (
     "vision_end_token_id",
     "vision_token_id",
 )
+# How templates know a medium. Qwen2-Audio's published one looks for the address, and not at the type.
+MEDIA_TURNS: Mapping[Modality, Turn] = {
+    Modality.IMAGE: {"type": "image"},
+    Modality.AUDIO: {"type": "audio", "audio_url": ""},
+    Modality.VIDEO: {"type": "video"},
+}
 NORMALISING = 4  # a text may shrink this much before it is cut into tokens
 HARMLESS = "x"
 PROBE = "is this read?"
-
-Turn = dict[str, Any]  # a message as templates read it: JSON
 
 
 class _Generation(jinja2.ext.Extension):
@@ -96,7 +103,7 @@ class ChatTemplate:
         self._parts_only = not self._reads_strings()
 
     def tokens(self, messages: Sequence[Message], limit: int) -> list[int]:
-        """The prompt: one placeholder per picture. Raises RequestError (400) for messages that the template refuses,
+        """The prompt: one placeholder per medium. Raises RequestError (400) for messages that the template refuses,
         for text that contains placeholders itself, and for text that cannot fit into ``limit`` tokens."""
         text = self._render([self._turn(message) for message in messages])
         self._refuse_endless(text, "the messages", limit)
@@ -105,7 +112,7 @@ class ChatTemplate:
         return tokens
 
     def plain_tokens(self, prompt: str | Sequence[int], limit: int) -> list[int]:
-        """A prompt as it stands: no template, and no picture. Raises RequestError (400) as ``tokens`` does, and for
+        """A prompt as it stands: no template, and no media. Raises RequestError (400) as ``tokens`` does, and for
         ids that the tokenizer does not know."""
         if isinstance(prompt, str):
             self._refuse_endless(prompt, "the prompt", limit)
@@ -179,7 +186,7 @@ class ChatTemplate:
 
 
 def _forged(param: str) -> RequestError:
-    text = "a text contains the model's own marks for pictures or video: send pictures as image_url"
+    text = f"a text contains the model's own marks for media: send them as parts ({', '.join(PARTS.values())})"
     return RequestError(400, text, param=param, code="forged_media")
 
 
@@ -192,9 +199,9 @@ def too_long(what: str, limit: int, param: str = "messages") -> RequestError:
     )
 
 
-def _part(part: TextPart | ImagePart, words: str | None) -> Turn:
-    if isinstance(part, ImagePart):
-        return {"type": "image"}
+def _part(part: TextPart | MediaPart, words: str | None) -> Turn:
+    if isinstance(part, MediaPart):
+        return MEDIA_TURNS[part.modality]
     return _text(part.text if words is None else words)
 
 

@@ -150,7 +150,7 @@ class Flight:
             raise self._error
 
     @property
-    def has_pictures(self) -> bool:
+    def has_media(self) -> bool:
         return bool(self.order.media)
 
     def stop(self) -> None:
@@ -171,7 +171,7 @@ class Flight:
         if self.state in ENDED:
             return
         if self.state is RequestState.RECEIVED:
-            missing = ", ".join(self._director.ranks.missing(pictures=self.has_pictures))
+            missing = ", ".join(self._director.ranks.missing(media=self.has_media))
             why = "; ".join(filter(None, (missing, self.losses.text))) or "no rank took it"
             self.fail(failure(FailureKind.NO_RANK, f"no rank answered within the request's time: {why}"))
         else:
@@ -198,7 +198,7 @@ class Flight:
 
     def place(self, route: Route) -> None:
         """Begin an attempt over ``route``."""
-        self._step(Step.PLACED_PICTURES if self.has_pictures else Step.PLACED_TEXT)
+        self._step(Step.PLACED_MEDIA if self.has_media else Step.PLACED_TEXT)
         self._attempts += 1
         brief = Brief(self.request, self._attempts, new_room(), route, self.order, tuple(self._received))
         self._attempt = attempt = Attempt(brief, list(route.peers), set(range(len(self.order.media))))
@@ -252,7 +252,7 @@ class Flight:
         if attempt.granted or attempt.route.router is None:
             return
         if len(message.slots) != len(self.order.media):
-            self.fail(failure(FailureKind.INTERNAL, f"{len(message.slots)} slots for {len(self.order.media)} pictures"))
+            self.fail(failure(FailureKind.INTERNAL, f"{len(message.slots)} slots for {len(self.order.media)} media"))
             return
         attempt.granted = True
         self._or_lose(lambda: self._encode(attempt, message))

@@ -6,6 +6,7 @@ Runs on a thread of a bounded pool; touches no socket, no shared state.
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import TypeVar
 
 from epdctl.errors import RequestError
 from epdctl.families import open_family
-from epdctl.families.base import Family, Picture, Prompt
+from epdctl.families.base import Family, Prompt, Span
 from epdctl.gateway.chat import ChatTemplate, too_long
 from epdctl.gateway.fields import Settings
 from epdctl.gateway.remote import is_remote
-from epdctl.gateway.schema import ChatRequest, ImagePart, Message, TextRequest, parse_request
-from epdctl.rank.media import Medium, measure, read_picture
+from epdctl.gateway.schema import PARTS, ChatRequest, MediaPart, Message, TextRequest, parse_request
+from epdctl.rank.media import Medium, Source, measure, read, span_of
 from epdctl.wire.config import Limits, ModelConfig
 from epdctl.wire.encode import MediaItem
 from epdctl.wire.serve import Sampling
@@ -34,7 +35,7 @@ R = TypeVar("R", bound=Settings)
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One request, bounded and tokenised. ``media[i]`` is the picture of ``prompt.items[i]``."""
+    """One request, bounded and tokenised. ``media[i]`` is that of ``prompt.items[i]``."""
 
     prompt: Prompt
     media: Sequence[Medium]
@@ -50,7 +51,7 @@ class Order:
             index=index,
             modality=item.modality,
             content_hash=self.media[index].content_hash,
-            of=len(self.media),
+            of=sum(other.modality == item.modality for other in self.prompt.items),
             grid=item.grid,
             rows=item.rows,
         )
@@ -72,7 +73,7 @@ class Intake:
         return self.chat.decode
 
     def read(self, kind: type[R], body: bytes, *, strict: bool = False) -> R:
-        """Raises RequestError (400, 404) for what can be said without looking at pictures. ``strict``: for a field
+        """Raises RequestError (400, 404) for what can be said without looking at media. ``strict``: for a field
         that nobody knows too."""
         request = parse_request(kind, body)
         if request.model != self.model:
@@ -82,34 +83,47 @@ class Intake:
         if strict and request.ignored_fields:
             name = request.ignored_fields[0]
             raise RequestError(400, f"{name} is not a field of this API", param=name, code="unknown_parameter")
-        if len(places := _image_urls(request)) > self.limits.max_images:
-            raise RequestError(
-                400, f"{len(places)} pictures; at most {self.limits.max_images} are served", param="messages"
-            )
+        self._check_media(_sources(request))
         return request
+
+    def _check_media(self, sources: Sequence[Source]) -> None:
+        if len(sources) > self.limits.max_media:
+            counts = Counter(source.modality for source in sources)
+            what = " and ".join(f"{count} {modality.noun}s" for modality, count in counts.items())
+            raise RequestError(400, f"{what}; at most {self.limits.max_media} are served", param="messages")
+        taken = self.family.modalities
+        if (strange := next((source for source in sources if source.modality not in taken), None)) is not None:
+            takes = ", ".join(f"{modality.noun}s ({PARTS[modality]})" for modality in taken)
+            text = f"{strange.place}: {self.model} takes no {strange.modality.noun}s; beside text it takes {takes}"
+            raise RequestError(400, text, param=strange.place, code="unsupported_modality")
 
     def order(self, request: ChatRequest | TextRequest, fetched: Mapping[str, bytes]) -> Order:
         """``fetched``: what the addresses of ``remote_urls`` hold. Raises RequestError (400)."""
-        media = [self._medium(url, place, fetched) for place, url in _image_urls(request)]
+        sources = _sources(request)
+        media = [self._medium(source, fetched) for source in sources]
         if isinstance(request, ChatRequest):
             tokens = self.chat.tokens(request.messages, self.limits.max_context)
         else:
             tokens = self.chat.plain_tokens(request.text_or_ids, self.limits.max_context)
-        prompt = self._expand(tokens, self._pictures(media))
-        return Order(prompt, media, self._sampling(request, len(prompt.tokens)))
+        prompt = self._expand(tokens, self._spans(sources, media))
+        placed = [media[source] for source in prompt.sources]
+        return Order(prompt, placed, self._sampling(request, len(prompt.tokens)))
 
-    def _medium(self, url: str, place: str, fetched: Mapping[str, bytes]) -> Medium:
-        return measure(fetched[url], place, self.limits) if url in fetched else read_picture(url, place, self.limits)
+    def _medium(self, source: Source, fetched: Mapping[str, bytes]) -> Medium:
+        if not source.bare and source.text in fetched:
+            return measure(fetched[source.text], source, self.limits)
+        return read(source, self.limits)
 
-    def _pictures(self, media: Sequence[Medium]) -> list[Picture]:
+    def _spans(self, sources: Sequence[Source], media: Sequence[Medium]) -> list[Span]:
+        of = Counter(source.modality for source in sources)
+        return [
+            span_of(self.family, source, medium.header, of[source.modality])
+            for source, medium in zip(sources, media, strict=True)
+        ]
+
+    def _expand(self, tokens: Sequence[int], spans: Sequence[Span]) -> Prompt:
         try:
-            return [self.family.picture_tokens(medium.width, medium.height, len(media)) for medium in media]
-        except ValueError as error:
-            raise RequestError(400, str(error), param="messages", code="invalid_image") from error
-
-    def _expand(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> Prompt:
-        try:
-            return self.family.expand(tokens, pictures)
+            return self.family.expand(tokens, spans)
         except ValueError as error:
             raise RequestError(400, str(error), param="messages") from error
 
@@ -152,23 +166,23 @@ class Intake:
         return asked or min(rest, DEFAULT_ANSWER_TOKENS)
 
 
-def remote_urls(request: Settings) -> dict[str, str]:
-    """Pictures to be fetched: URL → its (first) place in the request."""
-    return {url: place for place, url in reversed(_image_urls(request)) if is_remote(url)}
+def remote_urls(request: Settings) -> dict[str, Source]:
+    """Media to be fetched: URL → where it (first) stands in the request."""
+    return {each.text: each for each in reversed(_sources(request)) if not each.bare and is_remote(each.text)}
 
 
-def _image_urls(request: Settings) -> list[tuple[str, str]]:
-    """(place in the request, URL) in prompt order."""
-    return list(_places(request.messages)) if isinstance(request, ChatRequest) else []
+def _sources(request: Settings) -> list[Source]:
+    """In the request's order."""
+    return list(_media_of(request.messages)) if isinstance(request, ChatRequest) else []
 
 
-def _places(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
+def _media_of(messages: Sequence[Message]) -> Iterator[Source]:
     for number, message in enumerate(messages):
         if isinstance(message.content, str):
             continue
         for position, part in enumerate(message.content):
-            if isinstance(part, ImagePart):
-                yield f"messages[{number}].content[{position}].image_url.url", part.image_url.url
+            if isinstance(part, MediaPart):
+                yield part.source(f"messages[{number}].content[{position}]")
 
 
 def _or(value: float | None, default: float) -> float:

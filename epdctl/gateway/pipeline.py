@@ -126,7 +126,7 @@ class Pipeline:
             self._patience.pop(flight.request).cancel()
 
     def _out_of_patience(self, flight: Flight) -> None:
-        missing = ", ".join(self._ranks.missing(pictures=flight.has_pictures))
+        missing = ", ".join(self._ranks.missing(media=flight.has_media))
         flight.strand(f"{missing or 'no rank took it'}; it waited {self._wait_seconds:g} s (limits.wait_seconds)")
 
     def _place_soon(self) -> None:
@@ -137,11 +137,11 @@ class Pipeline:
     def _place(self) -> None:
         self._turn = None
         for flight in list(self._waiting.values()):
-            route = self._ranks.route(pictures=flight.has_pictures, avoid=flight.losses.avoid)
+            route = self._ranks.route(media=flight.has_media, avoid=flight.losses.avoid)
             if route is not None:
                 self._leave_queue(flight)
                 flight.place(route)
-            elif hopeless := self._ranks.hopeless(pictures=flight.has_pictures):
+            elif hopeless := self._ranks.hopeless(media=flight.has_media):
                 flight.strand("; ".join(hopeless))
 
     def _receive(self, peer: Peer, message: Reply) -> None:

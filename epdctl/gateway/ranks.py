@@ -49,7 +49,7 @@ class Route:
 
     entry: Peer
     exit: Peer
-    router: Peer | None  # None for a prompt without pictures
+    router: Peer | None  # None for a prompt without media
 
     @property
     def split(self) -> bool:
@@ -125,29 +125,29 @@ class Ranks:
 
     @property
     def sees(self) -> bool:
-        """Whether the cluster was made to take pictures."""
+        """Whether the cluster was made to take media."""
         return not self._planned or not self._planned.isdisjoint({Stage.ENCODER, Stage.MONO})
 
-    def missing(self, *, pictures: bool) -> list[str]:
+    def missing(self, *, media: bool) -> list[str]:
         """What stands between a request and an answer; empty when a path exists."""
-        if self._exits(pictures=pictures):
+        if self._exits(media=media):
             return []
         missing = [f"no {stage} rank is ready" for stage in self._model_stages if not self._ready(stage)]
-        if pictures and Stage.MONO not in self._planned:
+        if media and Stage.MONO not in self._planned:
             if not self._routers:
                 missing.append("no encoder-router is ready")
             if not self._encoders.accepting:
                 missing.append("no encoder rank is ready")
         return missing
 
-    def hopeless(self, *, pictures: bool) -> list[str]:
+    def hopeless(self, *, media: bool) -> list[str]:
         """Why no path will exist as long as nobody does something about it; empty while there is hope."""
-        ways = [self._dead_ends(way) for way in self._ways(pictures)]
+        ways = [self._dead_ends(way) for way in self._ways(media)]
         return [end for ends in ways for end in ends] if all(ways) else []
 
-    def _ways(self, pictures: bool) -> list[tuple[Stage, ...]]:
+    def _ways(self, media: bool) -> list[tuple[Stage, ...]]:
         """The stages that make an answer together, each way that the plan has."""
-        encoding = (Stage.ENCODER_ROUTER, Stage.ENCODER) if pictures else ()
+        encoding = (Stage.ENCODER_ROUTER, Stage.ENCODER) if media else ()
         whole = {Stage.MONO: (Stage.MONO,), Stage.LANGUAGE: (Stage.LANGUAGE, *encoding)}
         ways = [way for stage, way in whole.items() if stage in self._planned]
         return ways or [(Stage.PREFILL, Stage.DECODE, *encoding)]
@@ -165,23 +165,23 @@ class Ranks:
         tables = (self.prefill.table, self.decode.table, self.language.table, self.router.table, self._encoders)
         return any(peer.rank.stage is stage for table in tables for peer in table)
 
-    def route(self, *, pictures: bool, avoid: Collection[RankName] = ()) -> Route | None:
+    def route(self, *, media: bool, avoid: Collection[RankName] = ()) -> Route | None:
         """The least loaded ranks, or None while a stage has none. ``avoid``: taken only when there is no other."""
-        exits = self._exits(pictures=pictures)
+        exits = self._exits(media=media)
         if not exits:
             return None
         leaving = self._choose(exits, Stage.DECODE, avoid)
         if leaving.stage is Stage.MONO:
-            return Route(leaving, leaving, _own_router(leaving) if pictures else None)
-        router = self._choose(self._routers, Stage.ENCODER_ROUTER, avoid) if pictures else None
+            return Route(leaving, leaving, _own_router(leaving) if media else None)
+        router = self._choose(self._routers, Stage.ENCODER_ROUTER, avoid) if media else None
         if leaving.stage is Stage.LANGUAGE:
             return Route(leaving, leaving, router)
         return Route(self._choose(self.prefill.table.accepting, Stage.PREFILL, avoid), leaving, router)
 
-    def _exits(self, *, pictures: bool) -> list[Peer]:
+    def _exits(self, *, media: bool) -> list[Peer]:
         """Every rank that could stream the answer, as things stand. A mono rank needs nobody else."""
         halves = self.decode.table.accepting if self.prefill.table.accepting else ()
-        encoded = not pictures or (self._routers and self._encoders.accepting)
+        encoded = not media or (self._routers and self._encoders.accepting)
         return [peer for peer in (*halves, *self.language.table.accepting) if encoded or peer.stage is Stage.MONO]
 
     @property

@@ -1,4 +1,4 @@
-"""Pictures from http(s) addresses, for the hosts that the topology names and no others.
+"""Media from http(s) addresses, for the hosts that the topology names and no others.
 
 The address is checked after the name is resolved, and the connection goes to the checked address: a name that answers
 differently the second time gains nothing. Every hop of a redirect is checked as the first one was.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from epdctl.errors import RequestError
+from epdctl.rank.media import Source, invalid
 
 __all__ = ["Fetcher", "Target", "is_reachable_for_all", "is_remote", "target_of"]
 
@@ -57,7 +57,7 @@ def target_of(url: str, hosts: Iterable[str]) -> Target:
     port = parsed.port or own
     names = {f"{parsed.host}:{port}"} | ({parsed.host} if port == own else set())
     if names.isdisjoint(host.lower() for host in hosts):
-        raise ValueError(f"pictures are not fetched from {parsed.host}:{port}: it is not in gateway.media_hosts")
+        raise ValueError(f"media are not fetched from {parsed.host}:{port}: it is not in gateway.media_hosts")
     return Target(parsed, parsed.host, port, _as_address(parsed.host) is not None)
 
 
@@ -86,7 +86,7 @@ async def _resolve(host: str, port: int) -> Sequence[str]:
 
 
 class Fetcher:
-    """Holds no connection between two pictures. ``seconds`` is for one picture with all its redirects."""
+    """Holds no connection between two files. ``seconds`` is for one file with all its redirects."""
 
     def __init__(self, hosts: Sequence[str], *, seconds: float, limit: int, resolve: Resolve = _resolve) -> None:
         self._hosts = tuple(hosts)
@@ -95,8 +95,8 @@ class Fetcher:
         self._resolve = resolve
         self._turns = asyncio.Semaphore(AT_ONCE)
 
-    async def fetch_all(self, places: Mapping[str, str], hold: Hold) -> dict[str, bytes]:
-        """``places``: URL → where in the request it stands. Raises RequestError (400, and what ``hold`` raises)."""
+    async def fetch_all(self, wanted: Mapping[str, Source], hold: Hold) -> dict[str, bytes]:
+        """``wanted``: by URL. Raises RequestError (400, and what ``hold`` raises)."""
         came = 0
 
         def count(more: int) -> None:
@@ -104,7 +104,7 @@ class Fetcher:
             came += more
             hold(came)
 
-        tasks = {url: asyncio.create_task(self._fetch(url, place, count)) for url, place in places.items()}
+        tasks = {url: asyncio.create_task(self._fetch(source, count)) for url, source in wanted.items()}
         try:
             return {url: await task for url, task in tasks.items()}
         finally:
@@ -112,21 +112,23 @@ class Fetcher:
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
 
-    async def _fetch(self, url: str, place: str, count: Hold) -> bytes:
+    async def _fetch(self, source: Source, count: Hold) -> bytes:
+        noun = source.modality.noun
         try:
             async with asyncio.timeout(self._seconds), self._turns:
-                return await self._follow(url, count)
+                return await self._follow(source, count)
         except TimeoutError as error:
-            raise _bad(place, f"the picture did not come within {self._seconds:g} s") from error
+            raise invalid(source, f"the {noun} did not come within {self._seconds:g} s") from error
         except ValueError as error:
-            raise _bad(place, str(error)) from error
+            raise invalid(source, str(error)) from error
         except (httpx.HTTPError, OSError) as error:
-            raise _bad(place, f"the picture cannot be fetched: {str(error) or type(error).__name__}") from error
+            raise invalid(source, f"the {noun} cannot be fetched: {str(error) or type(error).__name__}") from error
 
-    async def _follow(self, url: str, count: Hold) -> bytes:
+    async def _follow(self, source: Source, count: Hold) -> bytes:
+        url, accept = source.text, f"{source.modality}/*"
         async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=self._seconds) as client:
             for _ in range(MAX_REDIRECTS + 1):
-                request = await self._request(client, target_of(url, self._hosts))
+                request = await self._request(client, target_of(url, self._hosts), accept)
                 response = await client.send(request, stream=True)
                 try:
                     if not response.is_redirect:
@@ -136,13 +138,13 @@ class Fetcher:
                     await response.aclose()
         raise ValueError(f"more than {MAX_REDIRECTS} redirects")
 
-    async def _request(self, client: httpx.AsyncClient, target: Target) -> httpx.Request:
+    async def _request(self, client: httpx.AsyncClient, target: Target, accept: str) -> httpx.Request:
         """To the checked address, under the name that certificates and virtual hosts know."""
         address = target.host if target.literal else await self._checked_address(target)
         return client.build_request(
             "GET",
             target.url.copy_with(host=address),
-            headers={"host": target.url.netloc.decode("ascii"), "accept": "image/*", "accept-encoding": "identity"},
+            headers={"host": target.url.netloc.decode("ascii"), "accept": accept, "accept-encoding": "identity"},
             extensions={"sni_hostname": target.host},
         )
 
@@ -159,17 +161,13 @@ class Fetcher:
         if response.status_code != httpx.codes.OK:
             raise ValueError(f"{response.url.path} was answered with HTTP {response.status_code}")
         if response.headers.get("content-encoding", "identity") != "identity":
-            raise ValueError("the picture came compressed, which nobody asked for")
+            raise ValueError("the file came compressed, which nobody asked for")
         chunks: list[bytes] = []
         size = 0
         async for chunk in response.aiter_raw():
             size += len(chunk)
             if size > self._limit:
-                raise ValueError(f"the picture is larger than {self._limit} bytes")
+                raise ValueError(f"the file is larger than {self._limit} bytes")
             count(len(chunk))
             chunks.append(chunk)
         return b"".join(chunks)
-
-
-def _bad(place: str, text: str) -> RequestError:
-    return RequestError(400, f"{place}: {text}", param=place, code="invalid_image")

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from epdctl.errors import RequestError
 from epdctl.gateway.fields import MAX_TOP_LOGPROBS, Incoming, Settings, TokenId, refuse
+from epdctl.ids import Modality
+from epdctl.rank.media import Source
 
 __all__ = [
+    "PARTS",
     "AssistantMessage",
+    "AudioUrl",
+    "AudioUrlPart",
     "ChatRequest",
     "ErrorBody",
     "ErrorDetail",
     "ImagePart",
     "ImageUrl",
+    "InputAudio",
+    "InputAudioPart",
+    "MediaPart",
     "Message",
     "SystemMessage",
     "TextPart",
@@ -46,12 +54,67 @@ class ImageUrl(Incoming):
     url: str
 
 
-class ImagePart(Incoming):
+class MediaPart(Incoming):
+    """A part that becomes an item."""
+
+    modality: ClassVar[Modality]
+
+    def source(self, place: str) -> Source:
+        """``place``: the part's own, in the request."""
+        raise NotImplementedError
+
+
+class ImagePart(MediaPart):
+    modality = Modality.IMAGE
+
     type: Literal["image_url"]
     image_url: ImageUrl
 
+    def source(self, place: str) -> Source:
+        return Source(self.modality, f"{place}.image_url.url", self.image_url.url)
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+class AudioUrl(Incoming):
+    url: str
+
+
+class AudioUrlPart(MediaPart):
+    """The field's extension: what image_url is for pictures."""
+
+    modality = Modality.AUDIO
+
+    type: Literal["audio_url"]
+    audio_url: AudioUrl
+
+    def source(self, place: str) -> Source:
+        return Source(self.modality, f"{place}.audio_url.url", self.audio_url.url)
+
+
+class InputAudio(Incoming):
+    data: str  # base64
+    format: Literal["wav", "mp3", "flac", "ogg"]  # said, and not believed
+
+
+class InputAudioPart(MediaPart):
+    """OpenAI's."""
+
+    modality = Modality.AUDIO
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+    def source(self, place: str) -> Source:
+        return Source(self.modality, f"{place}.input_audio.data", self.input_audio.data, bare=True)
+
+
+Part = Annotated[TextPart | ImagePart | AudioUrlPart | InputAudioPart, Field(discriminator="type")]
+
+# how a medium is sent: for messages that say what a model takes
+PARTS: Mapping[Modality, str] = {
+    Modality.IMAGE: "image_url",
+    Modality.AUDIO: "input_audio or audio_url",
+    Modality.VIDEO: "video_url",
+}
 
 
 def _content_kind(value: object) -> str:
@@ -188,13 +251,12 @@ def _as_request_error(error: ValidationError) -> RequestError:
 # parts that other servers know, and what would be needed for them here
 _UNSERVED = {
     "video_url": "video_url is not served: no family here has the half that samples frames; send them as image_url",
-    "input_audio": "input_audio is not served: no family here has an audio tower",
 }
 _A_MESSAGE = re.compile(r"messages\[\d+\]")
 
 # pydantic puts the name of a union's branch into the path; a client knows nothing of branches
 _BRANCHES = frozenset({"system", "developer", "user", "assistant"})
-_PART_BRANCHES = frozenset({"text", "image_url"})
+_PART_BRANCHES = frozenset({"text", "image_url", "audio_url", "input_audio"})
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -14,7 +14,7 @@ __all__ = ["ENDED", "TABLE", "IllegalStep", "RequestState", "Step", "advance"]
 
 class RequestState(enum.StrEnum):
     RECEIVED = "received"  # bounded and tokenised; no rank works on it
-    ENCODING = "encoding"  # slots are asked for, pictures are on their way
+    ENCODING = "encoding"  # slots are asked for, media are on their way
     PREFILLING = "prefilling"  # every embedding has landed, or there is none
     HANDOFF = "handoff"
     DECODING = "decoding"
@@ -24,7 +24,7 @@ class RequestState(enum.StrEnum):
 
 
 class Step(enum.StrEnum):
-    PLACED_PICTURES = "placed-pictures"
+    PLACED_MEDIA = "placed-media"
     PLACED_TEXT = "placed-text"
     EMBEDDED = "embedded"
     HANDED = "handed"  # the first token of a prefill and decode pair
@@ -46,10 +46,10 @@ ENDED = frozenset({S.FINISHED, S.ABORTED, S.FAILED})
 _ANYWHERE = {E.ABORT: S.ABORTED, E.FAIL: S.FAILED, E.FINISH: S.FINISHED}
 _ANSWERING = {**_ANYWHERE, E.HANDED: S.HANDOFF, E.TOKEN: S.DECODING, E.LOST: S.RECEIVED}
 
-# The first token may overtake the router's word that the last picture is encoded: they come over two sockets.
+# The first token may overtake the router's word that the last item is encoded: they come over two sockets.
 # FINISH in RECEIVED: everything asked for had arrived when the rank was lost.
 TABLE: Mapping[RequestState, Mapping[Step, RequestState]] = {
-    S.RECEIVED: {**_ANYWHERE, E.PLACED_PICTURES: S.ENCODING, E.PLACED_TEXT: S.PREFILLING},
+    S.RECEIVED: {**_ANYWHERE, E.PLACED_MEDIA: S.ENCODING, E.PLACED_TEXT: S.PREFILLING},
     S.ENCODING: {**_ANSWERING, E.EMBEDDED: S.PREFILLING},
     S.PREFILLING: _ANSWERING,
     S.HANDOFF: {**_ANYWHERE, E.TOKEN: S.DECODING, E.LOST: S.RECEIVED},

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import base64
-import struct
 import time
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from epdctl.errors import RankError
-from epdctl.ids import Stage
+from epdctl.families import modalities_of
+from epdctl.families.samples import MEDIA_TYPES, SAMPLES
+from epdctl.ids import Modality, Stage
 from epdctl.topology.plan import Plan
 from epdctl.wire.control import HealthReply, Problem, RankState, RankStatus
 
@@ -20,7 +20,6 @@ __all__ = ["CANARY", "DEGRADED", "HEALTHY", "UNHEALTHY", "Canary", "ask", "deep"
 
 HEALTHY, DEGRADED, UNHEALTHY = "healthy", "degraded", "unhealthy"
 
-_SIDE = 32  # pixels
 _TOKENS = 4
 _CANARY_TOKENS = 32
 CANARY = "canary.json"
@@ -85,7 +84,7 @@ class Canary(msgspec.Struct, frozen=True):
 def find_canary(plan: Plan) -> Canary | None:
     """What the checkpoint itself says it must answer; None when it says nothing, or when no rank sees."""
     directory = next((rank.config.model.path for rank in plan.ranks), None)
-    if directory is None or not _sees(plan):
+    if directory is None or _tower(plan) is None:
         return None
     try:
         return msgspec.json.decode(Path(directory, CANARY).read_bytes(), type=Canary)
@@ -96,10 +95,8 @@ def find_canary(plan: Plan) -> Canary | None:
 
 
 def question(plan: Plan, canary: Canary | None = None) -> dict[str, object]:
-    """The body of the request: a picture too, where some rank has the tower."""
-    pictures = canary.pictures if canary is not None else [_picture()] if _sees(plan) else []
-    urls = ({"url": f"data:image/png;base64,{picture}"} for picture in pictures)
-    content: list[dict[str, object]] = [{"type": "image_url", "image_url": url} for url in urls]
+    """The body of the request: a medium too, where some rank has the tower."""
+    content = _media(plan) if canary is None else [_part(Modality.IMAGE, each) for each in canary.pictures]
     content.append({"type": "text", "text": canary.prompt if canary is not None else "What is this?"})
     return {
         "model": next((rank.config.model.name for rank in plan.ranks), ""),
@@ -110,8 +107,23 @@ def question(plan: Plan, canary: Canary | None = None) -> dict[str, object]:
     }
 
 
-def _sees(plan: Plan) -> bool:
-    return bool({rank.stage for rank in plan.ranks} & {Stage.ENCODER, Stage.MONO})
+def _media(plan: Plan) -> list[dict[str, object]]:
+    """The smallest medium that the model takes, where some rank takes any."""
+    if (tower := _tower(plan)) is None:
+        return []
+    modality = modalities_of(tower)[0]
+    return [_part(modality, base64.b64encode(SAMPLES[modality]).decode())]
+
+
+def _part(modality: Modality, encoded: str) -> dict[str, object]:
+    kind = f"{modality}_url"
+    return {"type": kind, kind: {"url": f"data:{MEDIA_TYPES[modality]};base64,{encoded}"}}
+
+
+def _tower(plan: Plan) -> str | None:
+    """The family of the model, where some rank has its tower."""
+    towers = (rank for rank in plan.ranks if rank.stage in (Stage.ENCODER, Stage.MONO))
+    return next((rank.config.model.family for rank in towers), None)
 
 
 class _Usage(msgspec.Struct):
@@ -148,20 +160,6 @@ def _judge(status: int, body: bytes) -> str:
     if not answer.choices or answer.choices[0].finish_reason is None:
         raise RankError("the real request was answered without a finish_reason")
     return answer.choices[0].message.content
-
-
-def _picture() -> str:
-    """A 32x32 RGB picture with a gradient: a PNG file in base64."""
-    rows = (bytes(value for x in range(_SIDE) for value in (8 * x, 8 * y, 128)) for y in range(_SIDE))
-    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
-    header = struct.pack(">IIBBBBB", _SIDE, _SIDE, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
-    return base64.b64encode(png).decode()
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _serves(rank: RankStatus) -> bool:

@@ -22,11 +22,11 @@ class GatewayMeters:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, that nobody asks for
         self.registry = CollectorRegistry()
         self._gauge("epdctl_requests_in_flight", "Chat requests between first byte and last", inflight)
-        self._gauge("epdctl_media_bytes", "Bytes of bodies and pictures held for open requests", media_bytes)
+        self._gauge("epdctl_media_bytes", "Bytes of bodies and media held for open requests", media_bytes)
         self.requests = self._counter("epdctl_requests", "Chat requests by the status they ended with", "status")
         self.prompt_tokens = self._counter("epdctl_prompt_tokens", "Prompt tokens of answered requests")
         self.completion_tokens = self._counter("epdctl_completion_tokens", "Tokens of answers")
-        self.pictures = self._counter("epdctl_pictures", "Pictures of accepted requests")
+        self.media = self._counter("epdctl_media", "Media of accepted requests", "modality")
         self.attempts = self._counter("epdctl_attempts", "Times a request was given to ranks")
         self.lost = self._counter("epdctl_attempts_lost", "Attempts that ended with the loss of a rank", "stage")
         self.given_up = self._counter("epdctl_requests_given_up", "Requests that ranks died with, again and again")

@@ -84,9 +84,9 @@ class GatewaySection(_Section):
     )
     strict: bool = Field(default=False, description="A field of a request that nobody knows is a 400, not ignored.")
     media_hosts: list[Annotated[str, Field(pattern=MEDIA_HOST)]] = Field(
-        default=[], description="Pictures may come from there over http(s): name or address, with :port if unusual."
+        default=[], description="Media may come from there over http(s): name or address, with :port if unusual."
     )
-    media_timeout: Seconds = Field(default=_GATEWAY.media_seconds, description="For one such picture, like 10s.")
+    media_timeout: Seconds = Field(default=_GATEWAY.media_seconds, description="For one such file, like 10s.")
 
 
 class StageSection(_Section):
@@ -113,18 +113,18 @@ class StageSection(_Section):
 
 
 class EncoderStage(StageSection):
-    """The vision tower: pictures to embeddings."""
+    """The tower: pictures, or sound, to embeddings."""
 
     batch_patches: int = Field(default=_ENCODER.batch_patches, ge=1, description="Patches of one forward.")
-    preprocess_threads: int | None = Field(default=None, ge=1, le=256, description="Pictures prepared at once.")
+    preprocess_threads: int | None = Field(default=None, ge=1, le=256, description="Items prepared at once.")
     cache: CacheBytes = Field(
         default=_ENCODER.cache_bytes, description="Embeddings a rank remembers, like 512MiB; off: none."
     )
     canary: Seconds = Field(
-        default=_ENCODER.canary_seconds, description="How often an idle rank proves itself with a real picture."
+        default=_ENCODER.canary_seconds, description="How often an idle rank proves itself with a real encode."
     )
     canary_deadline: Seconds = Field(
-        default=_ENCODER.canary_deadline, description="For that picture; beyond it the rank is unhealthy."
+        default=_ENCODER.canary_deadline, description="For that encode; beyond it the rank is unhealthy."
     )
     optimize: Literal["auto", "off"] = Field(
         default="auto",
@@ -197,11 +197,11 @@ class LimitsSection(_Section):
     inflight: int = Field(default=_LIMITS.inflight, ge=1, description="Items or sequences a rank works on at once.")
     queue: int = Field(default=_LIMITS.queue, ge=0, description="Waiting beyond that; full is answered with 429.")
     max_pixels: int = Field(default=_LIMITS.max_pixels, ge=1, description="Of one picture, read from its header.")
-    max_images: int = Field(default=_LIMITS.max_images, ge=0, description="Pictures of one request.")
+    max_media: int = Field(default=_LIMITS.max_media, ge=0, description="Pictures and sound clips of one request.")
     max_body_bytes: Bytes = Field(default=_LIMITS.max_body_bytes, description="One HTTP body, like 64MiB.")
     max_context: int = Field(default=_LIMITS.max_context, ge=2, description="Prompt and answer together, in tokens.")
     media_bytes: Bytes = Field(
-        default=_LIMITS.media_bytes, description="Pictures the gateway keeps until their requests end, like 512MiB."
+        default=_LIMITS.media_bytes, description="Media the gateway keeps until their requests end, like 512MiB."
     )
     request_seconds: Seconds = Field(default=_LIMITS.request_seconds, description="A request's deadline, like 5m.")
     wait_seconds: Seconds = Field(

@@ -39,10 +39,10 @@ class Limits(Part, frozen=True):
     inflight: int = 64  # items or sequences a rank works on at once
     queue: int = 256  # waiting beyond that; full is 429
     max_pixels: int = 16_777_216  # of one picture, from its header
-    max_images: int = 16  # of one request
+    max_media: int = 16  # pictures, clips, … of one request
     max_body_bytes: int = 64 << 20
     max_context: int = 32_768  # prompt + answer, tokens
-    media_bytes: int = 512 << 20  # pictures the gateway keeps until their requests end
+    media_bytes: int = 512 << 20  # media the gateway keeps until their requests end
     request_seconds: float = 300.0  # a request's deadline
     wait_seconds: float = 30.0  # while no rank can take it
 
@@ -90,8 +90,8 @@ class GatewayConfig(Part, frozen=True):
     stages: list[Stage] = []  # model stages of the plan, so that the gateway can say what is not there
     api_key: Secret | None = None  # None only on loopback
     strict: bool = False  # a field that nobody knows is refused
-    media_hosts: list[str] = []  # pictures may come from there over http(s): "name", or "name:port"
-    media_seconds: float = 10.0  # for one such picture, redirects and all
+    media_hosts: list[str] = []  # media may come from there over http(s): "name", or "name:port"
+    media_seconds: float = 10.0  # for one such file, redirects and all
 
 
 class RankConfig(Part, frozen=True):

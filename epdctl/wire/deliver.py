@@ -8,6 +8,7 @@ answer waits for it. ``epdctl.encoder.client`` is such a reader.
 
 from __future__ import annotations
 
+from epdctl.ids import Modality
 from epdctl.wire.message import Codec, Message
 from epdctl.wire.transfer import TensorSpec
 
@@ -29,7 +30,7 @@ class Embeddings(Message, frozen=True):
     req_id: str
     part_idx: int
     num_parts: int
-    modality: str
+    modality: Modality
     grids: list[list[int]]  # of each item
     specs: list[TensorSpec]
     token: str = ""  # what the requester asked the encoder to show

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from epdctl.ids import Incarnation, RankName, RequestId
+from epdctl.ids import Incarnation, Modality, RankName, RequestId
 from epdctl.wire.message import Codec, Message, Part
 from epdctl.wire.transfer import RemoteLease, TensorSpec
 
@@ -42,7 +42,7 @@ __all__ = [
 class FailureKind(enum.StrEnum):
     """What went wrong with a piece of work; each maps to one HTTP status at the gateway."""
 
-    BAD_MEDIA = "bad-media"  # 400: the picture is not what it says
+    BAD_MEDIA = "bad-media"  # 400: the medium is not what it says
     TOO_LARGE = "too-large"  # 400
     FULL = "full"  # 429
     NO_RANK = "no-rank"  # 503
@@ -65,18 +65,18 @@ class RankRef(Part, frozen=True):
 
 
 class MediaItem(Part, frozen=True):
-    """One picture of a request. Its bytes travel in the frame behind the message, as the client sent them."""
+    """One medium of a request. Its bytes travel in the frame behind the message, as the client sent them."""
 
     index: int  # among the request's items, in prompt order
-    modality: str  # "image"
+    modality: Modality
     content_hash: str  # blake2b-128 of the bytes, hex
-    of: int  # how many items the request has (some processors tile a lone picture)
-    grid: list[int]  # three numbers of the family, from the header by families.picture_tokens; the encoder checks them
+    of: int  # how many of its kind the request has (some processors tile a lone picture)
+    grid: list[int]  # three numbers of the family, from the header by Family.span; the encoder checks them
     rows: int  # embeddings that will come
 
 
 class Encode(Message, frozen=True):
-    """+ 1 frame: the encoded picture. Sent once the slot is granted, so that no waiting request holds an encoder.
+    """+ 1 frame: the medium as it came. Sent once the slot is granted, so that no waiting request holds an encoder.
 
     Without a slot the embedding comes back in the frame behind Encoded, and its shape before that, as Sized.
     """

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 
-from epdctl.ids import RequestId, Room
+from epdctl.ids import Modality, RequestId, Room
 from epdctl.wire.encode import EmbeddingLanded, FailureKind, RankRef
 from epdctl.wire.message import Codec, Message, Part
 from epdctl.wire.transfer import RemoteLease
@@ -95,7 +95,7 @@ class PromptItem(Part, frozen=True):
     """Where one item's embeddings go in the prompt: ``rows`` placeholder tokens from ``offset`` on."""
 
     index: int
-    modality: str
+    modality: Modality
     grid: list[int]  # three numbers of the family: (t, h, w) in patches where positions follow from them
     offset: int
     rows: int

@@ -39,7 +39,7 @@ stages:
   encoder: {{dp: 1}}
   prefill: {{chunk_tokens: {chunk}, kv_tokens: 16384}}
   decode: {{kv_tokens: 16384}}
-limits: {{max_context: 4096, max_body_bytes: 2MiB, max_pixels: 1000000, max_images: 8}}
+limits: {{max_context: 4096, max_body_bytes: 2MiB, max_pixels: 1000000, max_media: 8}}
 restart: {{initial: 0.1, maximum: 1}}
 """
 RED = picture_bytes(5, 56, 84)

@@ -15,6 +15,8 @@ from safetensors.torch import load
 
 from epdctl.engine.loading import load_tower
 from epdctl.families import open_family
+from epdctl.families.base import PictureHeader
+from epdctl.ids import Modality
 from epdctl.wire.config import ModelConfig
 from epdctl.wire.encode import MediaItem
 from tests.e2e.conftest import running
@@ -41,9 +43,11 @@ def expected(checkpoint: Path, pictures: list[bytes]) -> list[torch.Tensor]:
     family = open_family(checkpoint)
     made = []
     for index, (picture, side) in enumerate(zip(pictures, ((64, 64), (84, 56)), strict=True)):
-        grid = family.picture_tokens(*side, 2)
+        grid = family.span(PictureHeader(*side), 2)
         digest = hashlib.blake2b(picture, digest_size=16).hexdigest()
-        item = MediaItem(index=index, modality="image", content_hash=digest, of=2, grid=list(grid.grid), rows=grid.rows)
+        item = MediaItem(
+            index=index, modality=Modality.IMAGE, content_hash=digest, of=2, grid=list(grid.grid), rows=grid.rows
+        )
         made += tower.encode([tower.prepare(picture, item)])
     return made
 

@@ -17,6 +17,8 @@ from epdctl.engine.core import Engine
 from epdctl.engine.kv import KvPool
 from epdctl.engine.pages import PageAllocator, pages_for
 from epdctl.families import open_family
+from epdctl.families.base import PictureHeader
+from epdctl.ids import Modality
 from epdctl.wire.config import EngineConfig
 from epdctl.wire.encode import MediaItem
 from epdctl.wire.serve import FinishReason, PromptItem, Sampling
@@ -70,9 +72,11 @@ def untied(build: Callable[[int], Case], directory: Path) -> tuple[Case, Referen
 def media_item(directory: Path, file: bytes, index: int, of: int) -> MediaItem:
     with Image.open(io.BytesIO(file)) as picture:
         size = picture.size
-    found = open_family(directory).picture_tokens(*size, of)
+    found = open_family(directory).span(PictureHeader(*size), of)
     digest = hashlib.blake2b(file, digest_size=16).hexdigest()
-    return MediaItem(index=index, modality="image", content_hash=digest, of=of, grid=list(found.grid), rows=found.rows)
+    return MediaItem(
+        index=index, modality=found.modality, content_hash=digest, of=of, grid=list(found.grid), rows=found.rows
+    )
 
 
 def question(build: Callable[[int], Case], directory: Path, tower: Tower) -> Question:
@@ -85,14 +89,14 @@ def question(build: Callable[[int], Case], directory: Path, tower: Tower) -> Que
     items, at = [], 0
     for item in media:
         at = reference.prompt.index(_image_token(family), at)
-        items.append(PromptItem(index=item.index, modality="image", grid=item.grid, offset=at, rows=item.rows))
+        items.append(PromptItem(index=item.index, modality=Modality.IMAGE, grid=item.grid, offset=at, rows=item.rows))
         at += item.rows
     sampling = Sampling(max_tokens=case.max_new_tokens, stop_token_ids=list(family.end_token_ids))
     return Question(reference, reference.prompt, items, embeddings, sampling, case.max_new_tokens)
 
 
 def _image_token(family: Any) -> int:
-    return int(family.image_token)
+    return int(family.tokens[Modality.IMAGE])
 
 
 @dataclass

@@ -16,7 +16,9 @@ from transformers.image_utils import load_image
 
 from epdctl.engine.api import Tower
 from epdctl.errors import RequestError
-from epdctl.rank.media import Medium, measure
+from epdctl.families.base import PictureHeader
+from epdctl.ids import Modality
+from epdctl.rank.media import Source, measure
 from epdctl.wire.config import Limits
 from epdctl.wire.encode import MediaItem
 from tests.engine.harness import media_item
@@ -104,19 +106,20 @@ def as_transformers_loads(file: bytes) -> Image.Image:
     return loaded
 
 
-def of_the_header(checkpoint: Path, file: bytes) -> tuple[Medium, MediaItem]:
+def of_the_header(checkpoint: Path, file: bytes) -> tuple[PictureHeader, MediaItem]:
     """What the gateway knows, and what it tells the tower."""
-    medium = measure(file, "here", Limits())
-    upright = saved(Image.new("RGB", (medium.width, medium.height)), "PNG")
-    return medium, media_item(checkpoint, upright, 0, 1)
+    header = measure(file, Source(Modality.IMAGE, "here", ""), Limits()).header
+    assert isinstance(header, PictureHeader)
+    upright = saved(Image.new("RGB", (header.width, header.height)), "PNG")
+    return header, media_item(checkpoint, upright, 0, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_load_image_and_the_processor(checkpoint: Path, tower: Tower, kind: str) -> None:
     file = KINDS[kind]()
     theirs = as_transformers_loads(file)
-    medium, item = of_the_header(checkpoint, file)
-    assert (medium.width, medium.height) == theirs.size
+    header, item = of_the_header(checkpoint, file)
+    assert (header.width, header.height) == theirs.size
     found = tower.prepare(file, item)
     same = tower.prepare(saved(theirs, "PNG"), item)
     assert torch.equal(found.pixels, same.pixels)

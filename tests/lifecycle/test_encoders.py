@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from epdctl.ids import Incarnation, RankName, RequestId
+from epdctl.ids import Incarnation, Modality, RankName, RequestId
 from epdctl.topology.plan import Deadlines, Plan, PlannedRank, RestartPolicy
 from epdctl.transfer.allocators import RangeAllocator
 from epdctl.transfer.landing import Owner
@@ -152,7 +152,7 @@ class Client:
         lease = self.pool.lease(ROWS * WIDTH, request, seconds=600)
         mine = Try(media, lease, asyncio.get_running_loop().create_future())
         self.tries[request, attempt, index] = mine
-        item = MediaItem(index=index, modality="image", content_hash="", of=1, grid=[1, 2, 2], rows=ROWS)
+        item = MediaItem(index=index, modality=Modality.IMAGE, content_hash="", of=1, grid=[1, 2, 2], rows=ROWS)
         job = Encode(
             request=RequestId(request),
             attempt=attempt,

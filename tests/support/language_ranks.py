@@ -21,7 +21,7 @@ from epdctl.decode.language import LanguageService
 from epdctl.decode.service import DecodeService
 from epdctl.engine.api import Advance, NewSequence
 from epdctl.engine.kv import KvPool, Memory
-from epdctl.ids import Incarnation, RankName, RequestId, Room, RunId, Stage
+from epdctl.ids import Incarnation, Modality, RankName, RequestId, Room, RunId, Stage
 from epdctl.prefill.service import PrefillService
 from epdctl.rank.language import LanguageRank
 from epdctl.rank.machine import Loaded, Parts
@@ -165,7 +165,7 @@ class _Running:
 
 
 def item(index: int, offset: int, rows: int) -> PromptItem:
-    return PromptItem(index=index, modality="image", grid=[1, 2, 2], offset=offset, rows=rows)
+    return PromptItem(index=index, modality=Modality.IMAGE, grid=[1, 2, 2], offset=offset, rows=rows)
 
 
 def embedding(of: PromptItem, seed: int = 0) -> torch.Tensor:

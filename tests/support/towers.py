@@ -10,6 +10,7 @@ import torch
 from epdctl.encoder.canary import Canary
 from epdctl.engine.api import Prepared
 from epdctl.errors import RequestError
+from epdctl.ids import Modality
 from epdctl.wire.config import ModelConfig
 from epdctl.wire.encode import MediaItem
 
@@ -28,7 +29,7 @@ def embedding(rows: int, seed: int) -> torch.Tensor:
 
 
 def toy_canary(model: ModelConfig) -> Canary:
-    item = MediaItem(index=0, modality="image", content_hash="", of=1, grid=[1, 2, 2], rows=1)
+    item = MediaItem(index=0, modality=Modality.IMAGE, content_hash="", of=1, grid=[1, 2, 2], rows=1)
     return Canary(picture(1, CANARY_SEED), item)
 
 

@@ -20,7 +20,7 @@ import msgspec
 from epdctl.bench.clusters import Say, await_ready, environment, running
 from epdctl.bench.dispatching.plain import PlainClient
 from epdctl.errors import EpdError
-from epdctl.ids import Incarnation, RankName, RequestId, RunId, Stage
+from epdctl.ids import Incarnation, Modality, RankName, RequestId, RunId, Stage
 from epdctl.topology.plan import Deadlines, Plan, PlannedRank, RestartMode, RestartPolicy
 from epdctl.wire.config import ModelConfig, RankConfig, RankSpec
 from epdctl.wire.encode import (
@@ -89,7 +89,9 @@ class RouterClient:
     async def item(self, media: bytes) -> None:
         self._number += 1
         number = self._number
-        item = MediaItem(index=number, modality="image", content_hash=f"{number:032x}", of=1, grid=[1, 2, 2], rows=1)
+        item = MediaItem(
+            index=number, modality=Modality.IMAGE, content_hash=f"{number:032x}", of=1, grid=[1, 2, 2], rows=1
+        )
         message = Encode(
             request=RequestId(f"r{number}"), attempt=0, item=item, slot=self._slot, notify="none", budget_s=60.0
         )

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ from epdctl.bench.encoding.orders import Orders, Outcome, Phase, report
 from epdctl.bench.encoding.pictures import commented, picture
 from epdctl.bench.encoding.rank import DECODED
 from epdctl.errors import EpdError
-from epdctl.ids import RequestId, Stage
+from epdctl.ids import Modality, RequestId, Stage
 from epdctl.rank.peers import PeerTable
 from epdctl.rank.service import Progress, Pulse
 from epdctl.rank.tasks import Tasks
@@ -136,7 +136,7 @@ class Load:
         side = phase.side // UNIT * 2
         item = MediaItem(
             index=number,
-            modality="image",
+            modality=Modality.IMAGE,
             content_hash=hashlib.blake2b(name.encode(), digest_size=16).hexdigest(),
             of=1,
             grid=[1, side, side],
@@ -172,12 +172,6 @@ class Load:
 
     async def drain(self) -> None:
         """Whoever measures takes the cluster down when it has its figures."""
-
-    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
-        written("this rank has no model")
-
-    def stop_capture(self) -> None:
-        """Nothing is being recorded."""
 
     async def close(self) -> None:
         await self._tasks.close()

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from epdctl.engine.families.halves import load_refusals
 from epdctl.errors import LoadError, RequestError
-from epdctl.families.base import Family
+from epdctl.families.media import PictureFamily
 from epdctl.wire.config import ModelConfig
 from epdctl.wire.encode import MediaItem
 
@@ -26,7 +26,7 @@ _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 _BROKEN = (OSError, SyntaxError, ValueError, IndexError, KeyError, EOFError, struct.error, Image.DecompressionBombError)
 
 
-def open_picture(media: bytes | memoryview, item: MediaItem, family: Family) -> Image.Image:
+def open_picture(media: bytes | memoryview, item: MediaItem, family: PictureFamily) -> Image.Image:
     """Upright, RGB, its alpha dropped: transformers' own treatment of alpha changes between versions, ours does not.
 
     The pixels are decoded only once the header has the promised size, lying or standing. Raises RequestError (400).
@@ -67,7 +67,7 @@ def load_processor(model: ModelConfig, kinds: dict[str, Callable[[], Any]]) -> A
         return kinds[model.image_processor]().from_pretrained(model.path, local_files_only=True)
 
 
-def _check_header(size: tuple[int, int], item: MediaItem, family: Family) -> None:
+def _check_header(size: tuple[int, int], item: MediaItem, family: PictureFamily) -> None:
     """Of the two ways in which the picture may be turned, one must be as promised."""
     standing, lying = (family.picture_tokens(*each, item.of) for each in (size, size[::-1]))
     for found in (lying, standing):

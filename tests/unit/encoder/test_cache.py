@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epdctl.encoder.cache import Cache, EmbeddingKey, key_of
+from epdctl.ids import Modality
 from epdctl.wire.encode import MediaItem
 
-ITEM = MediaItem(index=3, modality="image", content_hash="ab", of=2, grid=[1, 4, 6], rows=6)
+ITEM = MediaItem(index=3, modality=Modality.IMAGE, content_hash="ab", of=2, grid=[1, 4, 6], rows=6)
 
 
 def key(name: str) -> EmbeddingKey:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from epdctl.encoder.canary import PNG, Watch
+from epdctl.encoder.canary import Watch
 from epdctl.errors import EpdError, RequestError
+from epdctl.families.samples import PNG
 from epdctl.wire.config import EncoderConfig
 from tests.support.ranks import run
 
@@ -52,7 +53,7 @@ def watching(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
 @pytest.mark.parametrize("norm", [math.nan, math.inf, 0.0])
 def test_a_tower_that_begins_with_no_numbers_never_becomes_ready(norm: float) -> None:
     tower = Tower(norm)
-    with pytest.raises(EpdError, match="of the test picture"):
+    with pytest.raises(EpdError, match="of the test item"):
         run(Watch(tower.measure, lambda: tower.made, PATIENT).calibrate())
 
 
@@ -103,7 +104,7 @@ def test_no_answer_is_a_reason_unless_others_are_answered_meanwhile() -> None:
         await watch.check()
         assert watch.reason is None, "busy is not sick"
         await watch.check()
-        assert watch.reason == "the test picture was not encoded within 0 s"
+        assert watch.reason == "the test item was not encoded within 0 s"
 
     watching(test)
 
@@ -114,7 +115,7 @@ def test_once_sick_only_a_canary_mends_it_not_a_completion() -> None:
         watch = Watch(tower.measure, lambda: tower.made, PATIENT)
         await watch.calibrate()
         await watch.check()
-        assert watch.reason == "the test picture was refused: torn"
+        assert watch.reason == "the test item was refused: torn"
         tower.made += 1
         await watch.check()
         assert "has norm 2" in str(watch.reason)

@@ -721,7 +721,7 @@ def test_a_broken_device_shows_although_work_is_staged_on_it(sockets: Path) -> N
             router.send(EncodeItem(dispatch=number, job=world.job(number)), [picture(ROWS, number)])
         await answers.until(of(ItemSized, 3))  # staged, and the forward never ends
         await turns_until(lambda: encoder.pulse().unhealthy is not None)
-        assert encoder.pulse().unhealthy == "the test picture was not encoded within 0.05 s"
+        assert encoder.pulse().unhealthy == "the test item was not encoded within 0.05 s"
         assert encoder.pulse().standstill > 0.0, "and it is known since when"
         gate.open.set()
         await turns_until(lambda: encoder.pulse().unhealthy is None)

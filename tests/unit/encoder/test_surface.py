@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load
 
-from epdctl.encoder.canary import PNG
+from epdctl.encoder.canary import Canary
 from epdctl.encoder.client import Part, Reader
 from epdctl.encoder.dispatch import RankKey
 from epdctl.encoder.jobs import Jobs
@@ -29,7 +29,8 @@ from epdctl.encoder.verdict import judge
 from epdctl.encoder.worker import EncoderService
 from epdctl.engine.api import Prepared
 from epdctl.errors import RequestError
-from epdctl.ids import Incarnation, RankName
+from epdctl.families.samples import PNG
+from epdctl.ids import Incarnation, Modality, RankName
 from epdctl.wire.config import EncoderConfig, EncoderHttp, Limits, ModelConfig
 from epdctl.wire.encode import MediaItem
 from epdctl.wire.transfer import TensorSpec
@@ -369,8 +370,8 @@ def test_a_storm_of_probes_is_one_probe(sockets: Path) -> None:
         await world.encoder(gate.tower())
         jobs = Jobs(str(world.peers["encoder-router/0"].endpoints.inbox))
         world.stack.callback(jobs.close)
-        item = MediaItem(index=0, modality="image", content_hash="", of=1, grid=[1, 2, 2 * ROWS], rows=ROWS)
-        proof = Proof(jobs, (item, picture(ROWS, 3)), 60.0)
+        item = MediaItem(index=0, modality=Modality.IMAGE, content_hash="", of=1, grid=[1, 2, 2 * ROWS], rows=ROWS)
+        proof = Proof(jobs, Canary(picture(ROWS, 3), item), 60.0)
         asking = [asyncio.ensure_future(proof.fault()) for _ in range(9)]
         await gate.began.count(1)
         assert len(jobs) == 1

@@ -16,6 +16,7 @@ from epdctl.engine.core import Engine
 from epdctl.engine.kv import KvPool
 from epdctl.engine.pages import PageAllocator, pages_for
 from epdctl.errors import RequestError
+from epdctl.ids import Modality
 from epdctl.wire.config import EngineConfig
 from epdctl.wire.serve import FinishReason, KvLayout, PromptItem, Sampling
 
@@ -117,7 +118,7 @@ def test_a_sequence_whose_tokens_are_computed_goes_on_from_the_pages() -> None:
 
 def test_embeddings_take_the_place_of_placeholders_in_every_chunk() -> None:
     subject = engine(chunk_tokens=2)
-    item = PromptItem(index=0, modality="image", grid=[1, 2, 10], offset=2, rows=5)
+    item = PromptItem(index=0, modality=Modality.IMAGE, grid=[1, 2, 10], offset=2, rows=5)
     rows = torch.tensor([[4.0], [5.0], [6.0], [7.0], [8.0]])
     asked = new(tokens=[1, 2, 0, 0, 0, 0, 0, 3], count=2)
     subject.admit(replace(asked, items=[item], embeddings={0: rows}))
@@ -128,7 +129,7 @@ def test_embeddings_take_the_place_of_placeholders_in_every_chunk() -> None:
 
 def test_one_whose_numbers_are_none_fails_alone_and_leaves_no_trace() -> None:
     subject = engine()
-    item = PromptItem(index=0, modality="image", grid=[1, 2, 2], offset=0, rows=1)
+    item = PromptItem(index=0, modality=Modality.IMAGE, grid=[1, 2, 2], offset=0, rows=1)
     poisoned = replace(new("bad", [0, 5]), items=[item], embeddings={0: torch.tensor([[torch.nan]])})
     subject.admit(poisoned)
     subject.admit(new("good", first_page=8))
@@ -160,7 +161,10 @@ def test_abort_forgets_and_does_not_mind_strangers() -> None:
         (replace(new(), tokens=[]), "nothing to do"),
         (replace(new(), max_new_tokens=0), "nothing to do"),
         (new("there"), "here already"),
-        (replace(new(), items=[PromptItem(index=0, modality="image", grid=[1, 2, 2], offset=0, rows=1)]), "no embed"),
+        (
+            replace(new(), items=[PromptItem(index=0, modality=Modality.IMAGE, grid=[1, 2, 2], offset=0, rows=1)]),
+            "no embed",
+        ),
     ],
 )
 def test_a_callers_mistake_is_refused_before_it_does_harm(wrong: NewSequence, said: str) -> None:
@@ -176,10 +180,10 @@ def test_a_callers_mistake_is_refused_before_it_does_harm(wrong: NewSequence, sa
     [
         replace(new(), tokens=[1, VOCAB, 2]),
         replace(new(), tokens=[1, -1, 2]),
-        replace(new(), items=[PromptItem(index=0, modality="image", grid=[1, 2, 2], offset=2, rows=2)]),
+        replace(new(), items=[PromptItem(index=0, modality=Modality.IMAGE, grid=[1, 2, 2], offset=2, rows=2)]),
         replace(
             new(),
-            items=[PromptItem(index=0, modality="image", grid=[1, 2, 2], offset=0, rows=1)],
+            items=[PromptItem(index=0, modality=Modality.IMAGE, grid=[1, 2, 2], offset=0, rows=1)],
             embeddings={0: torch.zeros(2, 1)},
         ),
     ],

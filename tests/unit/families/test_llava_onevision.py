@@ -14,7 +14,7 @@ from transformers.models.llava_onevision.processing_llava_onevision import Llava
 
 from epdctl.errors import LoadError
 from epdctl.families import open_family
-from epdctl.families.base import Family, Picture
+from epdctl.families.base import Family, PictureHeader, Span
 from epdctl.families.llava_onevision import LONGEST
 
 IMAGE = 77
@@ -81,7 +81,7 @@ def test_rows_are_those_of_the_processor_for_every_size_and_count(name: str, tmp
         for count in (1, draw.randint(2, 16)):
             seen = {"batch_num_images": [count], "image_sizes": [[height, width]] * count, "pixel_values": tile}
             rows = len(own.replace_image_token(seen, draw.randrange(count)))
-            assert family.picture_tokens(width, height, count).rows == rows, (width, height, count)
+            assert family.span(PictureHeader(width, height), count).rows == rows, (width, height, count)
     assert len(measured) >= 500
 
 
@@ -94,7 +94,7 @@ def test_tiles_are_those_of_real_pictures(name: str, tmp_path: Path) -> None:
         picture = np.zeros((height, width, 3), np.uint8)
         for count in (1, 3):
             values = own(images=[[picture] * count])
-            tiles, *size = family.picture_tokens(width, height, count).grid
+            tiles, *size = family.span(PictureHeader(width, height), count).grid
             assert tiles == len(values["pixel_values"][0])
             assert size == [*values["image_sizes"][0]]
 
@@ -105,8 +105,8 @@ def published(tmp_path: Path, **config: Any) -> Family:
 
 def test_a_picture_among_others_is_not_tiled(tmp_path: Path) -> None:
     family = published(tmp_path)
-    assert family.picture_tokens(1000, 700, 2) == Picture((1, 700, 1000), 27 * 27 + 1)
-    alone = family.picture_tokens(1000, 700, 1)
+    assert family.span(PictureHeader(1000, 700), 2) == Span((1, 700, 1000), 27 * 27 + 1)
+    alone = family.span(PictureHeader(1000, 700), 1)
     assert alone.grid == (7, 700, 1000)
     assert alone.rows > 5 * 27 * 27
 
@@ -115,7 +115,7 @@ def test_a_picture_among_others_is_not_tiled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("of", [1, 2])
 def test_a_picture_that_no_square_can_hold_is_refused(size: tuple[int, int], of: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="picture of"):
-        published(tmp_path).picture_tokens(*size, of)
+        published(tmp_path).span(PictureHeader(*size), of)
 
 
 @pytest.mark.parametrize(
@@ -137,12 +137,12 @@ def test_what_a_checkpoint_does_not_say_is_as_in_the_library(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "preprocessor_config.json").write_text("{}")
     (tmp_path / "spoken").mkdir()
-    said = published(tmp_path / "spoken").picture_tokens(900, 500, 1)
-    assert open_family(tmp_path).picture_tokens(900, 500, 1) == said
+    said = published(tmp_path / "spoken").span(PictureHeader(900, 500), 1)
+    assert open_family(tmp_path).span(PictureHeader(900, 500), 1) == said
 
 
 def test_settings_kept_with_those_of_all_processors_go_first(tmp_path: Path) -> None:
     checkpoint(tmp_path, *MODELS["published"])
     nested = {"image_processor": {"image_grid_pinpoints": [[384, 384]]}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
-    assert open_family(tmp_path).picture_tokens(900, 500, 1).grid[0] == 2
+    assert open_family(tmp_path).span(PictureHeader(900, 500), 1).grid[0] == 2

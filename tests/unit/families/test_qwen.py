@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from epdctl.errors import LoadError
 from epdctl.families import SERVED, open_family
-from epdctl.families.base import Picture
+from epdctl.families.base import PictureHeader, Span
 from epdctl.families.qwen2_5_vl import Qwen25VL
 
 IMAGE = 77
@@ -67,8 +67,8 @@ def test_patches_are_those_of_the_processor(name: str, tmp_path: Path) -> None:
     measured = sizes(520, 4000)
     assert len(measured) >= 500
     for width, height in measured:
-        picture = family.picture_tokens(width, height, 1)
-        assert all(family.picture_tokens(width, height, of) == picture for of in (2, 16))
+        picture = family.span(PictureHeader(width, height), 1)
+        assert all(family.span(PictureHeader(width, height), of) == picture for of in (2, 16))
         patches = processor.get_number_of_image_patches(height, width)
         assert picture.grid[1] * picture.grid[2] == patches, (width, height)
         assert picture.rows == patches // processor.merge_size**2
@@ -80,18 +80,18 @@ def test_grids_are_those_of_real_pictures(name: str, tmp_path: Path) -> None:
     processor = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
     for width, height in sizes(60, 500):
         values = processor(images=[Image.fromarray(np.zeros((height, width, 3), np.uint8))])
-        assert list(family.picture_tokens(width, height, 1).grid) == list(values["image_grid_thw"][0])
+        assert list(family.span(PictureHeader(width, height), 1).grid) == list(values["image_grid_thw"][0])
 
 
 @pytest.mark.parametrize("size", [(201, 1), (1, 4000), (0, 10)])
 def test_shapes_that_the_processor_refuses_are_refused(size: tuple[int, int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="picture of"):
-        open_family(checkpoint(tmp_path, {})).picture_tokens(*size, 1)
+        open_family(checkpoint(tmp_path, {})).span(PictureHeader(*size), 1)
 
 
 def test_placeholders_are_repeated_and_items_know_their_place(tmp_path: Path) -> None:
     family = open_family(checkpoint(tmp_path, {}))
-    prompt = family.expand([1, IMAGE, 2, IMAGE], [Picture((1, 4, 4), 4), Picture((1, 2, 4), 2)])
+    prompt = family.expand([1, IMAGE, 2, IMAGE], [Span((1, 4, 4), 4), Span((1, 2, 4), 2)])
     assert prompt.tokens == [1, *[IMAGE] * 4, 2, *[IMAGE] * 2]
     assert [(item.index, item.offset, item.rows, item.grid) for item in prompt.items] == [
         (0, 1, 4, [1, 4, 4]),
@@ -102,7 +102,7 @@ def test_placeholders_are_repeated_and_items_know_their_place(tmp_path: Path) ->
 @pytest.mark.parametrize("tokens", [[1, 2], [IMAGE, IMAGE]])
 def test_a_count_that_does_not_fit_is_refused(tokens: list[int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 pictures"):
-        open_family(checkpoint(tmp_path, {})).expand(tokens, [Picture((1, 2, 2), 1)])
+        open_family(checkpoint(tmp_path, {})).expand(tokens, [Span((1, 2, 2), 1)])
 
 
 def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:

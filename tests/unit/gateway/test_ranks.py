@@ -31,9 +31,9 @@ def with_ranks(names: Collection[str], look: Callable[[Ranks], None], planned: C
     asyncio.run(scene())
 
 
-def parts(ranks: Ranks, *, pictures: bool) -> list[str | None]:
-    """Of a route: entry, exit, and where pictures go."""
-    route = ranks.route(pictures=pictures)
+def parts(ranks: Ranks, *, media: bool) -> list[str | None]:
+    """Of a route: entry, exit, and where media go."""
+    route = ranks.route(media=media)
     assert route is not None
     router = None if route.router is None else route.router.endpoints.inbox
     return [route.entry.rank, route.exit.rank, router]
@@ -41,22 +41,22 @@ def parts(ranks: Ranks, *, pictures: bool) -> list[str | None]:
 
 def test_a_mono_rank_is_its_own_router() -> None:
     def look(ranks: Ranks) -> None:
-        assert parts(ranks, pictures=True) == ["mono/0", "mono/0", "ipc://mono-0.encode"]
-        assert parts(ranks, pictures=False) == ["mono/1", "mono/1", None]
-        assert parts(ranks, pictures=True) == ["mono/0", "mono/0", "ipc://mono-0.encode"]
+        assert parts(ranks, media=True) == ["mono/0", "mono/0", "ipc://mono-0.encode"]
+        assert parts(ranks, media=False) == ["mono/1", "mono/1", None]
+        assert parts(ranks, media=True) == ["mono/0", "mono/0", "ipc://mono-0.encode"]
 
     with_ranks(["mono/0", "mono/1"], look)
 
 
 def test_the_work_of_a_mono_rank_is_counted_once_for_each_inbox() -> None:
     def look(ranks: Ranks) -> None:
-        route = ranks.route(pictures=True)
+        route = ranks.route(media=True)
         assert route is not None
         assert len(set(route.peers)) == 2
         assert all(ranks.routable(each) for each in route.peers)
         for each in route.peers:
             ranks.take(each)
-        assert parts(ranks, pictures=True)[0] == "mono/1"
+        assert parts(ranks, media=True)[0] == "mono/1"
         for each in route.peers:
             ranks.leave(each)
         ranks.check()
@@ -64,11 +64,11 @@ def test_the_work_of_a_mono_rank_is_counted_once_for_each_inbox() -> None:
     with_ranks(["mono/0", "mono/1"], look)
 
 
-def test_nobody_else_sends_pictures_through_a_mono_rank() -> None:
+def test_nobody_else_sends_media_through_a_mono_rank() -> None:
     """Its encoder writes to its own memory only."""
 
     def look(ranks: Ranks) -> None:
-        routes = [parts(ranks, pictures=True) for _ in range(2)]
+        routes = [parts(ranks, media=True) for _ in range(2)]
         assert ["prefill/0", "decode/0", "ipc://encoder-router-0.inbox"] in routes
         assert ["mono/0", "mono/0", "ipc://mono-0.encode"] in routes
 
@@ -77,11 +77,11 @@ def test_nobody_else_sends_pictures_through_a_mono_rank() -> None:
 
 
 def _all_through(ranks: Ranks, only: str) -> None:
-    assert {parts(ranks, pictures=True)[0] for _ in range(3)} == {only}
+    assert {parts(ranks, media=True)[0] for _ in range(3)} == {only}
 
 
 @pytest.mark.parametrize(
-    ("planned", "there", "pictures", "missing"),
+    ("planned", "there", "media", "missing"),
     [
         ((), (), True, ["prefill rank", "decode rank", "encoder-router", "encoder rank"]),
         ((), ("prefill/0",), False, ["decode rank"]),
@@ -96,11 +96,11 @@ def _all_through(ranks: Ranks, only: str) -> None:
     ],
 )
 def test_what_is_missing_is_named_by_the_plan(
-    planned: Collection[Stage], there: Collection[str], pictures: bool, missing: list[str]
+    planned: Collection[Stage], there: Collection[str], media: bool, missing: list[str]
 ) -> None:
     def look(ranks: Ranks) -> None:
-        assert ranks.missing(pictures=pictures) == [f"no {one} is ready" for one in missing]
-        assert (ranks.route(pictures=pictures) is None) == bool(missing)
+        assert ranks.missing(media=media) == [f"no {one} is ready" for one in missing]
+        assert (ranks.route(media=media) is None) == bool(missing)
 
     with_ranks(there, look, planned)
 
@@ -117,7 +117,7 @@ def test_a_cluster_without_a_tower_is_known(planned: Collection[Stage], sees: bo
 
 
 @pytest.mark.parametrize(
-    ("planned", "gone", "pictures", "ends"),
+    ("planned", "gone", "media", "ends"),
     [
         ((Stage.PREFILL, Stage.DECODE), ("decode/0",), False, 1),
         ((Stage.PREFILL, Stage.DECODE), ("decode/0", "prefill/0"), False, 2),
@@ -131,13 +131,13 @@ def test_a_cluster_without_a_tower_is_known(planned: Collection[Stage], sees: bo
     ],
 )
 def test_only_stages_that_a_request_needs_are_its_dead_ends(
-    planned: Collection[Stage], gone: Collection[str], pictures: bool, ends: int
+    planned: Collection[Stage], gone: Collection[str], media: bool, ends: int
 ) -> None:
     def look(ranks: Ranks) -> None:
         names = [RankName(name) for name in gone]
         ranks.absent_changed(
             [Absent(rank=name, stage=name.stage, incarnation=Incarnation(1), hopeless="failed: x") for name in names]
         )
-        assert len(ranks.hopeless(pictures=pictures)) == ends
+        assert len(ranks.hopeless(media=media)) == ends
 
     with_ranks((), look, planned)

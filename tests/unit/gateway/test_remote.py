@@ -12,7 +12,8 @@ import pytest
 from epdctl.errors import RequestError
 from epdctl.gateway.auth import shows_key
 from epdctl.gateway.remote import Fetcher, is_reachable_for_all, target_of
-from epdctl.ids import Secret
+from epdctl.ids import Modality, Secret
+from epdctl.rank.media import Source
 from epdctl.wire.config import GatewayConfig
 from epdctl.wire.message import Codec, to_json
 from tests.unit.gateway.harness import picture
@@ -100,9 +101,13 @@ def moved(to: str) -> bytes:
     return f"HTTP/1.1 302 Found\r\nlocation: {to}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode()
 
 
+def at(url: str) -> dict[str, Source]:
+    return {url: Source(Modality.IMAGE, "here", url)}
+
+
 async def fetch(url: str, hosts: Sequence[str], *, seconds: float = 60, limit: int = 1 << 20) -> bytes:
     fetcher = Fetcher(hosts, seconds=seconds, limit=limit)
-    return (await fetcher.fetch_all({url: "here"}, lambda _: None))[url]
+    return (await fetcher.fetch_all(at(url), lambda _: None))[url]
 
 
 def refusal(answer: Callable[[str], Answer], *, seconds: float = 60, limit: int = 1 << 20) -> str:
@@ -142,7 +147,7 @@ def test_the_connection_goes_to_the_checked_address_under_the_hosts_name(monkeyp
             monkeypatch.setattr("epdctl.gateway.remote.is_reachable_for_all", lambda _: True)
             fetcher = Fetcher([f"pictures.example:{port}"], seconds=60, limit=1 << 20, resolve=resolve)
             url = f"http://pictures.example:{port}/a?b=c"
-            assert (await fetcher.fetch_all({url: "here"}, lambda _: None))[url] == PNG
+            assert (await fetcher.fetch_all(at(url), lambda _: None))[url] == PNG
             assert asked == ["pictures.example"]  # once: nobody asks again on the way
             assert f"host: pictures.example:{port}\r\n" in heads[0]
             assert heads[0].startswith("get /a?b=c ")
@@ -158,7 +163,7 @@ def test_a_name_that_leads_home_is_refused(addresses: list[str]) -> None:
 
         fetcher = Fetcher(["pictures.example"], seconds=60, limit=1 << 20, resolve=resolve)
         with pytest.raises(RequestError, match=r"public internet|no address"):
-            await fetcher.fetch_all({"http://pictures.example/a": "here"}, lambda _: None)
+            await fetcher.fetch_all(at("http://pictures.example/a"), lambda _: None)
 
     asyncio.run(scene())
 
@@ -193,7 +198,7 @@ def test_what_comes_is_held_as_it_comes() -> None:
         async with serving(lambda _: ok()) as port:
             fetcher = Fetcher([f"127.0.0.1:{port}"], seconds=60, limit=1 << 20)
             with pytest.raises(RequestError) as caught:
-                await fetcher.fetch_all({f"http://127.0.0.1:{port}/a": "here"}, full)
+                await fetcher.fetch_all(at(f"http://127.0.0.1:{port}/a"), full)
             assert caught.value.status == 429
 
     asyncio.run(scene())

@@ -25,10 +25,15 @@ from tests.unit.gateway.harness import EPD, LANGUAGE, ask, data_url, house, imag
 from tests.unit.gateway.model_files import write_model_files
 
 URL = "messages[0].content[0].image_url.url"
+SOUND = "messages[0].content[0].input_audio.data"
 
 
 def image(url: object) -> dict[str, Any]:
     return ask([{"type": "image_url", "image_url": {"url": url}}])
+
+
+def sound(data: object, form: object = "wav") -> dict[str, Any]:
+    return ask([{"type": "input_audio", "input_audio": {"data": data, "format": form}}])
 
 
 def messages(*entries: object) -> dict[str, Any]:
@@ -55,7 +60,8 @@ MISTAKES: dict[str, tuple[object, int, str | None, str]] = {
     "number as content": (ask(5), 400, "messages[0].content", "string"),
     "unknown part": (ask([{"type": "smell"}]), 400, "messages[0].content[0]", "smell"),
     "video": (ask([{"type": "video_url", "video_url": {}}]), 400, "messages[0].content[0]", "as image_url"),
-    "audio": (ask([{"type": "input_audio", "input_audio": {}}]), 400, "messages[0].content[0]", "no family here"),
+    "audio": (sound("UklGRg=="), 400, SOUND, "takes no sound clips; beside text it takes pictures (image_url)"),
+    "audio without data": (ask([{"type": "input_audio", "input_audio": {"format": "wav"}}]), 400, SOUND, "required"),
     "part without text": (ask([{"type": "text"}]), 400, "messages[0].content[0].text", "required"),
     "picture from the assistant": (
         messages({"role": "user", "content": "x"}, {"role": "assistant", "content": [image_part(PNG)]}),
@@ -127,7 +133,7 @@ MISTAKES: dict[str, tuple[object, int, str | None, str]] = {
     "another format": (image(data_url(SVG, "image/svg+xml")), 400, URL, "not a picture"),
     "a format we do not open": (image(data_url(picture(form="TIFF"), "image/tiff")), 400, URL, "not a picture"),
     "too many pixels": (image(data_url(picture(1000, 1001))), 400, URL, "1000000"),
-    "a ribbon": (image(data_url(picture(3000, 10))), 400, "messages", "200 times"),
+    "a ribbon": (image(data_url(picture(3000, 10))), 400, URL, "200 times"),
     "too many pictures": (ask([image_part(PNG)] * 5), 400, "messages", "at most 4"),
     "pictures beyond the context": (ask([image_part(picture(990, 990))]), 400, "messages", "1000 tokens"),
     "a number as URL": (image(7), 400, URL, "string"),
@@ -160,7 +166,7 @@ RAW: dict[str, bytes] = {
     "deep": b'{"model":' + b"[" * 50_000,
     "a form": b"model=tiny&messages=hi",
 }
-LIMITS = {"max_context": 1000, "max_images": 4, "max_pixels": 1_000_000}
+LIMITS = {"max_context": 1000, "max_media": 4, "max_pixels": 1_000_000}
 
 
 def assert_shape(response: httpx.Response) -> dict[str, Any]:
@@ -308,7 +314,7 @@ def test_metrics_count_what_happened() -> None:
                 'epdctl_requests_total{status="200"} 1.0',
                 'epdctl_requests_total{status="400"} 1.0',
                 "epdctl_completion_tokens_total 7.0",
-                "epdctl_pictures_total 1.0",
+                'epdctl_media_total{modality="image"} 1.0',
                 "epdctl_attempts_total 1.0",
                 "epdctl_requests_in_flight 0.0",
                 "epdctl_media_bytes 0.0",

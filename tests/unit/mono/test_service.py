@@ -16,7 +16,7 @@ import torch
 from epdctl.encoder.worker import EncoderService
 from epdctl.engine.kv import KvPool
 from epdctl.errors import LoadError
-from epdctl.ids import Stage
+from epdctl.ids import Modality, Stage
 from epdctl.mono.service import MonoService
 from epdctl.rank.machine import NATIVE, Loaded, Machine, Parts
 from epdctl.wire.config import ModelConfig, RankSpec
@@ -92,7 +92,9 @@ class Scene:
         for place, (each, slot) in enumerate(zip(question.items, granted.slots, strict=True)):
             grid = [1, 2, 2 * each.rows]
             of = len(question.items)
-            about = MediaItem(index=each.index, modality="image", content_hash="", of=of, grid=grid, rows=each.rows)
+            about = MediaItem(
+                index=each.index, modality=Modality.IMAGE, content_hash="", of=of, grid=grid, rows=each.rows
+            )
             encode = Encode(
                 request=question.request, attempt=question.attempt, item=about,
                 slot=slot, notify=granted.notify, budget_s=question.budget_s,

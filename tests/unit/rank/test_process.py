@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from epdctl.ids import RequestId
+from epdctl.ids import Modality, RequestId
 from epdctl.rank.fatal import Departure
 from epdctl.wire.encode import (
     CLIENT_TO_ROUTER,
@@ -274,7 +274,7 @@ def job(index: int) -> Encode:
     return Encode(
         request=RequestId("r"),
         attempt=1,
-        item=MediaItem(index=index, modality="image", content_hash="", of=2, grid=[1, 2, 2], rows=1),
+        item=MediaItem(index=index, modality=Modality.IMAGE, content_hash="", of=2, grid=[1, 2, 2], rows=1),
         slot=RemoteLease(pool=address, lease=1, generation=1, extents=[]),
         notify="ipc:///nowhere",
         budget_s=600,

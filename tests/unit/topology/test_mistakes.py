@@ -39,7 +39,7 @@ MISTAKES = [
     ),
     # keys
     ("typo in a key", LANGUAGE + "«limts: {}", "limts", "unknown key 'limts'", "did you mean 'limits'?"),
-    ("typo deep down", LANGUAGE + "limits:\n  «max_image: 3", "limits.max_image", "unknown key", "'max_images'?"),
+    ("typo deep down", LANGUAGE + "limits:\n  «max_medias: 3", "limits.max_medias", "unknown key", "'max_media'?"),
     ("foreign key", LANGUAGE + "«zzz: 1", "zzz", "unknown key 'zzz'", "known here: schema, cluster, model"),
     (
         "typo in a stage",

@@ -1,0 +1,61 @@
+"""What a file says of itself: the size of a picture, the length of a clip. Decodes no pixel and no sample."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable, Mapping
+
+from PIL import Image, UnidentifiedImageError
+
+from epdctl.families.base import Header, PictureHeader
+from epdctl.ids import Modality
+from epdctl.wire.config import Limits
+
+__all__ = ["PICTURES", "read_header"]
+
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # by content; the media type in the URL is not believed
+ORIENTATION = 0x0112
+TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
+
+_UNREADABLE = (
+    UnidentifiedImageError,
+    OSError,
+    ValueError,
+    SyntaxError,  # Pillow's own word for a broken PNG
+    struct.error,
+    IndexError,
+    KeyError,
+    EOFError,
+)
+
+
+def read_header(modality: Modality, data: bytes, limits: Limits) -> Header:
+    """Raises ValueError with the reason for what is no such file, or beyond the limits."""
+    return _READERS[modality](data, limits)
+
+
+def _picture(data: bytes, limits: Limits) -> PictureHeader:
+    try:
+        with Image.open(io.BytesIO(data), formats=PICTURES) as picture:
+            width, height = picture.size
+            turned = _orientation(picture) in TURNED
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"the picture has too many pixels: {error}") from error
+    except _UNREADABLE as error:
+        # Pillow's words are not for clients: they tell of our objects and addresses
+        raise ValueError(f"not a picture we can read ({', '.join(PICTURES)}), or a damaged one") from error
+    if width < 1 or height < 1:
+        raise ValueError(f"the picture is {width} x {height} pixels")
+    if width * height > limits.max_pixels:
+        raise ValueError(f"the picture is {width} x {height} pixels; at most {limits.max_pixels} are served")
+    return PictureHeader(height, width) if turned else PictureHeader(width, height)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """As Pillow's exif_transpose finds it. The base's method: a PNG's own would decode the pixels to look further."""
+    value = Image.Image.getexif(picture).get(ORIENTATION, 1)
+    return value if isinstance(value, int) else 1
+
+
+_READERS: Mapping[Modality, Callable[[bytes, Limits], Header]] = {Modality.IMAGE: _picture}
