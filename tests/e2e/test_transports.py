@@ -1,4 +1,6 @@
-"""The same tokens whichever way embeddings and KV pages travel through the cluster. Other clusters here use shm."""
+"""The same tokens whichever way embeddings and KV pages travel through the cluster, and the same care for a rank that
+is killed with requests in flight. Other clusters here use shm.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.test_kill import kill_with_requests_in_flight
 from tests.e2e.test_parity import Truth, beyond_the_chunk, eight, no_picture, three_sizes
+from tests.e2e.test_soak import HOLDERS, idle
 from tests.support.cluster import Cluster
 from tests.support.leaks import marked_processes, no_leaks
 from tests.support.listeners import OPEN, exposed, listeners
@@ -45,6 +49,9 @@ def test_the_same_tokens_over_every_transport(
                 answers = list(pool.map(cluster.ask, [parts for parts, _ in known]))
             assert answers == [answer for _, answer in known]
             _reached_from_this_host_alone(cluster, engines=says.startswith("mooncake"))
+            kill_with_requests_in_flight(cluster, "prefill/0")  # embeddings come to it, and KV goes from it
+            for holder in HOLDERS:
+                cluster.wait(holder, idle)
         finally:
             cluster.down()
 

@@ -26,8 +26,9 @@ from epdctl.transfer.open import BACKENDS, Opening
 from epdctl.transfer.pool import Pool
 from epdctl.wire.config import TransferConfig
 from epdctl.wire.transfer import RemoteLease
+from tests.support.rude_writers import FAULTS
 
-__all__ = ["End", "open_at", "pattern", "receiving", "writing"]
+__all__ = ["POOL_BYTES", "End", "decoded", "encoded", "open_at", "pattern", "receiving", "writing"]
 
 GUARD_SECONDS = 60.0
 POOL_BYTES = 1 << 20
@@ -81,14 +82,17 @@ def _started(target: Callable[..., None], *words: Any) -> Iterator[End]:
 
 @contextmanager
 def writing(backend: str, sockets: Path, name: str = "encoder/0") -> Iterator[End]:
-    """Orders: write(lease, bytes, seed, token, how), stall(lease). Answers: "done", or the error's name and text."""
+    """Orders: write(lease, bytes, seed, token, how), stall(lease), and the name of a fault of rude_writers (lease).
+
+    Answers: "done", or the error's name and text; of a fault, what came of it.
+    """
     with _started(_writer, backend, str(sockets), name) as end:
         yield end
 
 
 @contextmanager
 def receiving(backend: str, endpoint: str) -> Iterator[End]:
-    """Orders: lease(bytes) → the lease as JSON; sum → of the whole pool; free → bytes."""
+    """Orders: lease(bytes) → the lease as JSON; sum → of the whole pool; free → bytes, all leases released."""
     with _started(_receiver, backend, endpoint) as end:
         yield end
 
@@ -109,6 +113,7 @@ def _obey(pipe: Connection, obey: Callable[..., Any]) -> None:
 
 def _writer(pipe: Connection, backend: str, sockets: str, name: str) -> None:
     transports: dict[tuple[str, str], Transport] = {}
+    faults = {fault.__name__: fault for fault in FAULTS[backend]}
 
     def transport(token: str, how: str) -> Transport:
         if (token, how) not in transports:
@@ -119,7 +124,9 @@ def _writer(pipe: Connection, backend: str, sockets: str, name: str) -> None:
     async def obey(
         verb: str, lease: bytes, nbytes: int = 0, seed: int = 0, token: str = "secret", how: str = ""
     ) -> Any:
-        target = msgspec.json.decode(lease, type=RemoteLease, dec_hook=lambda kind, value: kind(value))
+        target = decoded(lease)
+        if verb in faults:
+            return await asyncio.to_thread(faults[verb], target)
         if verb == "stall":  # in the middle of it, for ever
             if await transport(token, how).open_slot(target, seconds=GUARD_SECONDS) is None and backend == "zmq":
                 await transport(token, how).write(target, [Piece(pattern(100, 1), 0)], seconds=GUARD_SECONDS)
@@ -147,10 +154,19 @@ def _receiver(pipe: Connection, backend: str, endpoint: str) -> None:
         match verb:
             case "lease":
                 return encoded(pool.lease(nbytes, "request", seconds=GUARD_SECONDS).remote(address))
+            case "free":
+                for lease in pool.leases.live():
+                    pool.release(lease.id)
+                pool.check()
+                return pool.allocator.free
             case _:
                 return int(pool.memory.sum())
 
     _obey(pipe, obey)
+
+
+def decoded(lease: bytes) -> RemoteLease:
+    return msgspec.json.decode(lease, type=RemoteLease, dec_hook=lambda kind, value: kind(value))
 
 
 def encoded(lease: RemoteLease) -> bytes:
