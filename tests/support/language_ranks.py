@@ -261,6 +261,7 @@ class Setup:
     embedding_bytes: int = 1 << 16
     layout: KvLayout = LAYOUT
     loaded: Loaded | None = None  # a real engine in place of the fake one
+    checksum: bool = False
 
 
 SERVICES: dict[Stage, Callable[[RankSpec, Parts], LanguageRank[Any, Any]]] = {
@@ -289,7 +290,9 @@ class World:
             model=ModelConfig(path="", name="fake", family="qwen2_5_vl"),
             limits=setup.limits,
             engine=EngineConfig(page_size=PAGE),
-            transfer=TransferConfig(backend=setup.backend, embedding_bytes=setup.embedding_bytes),
+            transfer=TransferConfig(
+                backend=setup.backend, embedding_bytes=setup.embedding_bytes, checksum=setup.checksum
+            ),
         )
         return RankSpec(
             run=RunId("run"),

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from epdctl.ids import Incarnation
+from epdctl.transfer import landing
 from epdctl.transfer.landing import Frame
 from epdctl.wire.config import Limits
 from epdctl.wire.encode import FailureKind
@@ -290,6 +291,27 @@ def test_pages_refused_by_decode_fail_the_request_as_retryable() -> None:
             assert isinstance(end, Failed)
             assert end.kind is FailureKind.RANK_LOST
             await ranks.prefill.idle()
+
+    run(scene())
+
+
+@pytest.mark.parametrize("backend", ["zmq", "shm"])
+def test_pages_that_changed_on_their_way_fail_their_request_and_no_other(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums_of, question = landing.sums_of, Question()
+
+    async def scene() -> None:
+        async with pair(Setup(backend=backend, checksum=True)) as ranks:
+            monkeypatch.setattr(landing, "sums_of", lambda pieces: [one ^ 1 for one in sums_of(pieces)])
+            ranks.ask(question)
+            end = await ranks.gateway.outcome(question.name)
+            assert isinstance(end, Failed)
+            assert (end.kind, "have the checksum" in end.text) == (FailureKind.INTERNAL, True)
+            await ranks.idle()
+            monkeypatch.setattr(landing, "sums_of", sums_of)
+            assert await ranks.answer(NEXT) == alone(NEXT)
+            await ranks.idle()
 
     run(scene())
 
