@@ -11,10 +11,13 @@ from typing import TypeVar
 
 from epdctl.control.paths import ClusterDir, Holder
 from epdctl.errors import (
+    AlreadyRunning,
     DeadlineExceeded,
     EpdError,
     NotRunning,
+    PlacementError,
     RankError,
+    SelectorError,
     Unreachable,
     UserError,
     WireError,
@@ -52,14 +55,15 @@ QUIET_SECONDS = 300.0  # between two events of a cluster that is going down
 EXIT_SECONDS = 10.0  # from the last word of the daemon to the end of its process
 
 R = TypeVar("R")
-_ERRORS: dict[int, type[EpdError]] = {
-    error.exit_status: error for error in (UserError, NotRunning, Unreachable, RankError, DeadlineExceeded)
-}
+_GENERAL: tuple[type[EpdError], ...] = (UserError, NotRunning, Unreachable, RankError, DeadlineExceeded)
+_BY_STATUS = {error.exit_status: error for error in _GENERAL}
+_BY_NAME = {error.__name__: error for error in (*_GENERAL, SelectorError, AlreadyRunning, PlacementError)}
 
 
 def refused_error(refused: Refused) -> EpdError:
     """The error that the daemon met, with its exit status and hint."""
-    return _ERRORS.get(refused.exit_status, EpdError)(refused.text, hint=refused.hint)
+    kind = _BY_NAME.get(refused.kind) or _BY_STATUS.get(refused.exit_status, EpdError)
+    return kind(refused.text, hint=refused.hint)
 
 
 @dataclass(frozen=True, slots=True)

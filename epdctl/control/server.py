@@ -72,7 +72,7 @@ class Backend(Protocol):
 
 
 def refusal(error: EpdError) -> Refused:
-    return Refused(text=error.message, exit_status=error.exit_status, hint=error.hint)
+    return Refused(text=error.message, exit_status=error.exit_status, kind=type(error).__name__, hint=error.hint)
 
 
 class ControlServer:
@@ -116,18 +116,22 @@ class ControlServer:
             await _until_hang_up(stream, self._answer(stream, command))
 
     async def _answer(self, stream: Client, command: Command) -> None:
+        async with contextlib.aclosing(self._told(command)) as replies:
+            async for reply in replies:
+                await stream.send(reply, seconds=READ_SECONDS)
+
+    async def _told(self, command: Command) -> AsyncGenerator[Reply, None]:
+        """The replies; where the backend fails, in whatever way, that is told as the last of them."""
         try:
             async with contextlib.aclosing(self._replies(command)) as replies:
                 async for reply in replies:
-                    await stream.send(reply, seconds=READ_SECONDS)
-        except WireError:
-            raise
+                    yield reply
         except EpdError as error:
-            await stream.send(refusal(error))
+            yield refusal(error)
         except Exception as error:
             log.exception("the command %s failed", type(command).__name__)
             text = f"{type(command).__name__} failed inside the daemon: {error!r}"
-            await stream.send(Refused(text=text, exit_status=70, hint="the daemon's log has the traceback"))
+            yield Refused(text=text, exit_status=70, hint="the daemon's log has the traceback")
 
     async def _replies(self, command: Command) -> AsyncGenerator[Reply, None]:
         match command:

@@ -165,20 +165,30 @@ class Event(Message, frozen=True):
 
 class CaptureResult(Part, frozen=True):
     rank: RankName
-    path: str | None = None
+    path: str | None = None  # of the profiler's trace
+    hops: str | None = None  # of what it noted of requests
     error: str | None = None
+    note: str | None = None  # why there is no trace, where that is no fault
+    clock_offset_us: float | None = None  # of its clock from the supervisor's, give or take …
+    clock_uncertainty_us: float | None = None  # … this much: half a round trip
 
 
 class CaptureReply(Message, frozen=True):
     capture: str
     results: list[CaptureResult]
+    merged: str | None = None  # the one trace of all of it, once the capture has ended
+    merge_error: str | None = None
+    arrows: int = 0  # from rank to rank
+    arrows_backwards: int = 0  # of them, against time by more than clocks were uncertain
 
 
 class Refused(Message, frozen=True):
-    """An error, told: the CLI raises it again with this exit status."""
+    """An error, told: the CLI raises it again. ``kind``: the name of its class; one that the CLI does not know is the
+    class of its exit status there."""
 
     text: str
     exit_status: int
+    kind: str = ""
     hint: str | None = None
 
 

@@ -10,9 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from epdctl.control.client import Client
-from epdctl.control.server import ControlServer
-from epdctl.errors import EpdError, NotRunning, SelectorError, Unreachable, UserError
+from epdctl.control.client import Client, refused_error
+from epdctl.control.server import ControlServer, refusal
+from epdctl.errors import (
+    AlreadyRunning,
+    DeadlineExceeded,
+    EpdError,
+    NotRunning,
+    PeerGone,
+    SelectorError,
+    TopologyError,
+    Unreachable,
+    UserError,
+)
 from epdctl.ids import Incarnation, RankName, RunId
 from epdctl.wire.control import (
     COMMAND,
@@ -43,6 +53,7 @@ class Backend:
     def __init__(self) -> None:
         self.left = threading.Event()
         self.asked: list[object] = []
+        self.late = False
 
     def status(self) -> StatusReply:
         return STATUS
@@ -55,6 +66,8 @@ class Backend:
             self.left.set()
 
     async def health(self, command: GetHealth) -> HealthReply:
+        if self.late:
+            raise DeadlineExceeded("prefill/0 said nothing within 5 s")
         raise RuntimeError("a bug")
 
     def restart(self, command: Restart) -> Accepted:
@@ -121,9 +134,33 @@ def test_a_stream_ends_with_done(served: tuple[Backend, Client]) -> None:
 
 def test_an_error_arrives_as_itself_with_its_hint(served: tuple[Backend, Client]) -> None:
     _, client = served
-    with pytest.raises(UserError, match="no such rank") as refused:
+    with pytest.raises(SelectorError, match="no such rank") as refused:
         client.restart(["x"])
     assert (refused.value.exit_status, refused.value.hint) == (2, "did you mean decode/0?")
+
+
+def test_time_that_ended_inside_the_daemon_arrives_as_such(served: tuple[Backend, Client]) -> None:
+    backend, client = served
+    backend.late = True
+    with pytest.raises(DeadlineExceeded, match="prefill/0 said nothing") as refused:
+        client.health()
+    assert refused.value.exit_status == 5
+
+
+@pytest.mark.parametrize(
+    ("refused", "kind"),
+    [
+        (refusal(AlreadyRunning("it is up")), AlreadyRunning),
+        (refusal(TopologyError([])), UserError),  # not told as it was made: its mistakes are in the text
+        (refusal(PeerGone("it left")), EpdError),
+        (Refused(text="said by an older daemon", exit_status=3), NotRunning),
+        (Refused(text="said by a newer daemon", exit_status=5, kind="TooSlow"), DeadlineExceeded),
+    ],
+)
+def test_what_a_refusal_is_raised_as(refused: Refused, kind: type[EpdError]) -> None:
+    error = refused_error(refused)
+    assert type(error) is kind
+    assert error.message == refused.text
 
 
 def test_a_bug_in_the_daemon_is_told_as_our_fault_and_the_daemon_goes_on(served: tuple[Backend, Client]) -> None:
