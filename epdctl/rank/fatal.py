@@ -16,7 +16,7 @@ __all__ = ["RULES", "Departure", "Rule", "fatal", "status_of"]
 class Departure(enum.IntEnum):
     """Exit statuses of a rank's process."""
 
-    ASKED = 0  # told to leave, by message or signal
+    ASKED = 0  # told to leave, by SIGTERM
     ORPHANED = 80  # the supervisor's stream ended
     CHECKPOINT = 81
     CONFIG = 82

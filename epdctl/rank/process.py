@@ -28,7 +28,6 @@ from epdctl.wire.lifecycle import (
     Drain,
     Drained,
     Endpoints,
-    Exit,
     Fatal,
     Heartbeat,
     Hello,
@@ -227,8 +226,6 @@ class RankProcess:
                     self._service.stop_capture()
             case Unfit(text=text):
                 self._leave(fatal(IncompatiblePeer(text), serving=False))
-            case Exit():
-                self._leave(Departure.ASKED)
             case _:
                 assert_never(message)
 

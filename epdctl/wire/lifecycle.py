@@ -20,7 +20,6 @@ __all__ = [
     "Drain",
     "Drained",
     "Endpoints",
-    "Exit",
     "Facts",
     "Fatal",
     "FatalKind",
@@ -186,12 +185,8 @@ class Unfit(Message, frozen=True):
     text: str
 
 
-class Exit(Message, frozen=True):
-    """End now, in order: close pools and transports, then leave."""
-
-
 RankToSupervisor = Hello | Loading | Ready | Heartbeat | Drained | CaptureWritten | Fatal
-SupervisorToRank = Drain | PeersChanged | StartCapture | StopCapture | Unfit | Exit
+SupervisorToRank = Drain | PeersChanged | StartCapture | StopCapture | Unfit
 
 RANK_TO_SUPERVISOR: Codec[RankToSupervisor] = Codec(RankToSupervisor)
 SUPERVISOR_TO_RANK: Codec[SupervisorToRank] = Codec(SupervisorToRank)

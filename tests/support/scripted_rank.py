@@ -24,7 +24,6 @@ from epdctl.wire.lifecycle import (
     Drain,
     Drained,
     Endpoints,
-    Exit,
     Fatal,
     FatalKind,
     Heartbeat,
@@ -167,8 +166,6 @@ class Actor:
                 await self.start_capture(message)
             case StopCapture():
                 await self.write_capture()
-            case Exit():
-                os._exit(0)
 
     async def start_capture(self, message: StartCapture) -> None:
         if self.script.die_in_capture:

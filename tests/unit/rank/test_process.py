@@ -25,7 +25,6 @@ from epdctl.wire.lifecycle import (
     Drain,
     Drained,
     Endpoints,
-    Exit,
     Fatal,
     FatalKind,
     Heartbeat,
@@ -69,7 +68,7 @@ def test_a_rank_says_hello_loads_is_ready_beats_and_leaves_when_told(sockets: Pa
         assert [message.phase for message in rest[:-1]] == ["imports", "imports", "weights", "weights"]
         assert rest[-2] == Loading(phase="weights", done=2, total=2)
         assert rest[-1] == Ready(endpoints=Endpoints(inbox="ipc:///somewhere"))
-        await child.tell(Exit())
+        child.process.terminate()
         assert await child.ended() == Departure.ASKED
 
     supervised(sockets, test)
@@ -139,7 +138,9 @@ def test_a_drain_ends_at_its_deadline_without_pretending(sockets: Path) -> None:
         child = await supervisor.start("decode/0", "never-idle")
         await child.hears(Ready)
         await child.tell(Drain(budget_s=0.01))
-        await child.tell(Exit())
+        beats = sum(isinstance(message, Heartbeat) for message in child.said.seen)
+        await child.hears(Heartbeat, number=beats + 3)
+        child.process.terminate()
         assert await child.ended() == Departure.ASKED
         assert not any(isinstance(message, Drained) for message in child.said.seen)
 

@@ -15,10 +15,10 @@ from epdctl.wire.lifecycle import (
     RANK_TO_SUPERVISOR,
     SUPERVISOR_TO_RANK,
     Drain,
-    Exit,
     Heartbeat,
     Loading,
     RankToSupervisor,
+    StopCapture,
     SupervisorToRank,
 )
 from epdctl.wire.stream import Stream, connect, listen
@@ -44,12 +44,12 @@ def test_messages_arrive_in_order_both_ways_and_the_end_is_none(sockets: Path) -
             got.append(await stream.receive())
             got.append(await stream.receive())
             await stream.send(Drain(budget_s=2.0))
-            await stream.send(Exit())
+            await stream.send(StopCapture(capture="c"))
 
         server, stream = await pair(sockets / "s", serve)
         stream.post(Loading(phase="weights"))
         await stream.send(Heartbeat(inflight=2))
-        assert [await stream.receive(), await stream.receive()] == [Drain(budget_s=2.0), Exit()]
+        assert [await stream.receive(), await stream.receive()] == [Drain(budget_s=2.0), StopCapture(capture="c")]
         assert await stream.receive() is None
         assert got == [Loading(phase="weights"), Heartbeat(inflight=2)]
         await stream.close()
