@@ -56,8 +56,9 @@ EXIT_SECONDS = 10.0  # from the last word of the daemon to the end of its proces
 
 R = TypeVar("R")
 _GENERAL: tuple[type[EpdError], ...] = (UserError, NotRunning, Unreachable, RankError, DeadlineExceeded)
-_BY_STATUS = {error.exit_status: error for error in _GENERAL}
-_BY_NAME = {error.__name__: error for error in (*_GENERAL, SelectorError, AlreadyRunning, PlacementError)}
+_BY_STATUS: dict[int, type[EpdError]] = {error.exit_status: error for error in _GENERAL}
+_NAMED: tuple[type[EpdError], ...] = (*_GENERAL, SelectorError, AlreadyRunning, PlacementError)
+_BY_NAME: dict[str, type[EpdError]] = {error.__name__: error for error in _NAMED}
 
 
 def refused_error(refused: Refused) -> EpdError:
