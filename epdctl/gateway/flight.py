@@ -58,7 +58,7 @@ class Ending:
 
 @dataclass(slots=True)
 class Attempt:
-    """One try, and how far it is. ``seats``: ranks it still needs."""
+    """One try, and how far it is. ``seats``: ranks it still needs; ``granted``: they have memory for it."""
 
     brief: Brief
     seats: list[Peer]
@@ -175,7 +175,15 @@ class Flight:
             why = "; ".join(filter(None, (missing, self.losses.text))) or "no rank took it"
             self.fail(failure(FailureKind.NO_RANK, f"no rank answered within the request's time: {why}"))
         else:
-            self.fail(failure(FailureKind.DEADLINE, f"no answer within the request's time; it was {self.state}"))
+            self.fail(failure(FailureKind.DEADLINE, f"no answer within the request's time; it was {self._doing()}"))
+
+    def _doing(self) -> str:
+        """What its state is called, or what it waits for there: memory is granted before anything is computed."""
+        attempt = self._attempt
+        if attempt is None or attempt.granted or self.state not in (RequestState.ENCODING, RequestState.PREFILLING):
+            return self.state
+        route = attempt.route
+        return f"waiting for memory of {' and '.join(dict.fromkeys((route.exit.rank, route.entry.rank)))}"
 
     def strand(self, why: str) -> None:
         """There is no route, and it has waited long enough for one."""
@@ -249,12 +257,14 @@ class Flight:
         return max(0.0, self.deadline - self._director.now())
 
     def _on_granted(self, attempt: Attempt, message: Granted) -> None:
-        if attempt.granted or attempt.route.router is None:
+        if attempt.granted:
+            return
+        attempt.granted = True
+        if attempt.route.router is None:
             return
         if len(message.slots) != len(self.order.media):
             self.fail(failure(FailureKind.INTERNAL, f"{len(message.slots)} slots for {len(self.order.media)} media"))
             return
-        attempt.granted = True
         self._or_lose(lambda: self._encode(attempt, message))
 
     def _encode(self, attempt: Attempt, granted: Granted) -> None:

@@ -435,7 +435,24 @@ def test_silence_is_504_at_the_deadline() -> None:
             home.cluster["prefill/0"].script.mute = True
             response = await home.chat(**ask())
             assert response.status_code == 504
+            assert "it was waiting for memory of decode/0 and prefill/0" in response.json()["error"]["message"]
             await home.cluster["decode/0"].hears(Abort)
+            await home.idle()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("slow", "said"),
+    [("encoder-router/0", "it was encoding"), ("language/0", "it was waiting for memory of language/0")],
+)
+def test_what_a_request_was_at_when_its_time_ended(slow: str, said: str) -> None:
+    async def scene() -> None:
+        async with house(*LANGUAGE, request_seconds=0.3) as home:
+            home.cluster[slow].script.mute = True
+            response = await home.chat(**ask(PICTURES))
+            assert response.status_code == 504
+            assert said in response.json()["error"]["message"]
             await home.idle()
 
     asyncio.run(scene())
