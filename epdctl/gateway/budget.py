@@ -13,10 +13,14 @@ RETRY_AFTER = 1  # seconds
 
 
 class Door:
-    """Counts tickets. Full is 429, closed is 503; both say when to come again."""
+    """Counts tickets. Full is 429, closed is 503; both say when to come again.
 
-    def __init__(self, limits: Limits) -> None:
+    ``ranks``: how many write answers. Each works on ``limits.inflight`` requests, and ``limits.queue`` more may wait.
+    """
+
+    def __init__(self, limits: Limits, ranks: int) -> None:
         self._limits = limits
+        self.capacity = limits.inflight * ranks + limits.queue
         self.open_tickets = 0
         self.held_bytes = 0
         self.closed: str | None = None  # the reason, once no new request is taken
@@ -27,9 +31,14 @@ class Door:
         """Raises RequestError (429, 503)."""
         if self.closed is not None:
             raise RequestError(503, self.closed, code="draining", retry_after=RETRY_AFTER)
-        if self.open_tickets >= self._limits.queue:
+        if self.open_tickets >= self.capacity:
+            waiting = self._limits.queue
             raise RequestError(
-                429, f"{self.open_tickets} requests are open, which is the limit", code="full", retry_after=RETRY_AFTER
+                429,
+                f"{self.open_tickets} requests are open; {self.open_tickets - waiting} may be worked on at once "
+                f"(limits.inflight) and {waiting} wait (limits.queue)",
+                code="full",
+                retry_after=RETRY_AFTER,
             )
         self.open_tickets += 1
         self.idle.clear()

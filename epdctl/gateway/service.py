@@ -31,7 +31,7 @@ class GatewayService:
     def __init__(self, spec: RankSpec) -> None:
         config = spec.config
         self._config = config
-        self._door = Door(config.limits)
+        self._door = Door(config.limits, config.gateway.answering)
         self._meters = GatewayMeters(
             inflight=lambda: self._door.open_tickets, media_bytes=lambda: self._door.held_bytes
         )

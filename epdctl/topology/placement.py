@@ -42,6 +42,7 @@ __all__ = ["listeners", "place"]
 
 _MAX_GPU_THREADS = 4  # beside a GPU the CPU only launches kernels
 _MAX_PREPROCESS_THREADS = 8
+_ANSWERING = frozenset({Stage.DECODE, Stage.LANGUAGE, Stage.MONO})
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,7 @@ def _gateway(file: TopologyFile) -> GatewayConfig:
         host=section.host,
         port=section.port,
         stages=[stage for stage, _ in file.stages.present()],
+        answering=sum(stage.ranks for name, stage in file.stages.present() if name in _ANSWERING),
         api_key=section.api_key,
         strict=section.strict,
         media_hosts=section.media_hosts,

@@ -37,7 +37,7 @@ class Limits(Part, frozen=True):
     """Bounds on what one request and one rank may take."""
 
     inflight: int = 64  # items or sequences a rank works on at once
-    queue: int = 256  # waiting beyond that; full is 429
+    queue: int = 256  # waiting beyond those in flight, before each rank and before all of them; full is 429
     max_pixels: int = 16_777_216  # of one picture, from its header
     max_media: int = 16  # pictures, clips, … of one request
     max_body_bytes: int = 64 << 20
@@ -88,6 +88,7 @@ class GatewayConfig(Part, frozen=True):
     host: str = "127.0.0.1"
     port: int = 8000
     stages: list[Stage] = []  # model stages of the plan, so that the gateway can say what is not there
+    answering: int = 1  # ranks of the plan that write answers, each Limits.inflight at once
     api_key: Secret | None = None  # None only on loopback
     strict: bool = False  # a field that nobody knows is refused
     media_hosts: list[str] = []  # media may come from there over http(s): "name", or "name:port"

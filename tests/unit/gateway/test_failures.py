@@ -512,16 +512,21 @@ def test_a_hang_up_while_waiting_for_a_rank() -> None:
 # -- bounds --
 
 
-def test_more_requests_than_the_queue_holds_are_429() -> None:
+@pytest.mark.parametrize(("inflight", "queue"), [(1, 0), (1, 1)])
+def test_more_requests_than_are_worked_on_and_wait_are_429(inflight: int, queue: int) -> None:
     async def scene() -> None:
-        async with house(*EPD, queue=1) as home:
+        async with house(*EPD, inflight=inflight, queue=queue) as home:
             home.cluster["decode/0"].script.stop_after = 1
             async with reading(home, **ask()) as reader:
                 await reader.until(1)
+                waiting = [asyncio.create_task(home.chat(**ask())) for _ in range(queue)]
+                await home.open_requests(1 + queue)
                 refused = await home.chat(**ask())
                 assert refused.status_code == 429
                 assert refused.headers["retry-after"] == "1"
                 assert refused.json()["error"]["type"] == "rate_limit_error"
+                for one in waiting:
+                    one.cancel()
             await home.idle()
             home.cluster["decode/0"].script.stop_after = None
             assert await home.text(**ask())

@@ -68,7 +68,7 @@ def test_a_body_that_stops_gives_its_place_back(monkeypatch: pytest.MonkeyPatch)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1000\r\n\r\n{"
 
     async def scene() -> None:
-        async with house(*EPD, queue=1) as home:
+        async with house(*EPD, inflight=1, queue=0) as home:
             answer = await say(home, head)
             assert answer.startswith(b"HTTP/1.1 408")
             assert b"at byte 1" in answer

@@ -92,9 +92,9 @@ def limits(**changes: int) -> Limits:
 
 def test_the_door_counts_and_says_when_it_is_idle() -> None:
     async def scene() -> None:
-        door = Door(limits(queue=2, media_bytes=100))
+        door = Door(limits(inflight=1, queue=1, media_bytes=100), 1)
         first, second = door.enter(), door.enter()
-        with pytest.raises(RequestError) as full:
+        with pytest.raises(RequestError, match=r"2 requests are open; 1 .* \(limits.inflight\) and 1 wait") as full:
             door.enter()
         assert (full.value.status, full.value.retry_after) == (429, 1)
         first.hold(60)
@@ -114,6 +114,22 @@ def test_the_door_counts_and_says_when_it_is_idle() -> None:
         with pytest.raises(RequestError) as closed:
             door.enter()
         assert closed.value.status == 503
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(("inflight", "queue", "ranks", "capacity"), [(4, 0, 1, 4), (4, 3, 1, 7), (4, 3, 5, 23)])
+def test_those_that_wait_are_counted_beyond_those_in_flight(
+    inflight: int, queue: int, ranks: int, capacity: int
+) -> None:
+    async def scene() -> None:
+        door = Door(limits(inflight=inflight, queue=queue), ranks)
+        tickets = [door.enter() for _ in range(capacity)]
+        with pytest.raises(RequestError, match="at once"):
+            door.enter()
+        for ticket in tickets:
+            ticket.give_back()
+        door.check()
 
     asyncio.run(scene())
 

@@ -31,6 +31,7 @@ def test_ranks_are_replicas_times_dp_behind_gateway_and_router() -> None:
         *("gateway/0", "encoder-router/0", "encoder/0", "encoder/1", "encoder/2", "encoder/3"),
         *("prefill/0", "decode/0", "decode/1"),
     ]
+    assert rank(made, "gateway/0").config.gateway.answering == 2, "those of decode"
 
 
 def test_without_encoder_there_is_no_router() -> None:
