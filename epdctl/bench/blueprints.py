@@ -31,6 +31,7 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 _TEXT_TOKENS = SPECIAL_TOKENS[:3]
 _LLAVA_TOKENS = (*_TEXT_TOKENS, "<image>", "<video>")
+_AUDIO_TOKENS = (*_TEXT_TOKENS, "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
 
 _SYSTEM = """\
 {%- if messages and messages[0].role != 'system' -%}
@@ -70,6 +71,29 @@ _LLAVA = """\
 <|im_end|>
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}
+"""
+# As the published one, which looks for a part's address and not at its type, and counts the clips.
+_AUDIO = """\
+{%- set clips = namespace(heard=0) -%}
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if 'audio' in part or 'audio_url' in part -%}
+{%- set clips.heard = clips.heard + 1 -%}
+Audio {{ clips.heard }}: <|audio_bos|><|AUDIO|><|audio_eos|>
+{% elif 'text' in part -%}
+{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
 """
 
 
@@ -193,6 +217,24 @@ def _llava_config(size: CheckpointSize, ids: Mapping[str, int]) -> dict[str, Any
     }
 
 
+def _audio_config(size: CheckpointSize, ids: Mapping[str, int]) -> dict[str, Any]:
+    """Its tower has the vision tower's shapes."""
+    return {
+        "audio_token_index": ids["<|AUDIO|>"],
+        "tie_word_embeddings": False,
+        "text_config": _text(size, ids) | {"model_type": "qwen2", "rope_parameters": _rope()},
+        "audio_config": {
+            "model_type": "qwen2_audio_encoder",
+            "d_model": size.vision_hidden,
+            "encoder_attention_heads": size.vision_heads,
+            "encoder_ffn_dim": size.vision_intermediate,
+            "encoder_layers": size.vision_layers,
+            "max_source_positions": _HEARD * _SECOND // 2,
+            "num_mel_bins": _BANDS,
+        },
+    }
+
+
 def _qwen_tokens(ids: Mapping[str, int]) -> dict[str, Any]:
     return {
         "image_token_id": ids["<|image_pad|>"],
@@ -274,6 +316,25 @@ def _llava_processing() -> dict[str, Any]:
     }
 
 
+_HEARD = 4  # seconds; the published model hears 30
+_SECOND = 100  # frames
+_BANDS = 32
+
+
+def _audio_processor() -> dict[str, Any]:
+    return {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "chunk_length": _HEARD,
+        "feature_size": _BANDS,
+        "hop_length": 160,
+        "n_fft": 400,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": True,
+        "sampling_rate": 160 * _SECOND,
+    }
+
+
 BLUEPRINTS: Mapping[str, Blueprint] = {
     "qwen2_5_vl": Blueprint(
         model="Qwen2_5_VLForConditionalGeneration",
@@ -292,6 +353,15 @@ BLUEPRINTS: Mapping[str, Blueprint] = {
         template=_QWEN,
         config=_qwen3_config,
         processor=_qwen3_processor,
+    ),
+    "qwen2_audio": Blueprint(
+        model="Qwen2AudioForConditionalGeneration",
+        config_class="Qwen2AudioConfig",
+        processor_class="Qwen2AudioProcessor",
+        special_tokens=_AUDIO_TOKENS,
+        template=_SYSTEM + _AUDIO,
+        config=_audio_config,
+        processor=_audio_processor,
     ),
     "llava_onevision": Blueprint(
         model="LlavaOnevisionForConditionalGeneration",

@@ -60,7 +60,7 @@ def make_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     ids = _write_tokenizer(directory, size.vocab, blueprint)
     processor = {"processor_class": blueprint.processor_class, **blueprint.processor()}
-    if size.max_pixels is not None:
+    if size.max_pixels is not None and "max_pixels" in processor:
         processor["max_pixels"] = size.max_pixels
     _write_json(directory / "preprocessor_config.json", processor)
     if processing := blueprint.processing():

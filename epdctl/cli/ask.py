@@ -15,8 +15,9 @@ from epdctl.cli import options
 def ask(
     ctx: typer.Context,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask; - reads it from stdin.")],
-    pictures: Annotated[
-        list[Path] | None, typer.Argument(metavar="PICTURE…", help="Files to look at, before the question.")
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FILE…", help="Pictures to look at, or sound clips to hear, before the question."),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="0: the likeliest words.")] = 0.0,
@@ -25,14 +26,14 @@ def ask(
     json: Annotated[bool, typer.Option("--json", help="Print the gateway's whole answer as one line of JSON.")] = False,
     cluster: options.Cluster = None,
 ) -> None:
-    """Ask the running cluster one question, about pictures if any are named. Exit 1 when it is refused.
+    """Ask the running cluster one question, about pictures or sound clips if any are named. Exit 1 when it is refused.
 
     A gateway with a key takes it from EPDCTL_API_KEY.
     """
     from epdctl.cli import asking, console
 
     text = sys.stdin.read() if question == "-" else question
-    parts = [*(asking.picture(path) for path in pictures or ()), asking.words(text)]
+    parts = [*(asking.medium(path) for path in files or ()), asking.words(text)]
     said = [{"role": "system", "content": system}] if system else []
     body = {"messages": [*said, {"role": "user", "content": parts}], "temperature": temperature}
     if max_tokens is not None:

@@ -13,27 +13,33 @@ from typing import Any
 import httpx
 
 from epdctl.errors import DeadlineExceeded, RankError, Unreachable, UserError
+from epdctl.families.samples import MEDIA_TYPES
+from epdctl.ids import Modality
 
-__all__ = ["Gateway", "picture", "words"]
+__all__ = ["Gateway", "medium", "words"]
 
 Part = Mapping[str, Any]
 _DATA = "data: "
 _DONE = "[DONE]"
+_ENDS = dict.fromkeys((".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus"), Modality.AUDIO)  # any other: a picture
 
 
 def words(text: str) -> Part:
     return {"type": "text", "text": text}
 
 
-def picture(path: Path) -> Part:
-    """The file as it is: what it holds is found out by the gateway. Raises UserError."""
+def medium(path: Path) -> Part:
+    """The file as it is: what it holds is found out by the gateway, what it is for by its name's end. Raises
+    UserError."""
     try:
         encoded = base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read: {error.strerror}", hint="name picture files after the question"
+            f"{path} cannot be read: {error.strerror}", hint="name files of pictures or sound after the question"
         ) from error
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+    modality = _ENDS.get(path.suffix.lower(), Modality.IMAGE)
+    kind = f"{modality}_url"
+    return {"type": kind, kind: {"url": f"data:{MEDIA_TYPES[modality]};base64,{encoded}"}}
 
 
 @dataclass(frozen=True, slots=True)

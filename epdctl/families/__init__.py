@@ -18,6 +18,7 @@ __all__ = ["SERVED", "modalities_of", "open_family"]
 SERVED: dict[str, str] = {
     "llava_onevision": "LlavaOnevision",
     "qwen2_5_vl": "Qwen25VL",
+    "qwen2_audio": "Qwen2Audio",
     "qwen3_vl": "Qwen3VL",
 }
 

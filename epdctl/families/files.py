@@ -8,7 +8,7 @@ from typing import Any
 
 from epdctl.errors import LoadError
 
-__all__ = ["read_image_processor", "read_json", "read_json_if_there"]
+__all__ = ["read_feature_extractor", "read_image_processor", "read_json", "read_json_if_there"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -32,7 +32,16 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
 
 
 def read_image_processor(directory: Path) -> dict[str, Any]:
-    """The image processor's settings, looked for as transformers does: newer checkpoints keep those of all processors
-    in one file. Raises LoadError when there are none."""
-    nested = read_json_if_there(directory / "processor_config.json").get("image_processor")
+    """The image processor's settings. Raises LoadError when there are none."""
+    return _read_processor(directory, "image_processor")
+
+
+def read_feature_extractor(directory: Path) -> dict[str, Any]:
+    """Those of what makes features of sound. Raises LoadError when there are none."""
+    return _read_processor(directory, "feature_extractor")
+
+
+def _read_processor(directory: Path, name: str) -> dict[str, Any]:
+    """Looked for as transformers does: newer checkpoints keep the settings of all processors in one file."""
+    nested = read_json_if_there(directory / "processor_config.json").get(name)
     return nested if isinstance(nested, dict) else read_json(directory / "preprocessor_config.json")

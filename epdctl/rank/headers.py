@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 
 from PIL import Image, UnidentifiedImageError
 
-from epdctl.families.base import Header, PictureHeader
+from epdctl.families.base import Header, PictureHeader, SoundHeader
+from epdctl.families.sounds import header_of
 from epdctl.ids import Modality
 from epdctl.wire.config import Limits
 
@@ -58,4 +59,12 @@ def _orientation(picture: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-_READERS: Mapping[Modality, Callable[[bytes, Limits], Header]] = {Modality.IMAGE: _picture}
+def _sound(data: bytes, limits: Limits) -> SoundHeader:
+    header = header_of(data)
+    seconds = header.frames / header.rate
+    if seconds > limits.max_clip_seconds:
+        raise ValueError(f"the sound clip is {seconds:.1f} s long; at most {limits.max_clip_seconds:g} are served")
+    return header
+
+
+_READERS: Mapping[Modality, Callable[[bytes, Limits], Header]] = {Modality.IMAGE: _picture, Modality.AUDIO: _sound}

@@ -202,6 +202,9 @@ class LimitsSection(_Section):
     max_context: int = Field(default=_LIMITS.max_context, ge=2, description="Prompt and answer together, in tokens.")
     media_bytes: Bytes = Field(
         default=_LIMITS.media_bytes, description="Media the gateway keeps until their requests end, like 512MiB."
+    max_clip_seconds: Seconds = Field(
+        default=_LIMITS.max_clip_seconds, description="Of one sound clip, read from its header, like 10m."
+    )
     )
     request_seconds: Seconds = Field(default=_LIMITS.request_seconds, description="A request's deadline, like 5m.")
     wait_seconds: Seconds = Field(

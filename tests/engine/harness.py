@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from epdctl.engine.api import Advance, LanguageModel, NewSequence, StepInput, Tower
 from epdctl.engine.core import Engine
 from epdctl.engine.kv import KvPool
 from epdctl.engine.pages import PageAllocator, pages_for
 from epdctl.families import open_family
-from epdctl.families.base import PictureHeader
-from epdctl.ids import Modality
-from epdctl.wire.config import EngineConfig
+from epdctl.rank.headers import read_header
+from epdctl.wire.config import EngineConfig, Limits
 from epdctl.wire.encode import MediaItem
 from epdctl.wire.serve import FinishReason, PromptItem, Sampling
-from tests.support.reference import Reference, Tied, picture_bytes, reference_generate
+from tests.support.reference import Reference, Tied, as_part, picture_bytes, reference_generate
 
-__all__ = ["Case", "Question", "Recorder", "Run", "ask", "media_item", "question", "untied"]
+__all__ = ["Case", "Question", "Recorder", "Run", "ask", "encoded", "media_item", "placed", "question", "untied"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Pieces of one user message in order: text, or a picture's file."""
+    """Pieces of one user message in order: text, or a medium's file."""
 
     pieces: tuple[str | bytes, ...]
     max_new_tokens: int = 12
@@ -41,7 +38,7 @@ class Case:
     @property
     def messages(self) -> list[dict[str, Any]]:
         content = [
-            {"type": "text", "text": piece} if isinstance(piece, str) else {"type": "image"} for piece in self.pieces
+            {"type": "text", "text": piece} if isinstance(piece, str) else as_part(piece) for piece in self.pieces
         ]
         return [{"role": "user", "content": content}]
 
@@ -70,9 +67,8 @@ def untied(build: Callable[[int], Case], directory: Path) -> tuple[Case, Referen
 
 
 def media_item(directory: Path, file: bytes, index: int, of: int) -> MediaItem:
-    with Image.open(io.BytesIO(file)) as picture:
-        size = picture.size
-    found = open_family(directory).span(PictureHeader(*size), of)
+    family = open_family(directory)
+    found = family.span(read_header(family.modalities[0], file, Limits()), of)
     digest = hashlib.blake2b(file, digest_size=16).hexdigest()
     return MediaItem(
         index=index, modality=found.modality, content_hash=digest, of=of, grid=list(found.grid), rows=found.rows
@@ -82,21 +78,29 @@ def media_item(directory: Path, file: bytes, index: int, of: int) -> MediaItem:
 def question(build: Callable[[int], Case], directory: Path, tower: Tower) -> Question:
     """Encoded by the tower in one packed forward; tokens by the reference's tokenizer, places by the family."""
     case, reference = untied(build, directory)
-    family = open_family(directory)
     media = [media_item(directory, file, i, len(case.pictures)) for i, file in enumerate(case.pictures)]
-    prepared = [tower.prepare(file, item) for file, item in zip(case.pictures, media, strict=True)]
-    embeddings = dict(enumerate(tower.encode(prepared))) if prepared else {}
-    items, at = [], 0
-    for item in media:
-        at = reference.prompt.index(_image_token(family), at)
-        items.append(PromptItem(index=item.index, modality=Modality.IMAGE, grid=item.grid, offset=at, rows=item.rows))
-        at += item.rows
-    sampling = Sampling(max_tokens=case.max_new_tokens, stop_token_ids=list(family.end_token_ids))
+    embeddings = encoded(tower, case.pictures, media)
+    items = placed(directory, reference.prompt, media)
+    stops = list(open_family(directory).end_token_ids)
+    sampling = Sampling(max_tokens=case.max_new_tokens, stop_token_ids=stops)
     return Question(reference, reference.prompt, items, embeddings, sampling, case.max_new_tokens)
 
 
-def _image_token(family: Any) -> int:
-    return int(family.tokens[Modality.IMAGE])
+def encoded(tower: Tower, files: Sequence[bytes], media: Sequence[MediaItem]) -> dict[int, torch.Tensor]:
+    """By item, in one packed forward."""
+    prepared = [tower.prepare(file, item) for file, item in zip(files, media, strict=True)]
+    return dict(enumerate(tower.encode(prepared))) if prepared else {}
+
+
+def placed(directory: Path, prompt: list[int], media: Sequence[MediaItem]) -> list[PromptItem]:
+    """Where the family's placeholders stand in ``prompt``."""
+    family: Any = open_family(directory)
+    items, at = [], 0
+    for item in media:
+        at = prompt.index(family.tokens[item.modality], at)
+        items.append(PromptItem(index=item.index, modality=item.modality, grid=item.grid, offset=at, rows=item.rows))
+        at += item.rows
+    return items
 
 
 @dataclass

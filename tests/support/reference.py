@@ -12,15 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoTokenizer, WhisperFeatureExtractor
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_audio.processing_qwen2_audio import Qwen2AudioProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-__all__ = ["SMALLEST_GAP", "Reference", "Tied", "own_processor", "picture_bytes", "reference_generate"]
+from tests.support.sounds import RATE, heard
+
+__all__ = ["SMALLEST_GAP", "Reference", "Tied", "as_part", "own_processor", "picture_bytes", "reference_generate"]
 
 # Each family's own processor, around its image processor of the PIL kind.
 _PROCESSORS = {
@@ -54,14 +58,12 @@ def picture_bytes(seed: int, width: int, height: int, kind: str = "PNG") -> byte
 
 
 def reference_generate(
-    directory: Path, messages: Sequence[dict[str, Any]], pictures: Sequence[bytes], max_new_tokens: int, **options: Any
+    directory: Path, messages: Sequence[dict[str, Any]], media: Sequence[bytes], max_new_tokens: int, **options: Any
 ) -> Reference:
-    """``messages``: chat messages with a part ``{"type": "image"}`` per picture. ``options``: of ``generate``.
-    Raises Tied."""
+    """``messages``: chat messages with a part of ``as_part`` per medium. ``options``: of ``generate``. Raises Tied."""
     model, processor = _loaded(directory)
     text = processor.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    seen = [Image.open(io.BytesIO(file)).convert("RGB") for file in pictures]
-    prompt = processor(text=[text], images=[seen] if seen else None, return_tensors="pt")
+    prompt = processor(text=[text], **_given(media), return_tensors="pt")
     if "image_grid_thw" in prompt:
         prompt["mm_token_type_ids"] = (prompt["input_ids"] == model.config.image_token_id).int()
     output = model.generate(
@@ -73,6 +75,23 @@ def reference_generate(
         **options,
     )
     return _reference(processor.tokenizer, prompt["input_ids"][0].tolist(), output)
+
+
+def as_part(file: bytes) -> dict[str, Any]:
+    """A medium in a message, as templates know it: a sound clip where the file is WAV, else a picture."""
+    return {"type": "audio", "audio_url": ""} if _is_sound(file) else {"type": "image"}
+
+
+def _given(media: Sequence[bytes]) -> dict[str, Any]:
+    """To the processor."""
+    if any(map(_is_sound, media)):
+        return {"audio": [heard(file) for file in media], "sampling_rate": RATE}
+    seen = [Image.open(io.BytesIO(file)).convert("RGB") for file in media]
+    return {"images": [seen] if seen else None}
+
+
+def _is_sound(file: bytes) -> bool:
+    return file[:4] == b"RIFF"
 
 
 def _reference(tokenizer: Any, prompt: list[int], output: Any) -> Reference:
@@ -87,13 +106,16 @@ def _reference(tokenizer: Any, prompt: list[int], output: Any) -> Reference:
 
 @cache
 def _loaded(directory: Path) -> tuple[Any, Any]:
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    (name,) = json.loads((directory / "config.json").read_text())["architectures"]
+    model = getattr(transformers, name).from_pretrained(directory, dtype=torch.float32).eval()
     return model, own_processor(directory)
 
 
 def own_processor(directory: Path) -> Any:
     """transformers' own for this checkpoint; without the video half, which would need torchvision."""
     family = json.loads((directory / "config.json").read_text())["model_type"]
+    if family == "qwen2_audio":
+        return _sound_processor(directory)
     whole, images = _PROCESSORS[family]
 
     class WithoutVideo(whole):  # type: ignore[misc, valid-type]
@@ -107,4 +129,12 @@ def own_processor(directory: Path) -> Any:
         None,
         chat_template=(directory / "chat_template.jinja").read_text(),
         **(json.loads(settings.read_text()) if settings.exists() else {}),
+    )
+
+
+def _sound_processor(directory: Path) -> Any:
+    return Qwen2AudioProcessor(
+        WhisperFeatureExtractor.from_pretrained(directory),
+        AutoTokenizer.from_pretrained(directory),
+        chat_template=(directory / "chat_template.jinja").read_text(),
     )

@@ -15,7 +15,7 @@ from epdctl.errors import LoadError, RequestError
 from epdctl.wire.config import ModelConfig
 from epdctl.wire.serve import KvLayout, PromptItem
 
-__all__ = ["MropeLanguage", "PagedLanguage", "load_paged"]
+__all__ = ["MropeLanguage", "PagedLanguage", "PlainLanguage", "load_paged"]
 
 
 class PagedLanguage(ABC):
@@ -77,6 +77,17 @@ class PagedLanguage(ABC):
 
 
 class MropeLanguage(PagedLanguage):
+class PlainLanguage(PagedLanguage):
+    """A token's angle is its index, thrice."""
+
+    def positions(self, tokens: Sequence[int], items: Sequence[PromptItem]) -> tuple[torch.Tensor, int]:
+        return torch.arange(len(tokens), dtype=torch.int64).expand(3, -1), 0
+
+    def _angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """[1, tokens]."""
+        return positions[:1]
+
+
     """Positions of time, height and width, from grids of (t, h, w) in patches."""
 
     def positions(self, tokens: Sequence[int], items: Sequence[PromptItem]) -> tuple[torch.Tensor, int]:

@@ -13,13 +13,12 @@ from transformers.models.llava_onevision import modeling_llava_onevision as libr
 
 from epdctl.engine.api import Prepared
 from epdctl.engine.families.halves import as_the_librarys_own, load_half
-from epdctl.engine.families.language import PagedLanguage, load_paged
+from epdctl.engine.families.language import PlainLanguage, load_paged
 from epdctl.engine.families.pictures import check_grid, load_processor, open_picture
 from epdctl.errors import LoadError
 from epdctl.families.llava_onevision import LlavaOnevision
 from epdctl.wire.config import ModelConfig
 from epdctl.wire.encode import MediaItem
-from epdctl.wire.serve import PromptItem
 
 __all__ = ["load_language", "load_tower"]
 
@@ -93,17 +92,6 @@ class _Tower:
         return [rows for _, rows in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
 
 
-class _Language(PagedLanguage):
-    """Implements api.LanguageModel. A token's angle is its index, thrice."""
-
-    def positions(self, tokens: Sequence[int], items: Sequence[PromptItem]) -> tuple[torch.Tensor, int]:
-        return torch.arange(len(tokens), dtype=torch.int64).expand(3, -1), 0
-
-    def _angles(self, positions: torch.Tensor) -> torch.Tensor:
-        """[1, tokens]."""
-        return positions[:1]
-
-
 def load_tower(model: ModelConfig, device: torch.device) -> _Tower:
     if model.attention == "varlen":
         raise LoadError(
@@ -115,10 +103,10 @@ def load_tower(model: ModelConfig, device: torch.device) -> _Tower:
     return _Tower(model, load_half(_TowerHalf, model, attention="sdpa", other=_LANGUAGE_KEYS), device)
 
 
-def load_language(model: ModelConfig, device: torch.device) -> _Language:
+def load_language(model: ModelConfig, device: torch.device) -> PlainLanguage:
     module = load_paged(_LanguageHalf, model, other=_TOWER_KEYS)
     module.model.image_newline = None  # the tower's; not taken out before, for the library's loading asks for it
-    return _Language(module, device)
+    return PlainLanguage(module, device)
 
 
 def _pil_processor() -> Any:

@@ -48,10 +48,11 @@ def _upright_rgb(picture: Image.Image) -> Image.Image:
 
 
 def check_grid(item: MediaItem, found: Sequence[int]) -> None:
-    """Raises RequestError (400) for a picture that is not what the request was sized for."""
+    """Raises RequestError (400) for a medium that is not what the request was sized for."""
     if list(found) != list(item.grid):
-        text = f"picture {item.index} is {[*found]}, the request was sized for {[*item.grid]}"
-        raise RequestError(400, text, code="invalid_image")
+        what = f"{item.modality.noun} {item.index}"
+        text = f"{what} is {[*found]}, the request was sized for {[*item.grid]}"
+        raise RequestError(400, text, code=f"invalid_{item.modality}")
 
 
 def load_processor(model: ModelConfig, kinds: dict[str, Callable[[], Any]]) -> Any:
