@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from epdctl.rank.service import Progress, Pulse
 from epdctl.wire.config import RankSpec
@@ -32,12 +32,6 @@ class Idle:
 
     async def drain(self) -> None:
         """Nothing is ever in flight."""
-
-    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
-        written("this rank has no model")
-
-    def stop_capture(self) -> None:
-        """Nothing is being recorded."""
 
     async def close(self) -> None:
         if self._grandchild is not None:

@@ -1,4 +1,4 @@
-"""``epdctl profile``: torch profiler recordings of every model rank at once."""
+"""``epdctl profile``: what every rank does, recorded at once, and one trace of it all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from epdctl.cli import options
 if TYPE_CHECKING:
     from epdctl.wire.control import CaptureReply
 
-app = typer.Typer(no_args_is_help=True, help="Record what every model rank does, as Chrome traces.")
+app = typer.Typer(no_args_is_help=True, help="Record what every rank does, as one Chrome trace.")
 
 
 @app.command()
@@ -35,8 +35,13 @@ def start(
 
 @app.command()
 def stop(ctx: typer.Context, json: options.Json = False, cluster: options.Cluster = None) -> None:
-    """End the recording; prints one trace file per rank, or why there is none."""
-    _show(options.client(ctx, cluster).stop_captures(), json=json)
+    """End the recording; prints the merged trace and one file per rank, or why there is none."""
+    from epdctl.cli import console
+
+    reply = options.client(ctx, cluster).stop_captures()
+    if reply.arrows_backwards:
+        console.say(f"{reply.arrows_backwards} of {reply.arrows} arrows point back in time: a clock was set meanwhile")
+    _show(reply, json=json)
 
 
 def _show(reply: CaptureReply, *, json: bool) -> None:
@@ -46,5 +51,5 @@ def _show(reply: CaptureReply, *, json: bool) -> None:
         console.show_json(reply)
     else:
         console.show(tables.capture_table(reply))
-    if any(result.error is not None for result in reply.results):
+    if reply.merge_error is not None or any(result.error is not None for result in reply.results):
         raise typer.Exit(1)

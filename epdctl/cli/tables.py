@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from epdctl.cli.console import plain
-from epdctl.wire.control import CaptureReply, Event, HealthReply, RankState, RankStatus, StatusReply
+from epdctl.wire.control import CaptureReply, CaptureResult, Event, HealthReply, RankState, RankStatus, StatusReply
 
 __all__ = [
     "capture_table",
@@ -122,14 +122,31 @@ def health_lines(reply: HealthReply) -> list[str]:
 
 
 def capture_table(reply: CaptureReply) -> Table:
+    """A row a rank, and one for the trace they were merged into. CLOCK: its offset from the supervisor's."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
-    for header in ("RANK", "RESULT"):
-        table.add_column(header, no_wrap=header == "RANK", overflow="fold")
+    for header in ("RANK", "CLOCK", "RESULT"):
+        table.add_column(header, no_wrap=header != "RESULT", overflow="fold")
     for result in reply.results:
         failed = result.error is not None
-        text = f"failed: {plain(result.error or '')}" if failed else result.path or "started"
-        table.add_row(str(result.rank), Text(text, style="red" if failed else ""))
+        text = f"failed: {plain(result.error or '')}" if failed else _what_it_made(result)
+        table.add_row(str(result.rank), _clock(result), Text(text, style="red" if failed else ""))
+    if reply.merge_error is not None:
+        table.add_row("merged", "", Text(f"failed: {plain(reply.merge_error)}", style="red"))
+    elif reply.merged is not None:
+        table.add_row("merged", "", Text(plain(reply.merged)))
     return table
+
+
+def _what_it_made(result: CaptureResult) -> str:
+    if result.note is not None:
+        return plain(result.note)
+    return plain(result.path or result.hops or "started")
+
+
+def _clock(result: CaptureResult) -> str:
+    if result.clock_offset_us is None or result.clock_uncertainty_us is None:
+        return "-"
+    return f"{result.clock_offset_us:+.0f} ± {result.clock_uncertainty_us:.0f} µs"
 
 
 def event_line(event: Event) -> str:

@@ -11,12 +11,15 @@ from epdctl.wire.config import RankSpec
 from epdctl.wire.encode import EmbeddingLanded
 from epdctl.wire.serve import TO_LANGUAGE, Abort, Generate, ToLanguage
 from epdctl.wire.sockets import Sender
+from epdctl.wire.trace import Kind
 
 __all__ = ["LanguageService"]
 
 
 class LanguageService(PromptRank[PromptStay, ToLanguage]):
     """Generate → Granted → EmbeddingLanded… → Token…, Finished."""
+
+    kind = Kind.GENERATE
 
     def __init__(self, spec: RankSpec, parts: Parts = NATIVE) -> None:
         super().__init__(spec, TO_LANGUAGE, parts)

@@ -40,6 +40,7 @@ from epdctl.wire.serve import (
     ToPrefill,
 )
 from epdctl.wire.sockets import Sender
+from epdctl.wire.trace import Kind
 
 __all__ = ["DecodeService", "DecodeStay", "find_prefill"]
 
@@ -65,6 +66,7 @@ def find_prefill(table: PeerTable, named: RankRef) -> Peer | None:
 class DecodeService(LanguageRank[DecodeStay, ToDecode]):
     """Decode → KvLease → KvReady → Token…, Finished."""
 
+    kind = Kind.DECODE
     _kv: Pool
 
     def __init__(self, spec: RankSpec, parts: Parts = NATIVE) -> None:

@@ -100,4 +100,6 @@ class Profiles:
     def _result(self, key: RankKey, path: str) -> dict[str, str | None]:
         told = self._written.get(key.rank)
         error = "nothing was heard of its trace" if told is None else told.error
-        return {"rank": str(key.rank), "path": path if error is None else None, "error": error}
+        note = None if told is None else told.note
+        there = path if error is None and note is None else None
+        return {"rank": str(key.rank), "path": there, "error": error, **({"note": note} if note else {})}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
@@ -18,6 +18,7 @@ from epdctl.errors import PeerGone
 from epdctl.ids import RankName, Stage
 from epdctl.rank.peers import Links, Place
 from epdctl.rank.service import Progress, Pulse
+from epdctl.telemetry.hops import Hops, Way
 from epdctl.wire.config import RankSpec
 from epdctl.wire.encode import (
     CLIENT_TO_ROUTER,
@@ -46,6 +47,7 @@ from epdctl.wire.encode import (
 )
 from epdctl.wire.lifecycle import Endpoints, Peer
 from epdctl.wire.sockets import Inbox, Sender
+from epdctl.wire.trace import Kind
 from epdctl.wire.transfer import TensorSpec
 
 __all__ = ["RouterService"]
@@ -61,6 +63,7 @@ class _Job:
 
     message: Encode
     media: memoryview
+    way: Way
 
 
 class Surface(Protocol):
@@ -87,6 +90,7 @@ class RouterService:
         limits = spec.config.limits
         self._spec = spec
         self._endpoint = spec.endpoint(purpose)
+        self.hops = Hops()
         self._clock = asyncio.get_running_loop().time
         remember = REMEMBERED if spec.config.encoder.cache_bytes else 0
         self._dispatcher = Dispatcher(cap=limits.inflight, queue=limits.queue, remember=remember)
@@ -159,7 +163,8 @@ class RouterService:
         if (refusal := self._refusal(frames)) is not None:
             self._tell(client, _failure(key, *refusal))
         elif key not in self._jobs:
-            self._jobs[key] = _Job(message, frames[0])
+            way = self.hops.begin(Kind.ITEM, key.request, "queued", attempt=key.attempt, item=key.item)
+            self._jobs[key] = _Job(message, frames[0], way)
             self._media_bytes += len(frames[0])
             self._idle.clear()
             now = self._clock()
@@ -218,6 +223,7 @@ class RouterService:
 
     def _send(self, action: Send) -> None:
         job = self._jobs[action.item]
+        job.way.enter("dispatched", f"to {action.to.rank}")
         message = msgspec.structs.replace(job.message, budget_s=action.seconds)
         peer = self._encoders.table.find(action.to.rank, action.to.incarnation)
         epoch = 0 if peer is None else peer.epoch
@@ -237,7 +243,9 @@ class RouterService:
         key = end.item
         if self._surface is not None:
             self._surface.ended(end)
-        self._media_bytes -= len(self._jobs.pop(key).media)
+        job = self._jobs.pop(key)
+        job.way.end()
+        self._media_bytes -= len(job.media)
         self._completed += 1
         if not self._jobs:
             self._idle.set()
@@ -281,12 +289,6 @@ class RouterService:
         if self._surface is not None:
             self._surface.stop_listening()
         await self._idle.wait()
-
-    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
-        written("the encoder router runs no model")
-
-    def stop_capture(self) -> None:
-        """There is never one."""
 
     async def close(self) -> None:
         if self._surface is not None:

@@ -29,8 +29,9 @@ from epdctl.rank.facts import facts_of
 from epdctl.rank.machine import Machine
 from epdctl.rank.peers import PeerTable, Place
 from epdctl.rank.profile import Profiler
-from epdctl.rank.service import Progress, Pulse
+from epdctl.rank.service import Progress, Pulse, Recorded, Written
 from epdctl.rank.tasks import Tasks
+from epdctl.telemetry.hops import Hops, Way
 from epdctl.transfer.base import Transport
 from epdctl.transfer.landing import payload
 from epdctl.transfer.open import open_transport
@@ -56,6 +57,7 @@ from epdctl.wire.encode import (
 )
 from epdctl.wire.lifecycle import Endpoints, Facts, Peer
 from epdctl.wire.sockets import Inbox, Sender
+from epdctl.wire.trace import Kind
 from epdctl.wire.transfer import RemoteLease, TensorSpec
 
 __all__ = ["EncoderService", "LoadTower"]
@@ -75,6 +77,7 @@ class _Work:
     dispatch: int
     job: Encode
     media: memoryview
+    way: Way
 
 
 class _Answer:
@@ -113,6 +116,7 @@ class EncoderService:
         beside: Machine | None = None,
     ) -> None:
         self._spec = spec
+        self.hops = Hops()
         self._load = load
         self._canary = canary
         self._beside = beside
@@ -137,7 +141,7 @@ class EncoderService:
         if isinstance(tower, WarmsUp):
             warm_up = tower.warm_up
             await self._compute.run(lambda: warm_up(lambda done, total: progress("kernels", done, total)))
-        profiler = Profiler(self._compute) if self._beside is None else self._beside.profiler
+        profiler = Profiler(self._compute, "batch") if self._beside is None else self._beside.profiler
         forward = Forward(tower, self._compute, profiler, self._spec.config.encoder.batch_patches)
         config = self._spec.config.encoder
         makings = Makings(self._prepared, forward.encode, self._tasks, config.cache_bytes)
@@ -195,7 +199,10 @@ class EncoderService:
                     self._tell(router, ItemFailed(dispatch=dispatch, kind=refusal[0], text=refusal[1]))
                 elif dispatch not in self._items:
                     self._epochs[dispatch] = epoch
-                    self._accept(_Work(router, dispatch, job, frames[0]))
+                    way = self.hops.begin(
+                        Kind.ENCODE, job.request, "preparing", attempt=job.attempt, item=job.item.index
+                    )
+                    self._accept(_Work(router, dispatch, job, frames[0], way))
             case CancelItem(dispatch=dispatch):
                 if (task := self._items.get(dispatch)) is not None:
                     task.cancel()
@@ -218,9 +225,11 @@ class EncoderService:
     def _accept(self, work: _Work) -> None:
         self._idle.clear()
         task = self._items[work.dispatch] = self._tasks.start(self._encode(work), f"item {work.dispatch}")
-        task.add_done_callback(lambda _: self._ended(work.dispatch))
+        task.add_done_callback(lambda _: self._ended(work))
 
-    def _ended(self, dispatch: int) -> None:
+    def _ended(self, work: _Work) -> None:
+        dispatch = work.dispatch
+        work.way.end()
         self._items.pop(dispatch, None)
         self._epochs.pop(dispatch, None)
         self._completed += 1
@@ -251,8 +260,10 @@ class EncoderService:
         """For a reader without slots: the bytes go back by way of the router."""
         with self._here.makings.open(work.media, work.job.item) as reading:
             spec = self._spec_of(await reading.size())
+            work.way.enter("encoding", reading.source.value)
             self._tell(work.router, ItemSized(dispatch=work.dispatch, spec=spec))
             embedding = await reading.embedding()
+        work.way.enter("writing")
         _check_shape(embedding, spec)
         loop = asyncio.get_running_loop()
         frame = await loop.run_in_executor(self._preprocessing, payload, as_bytes(embedding))
@@ -265,9 +276,11 @@ class EncoderService:
         try:
             with self._here.makings.open(work.media, work.job.item) as reading:
                 spec = self._sized(slot, await reading.size())
+                work.way.enter("encoding", reading.source.value)
                 self._tell(work.router, ItemSized(dispatch=work.dispatch, spec=spec))
                 await transport.open_slot(slot, seconds=max(0.0, budget - loop.time()))  # while the tower is at work
                 embedding = await reading.embedding()
+            work.way.enter("writing")
             _check_shape(embedding, spec)
             pieces = spread(as_bytes(embedding), slot.extents)
             await transport.write(slot, pieces, seconds=max(0.0, budget - loop.time()))
@@ -326,8 +339,9 @@ class EncoderService:
     def _profile(self, router: Sender, order: StartProfile) -> None:
         loop = asyncio.get_running_loop()
 
-        def written(error: str | None) -> None:
-            loop.call_soon_threadsafe(self._tell, router, Profiled(path=order.path, error=error))
+        def written(recorded: Recorded) -> None:
+            word = Profiled(path=order.path, error=recorded.error, note=recorded.note)
+            loop.call_soon_threadsafe(self._tell, router, word)
 
         self._here.profiler.start(order.path, order.steps, written)
 
@@ -349,7 +363,7 @@ class EncoderService:
         self._draining = True
         await self._idle.wait()
 
-    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
+    def start_capture(self, path: str, steps: int | None, written: Written) -> None:
         self._here.profiler.start(path, steps, written)
 
     def stop_capture(self) -> None:

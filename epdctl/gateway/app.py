@@ -34,8 +34,10 @@ from epdctl.gateway.remote import Fetcher
 from epdctl.gateway.schema import ChatRequest, TextRequest, error_body
 from epdctl.ids import RequestId
 from epdctl.rank.web import HungUp, unless_hung_up
+from epdctl.telemetry.hops import Way
 from epdctl.telemetry.metrics import CONTENT_TYPE, GatewayMeters
 from epdctl.wire.config import GatewayConfig
+from epdctl.wire.trace import Kind
 
 __all__ = ["Desk", "create_app"]
 
@@ -166,6 +168,7 @@ class Visit:
     began: float  # on the pipeline's clock
     speaker: Speaker
     ticket: Ticket
+    way: Way  # from its first byte to the last of its answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,10 +210,11 @@ class Completions:
         began = self._desk.pipeline.now()
         speaker, body = Speaker(send), Body(receive, self._desk.intake.limits.max_body_bytes)
         status = 500
+        way = self._desk.pipeline.hops.begin(Kind.REQUEST, scope[REQUEST_ID], "intake")
         try:
             ticket = self._desk.door.enter()
             try:
-                status = await self._visit(Visit(scope[REQUEST_ID], began, speaker, ticket), receive, body)
+                status = await self._visit(Visit(scope[REQUEST_ID], began, speaker, ticket, way), receive, body)
             finally:
                 ticket.give_back()
         except RequestError as error:
@@ -221,6 +225,7 @@ class Completions:
             log.exception("%s met a defect", scope[REQUEST_ID])
             status = await self._refuse(_defect(error), speaker, body)
         finally:
+            way.end()
             self._desk.meters.requests.labels(str(status)).inc()
             self._desk.meters.latency.observe(self._desk.pipeline.now() - began)
 
@@ -246,7 +251,7 @@ class Completions:
         if ignored:
             self._notes.tell(ignored)
             headers["x-epdctl-ignored"] = ",".join(ignored)
-        flight = desk.pipeline.start(visit.request, order, visit.began + self._seconds)
+        flight = desk.pipeline.start(visit.way, order, visit.began + self._seconds)
         text = TextStream(desk.intake.decode, request.stops)
         answer = Answer(flight, text, request)
         form = self._api.form(answer, desk.intake.model, desk.intake.chat.spell)

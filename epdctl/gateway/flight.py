@@ -18,8 +18,9 @@ from epdctl.gateway.brief import Brief
 from epdctl.gateway.intake import Order
 from epdctl.gateway.ranks import Ranks, Reply, Route
 from epdctl.gateway.states import ENDED, RequestState, Step, advance
-from epdctl.ids import RankName, RequestId, new_room
+from epdctl.ids import RankName, new_room
 from epdctl.rank.web import failure
+from epdctl.telemetry.hops import Way
 from epdctl.telemetry.metrics import GatewayMeters
 from epdctl.wire.encode import Encoded, EncodeFailed, FailureKind
 from epdctl.wire.lifecycle import Peer
@@ -113,8 +114,8 @@ class Director(Protocol):
 class Flight:
     """Made in RECEIVED. Its owner reads ``tokens()`` to the end, or calls ``stop`` or ``abandon``."""
 
-    def __init__(self, request: RequestId, order: Order, deadline: float, director: Director) -> None:
-        self.request = request
+    def __init__(self, way: Way, order: Order, deadline: float, director: Director) -> None:
+        self.request = way.request
         self.order = order
         self.deadline = deadline
         self.state = RequestState.RECEIVED
@@ -122,6 +123,8 @@ class Flight:
         self.resumes = 0  # attempts that went on from tokens which were there already
         self.ending: Ending | None = None
         self._director = director
+        self._way = way
+        way.enter(self.state.value)
         self.likelihoods: list[Likelihood | None] = []  # of each token so far, over all attempts
         self._suspects: set[RankRef] = set()  # ranks that were lost with this request; they may have died of it
         self._deaths: list[RankRef] = []  # those that did die
@@ -368,7 +371,13 @@ class Flight:
             self._director.ranks.leave(peer)
 
     def _step(self, step: Step) -> None:
-        self.state = advance(self.state, step)
+        before, self.state = self.state, advance(self.state, step)
+        if self.state in ENDED:
+            self._way.enter("closing", self.state.value)  # what is left to send
+        elif self.state is not before:
+            self._way.enter(self.state.value)
+        if self.state is RequestState.RECEIVED:
+            self._way.attempt = self._attempts + 1
 
     def _usage(self, completion: int, cached: int = 0) -> Usage:
         return Usage(prompt_tokens=len(self.order.prompt.tokens), completion_tokens=completion, cached_tokens=cached)

@@ -11,8 +11,10 @@ from epdctl.gateway.flight import Flight
 from epdctl.gateway.intake import Order
 from epdctl.gateway.ranks import Ranks, Reply
 from epdctl.ids import RequestId, Stage
+from epdctl.telemetry.hops import Hops, Way
 from epdctl.telemetry.metrics import GatewayMeters
 from epdctl.wire.lifecycle import Absent, Peer
+from epdctl.wire.trace import Kind
 
 __all__ = ["Pipeline", "new_request_id", "pause_before"]
 
@@ -44,6 +46,7 @@ class Pipeline:
         """``wait_seconds``: how long a request without a route waits for one."""
         self._loop = asyncio.get_running_loop()
         self._meters = meters
+        self.hops = Hops()
         self._ranks = Ranks(self._receive, self._withdrawn, planned)
         self._flights: dict[RequestId, Flight] = {}
         self._waiting: dict[RequestId, Flight] = {}  # in the order they came to wait
@@ -65,13 +68,13 @@ class Pipeline:
     def now(self) -> float:
         return self._loop.time()
 
-    def start(self, request: RequestId, order: Order, deadline: float) -> Flight:
+    def start(self, way: Way, order: Order, deadline: float) -> Flight:
         """``deadline``: on this clock. Raises RequestError (503) once closed."""
         if self._closed:
             raise _stopping()
-        flight = Flight(request, order, deadline, self)
-        self._flights[request] = flight
-        self._alarms[request] = self._loop.call_at(deadline, flight.expire)
+        flight = Flight(way, order, deadline, self)
+        self._flights[flight.request] = flight
+        self._alarms[flight.request] = self._loop.call_at(deadline, flight.expire)
         self.wait(flight)
         return flight
 
@@ -109,6 +112,7 @@ class Pipeline:
 
     def check(self) -> None:
         """Called when nothing should be in flight."""
+        self.hops.check(Kind.REQUEST)
         assert not self._flights, f"requests nobody waits for: {sorted(self._flights)}"
         assert not self._waiting
         assert not self._alarms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from epdctl.gateway.app import Desk, create_app
@@ -14,6 +14,7 @@ from epdctl.gateway.pipeline import Pipeline
 from epdctl.gateway.remote import Fetcher
 from epdctl.rank.service import Progress, Pulse
 from epdctl.rank.web import HttpServer, address_of, bind
+from epdctl.telemetry.hops import Hops
 from epdctl.telemetry.metrics import GatewayMeters
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import Absent, Endpoints, Peer
@@ -76,11 +77,9 @@ class GatewayService:
             self._server.stop_listening()
         await self._door.idle.wait()
 
-    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
-        written("the gateway runs no model")
-
-    def stop_capture(self) -> None:
-        """There is never one to stop."""
+    @property
+    def hops(self) -> Hops:
+        return self._pipeline.hops
 
     async def close(self) -> None:
         self._door.closed = "the gateway is stopping: try again"

@@ -15,7 +15,8 @@ from epdctl.encoder.worker import EncoderService
 from epdctl.ids import Stage
 from epdctl.rank.machine import NATIVE, Machine, Parts
 from epdctl.rank.peers import Place
-from epdctl.rank.service import Progress, Pulse
+from epdctl.rank.service import Progress, Pulse, Written
+from epdctl.telemetry.hops import Hops
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import Endpoints, Peer
 
@@ -41,6 +42,7 @@ class MonoService:
         self._make_encoder = encoder
         self._language = LanguageService(spec, parts)
         self._router = RouterService(spec, purpose="encode")
+        self._router.hops = self.hops
         self._encoder: EncoderService | None = None
 
     async def start(self, progress: Progress) -> Endpoints:
@@ -51,6 +53,7 @@ class MonoService:
 
         language = await self._language.start(progress)
         self._encoder = self._make_encoder(self._spec.within("tower"), self._language.machine)
+        self._encoder.hops = self.hops
         encoder = await self._encoder.start(tower)
         router = await self._router.start(progress)
         self._router.peers_changed([self._only_encoder(encoder)])
@@ -59,6 +62,11 @@ class MonoService:
     def _only_encoder(self, endpoints: Endpoints) -> Peer:
         spec = self._spec
         return Peer(rank=spec.rank, stage=Stage.ENCODER, incarnation=spec.incarnation, endpoints=endpoints)
+
+    @property
+    def hops(self) -> Hops:
+        """One book for all three parts."""
+        return self._language.hops
 
     def peers_changed(self, peers: Sequence[Peer]) -> None:
         """No link leads out of this process: gateways come to it, and leave it."""
@@ -81,7 +89,7 @@ class MonoService:
         await self._language.drain()
         await self._router.drain()
 
-    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
+    def start_capture(self, path: str, steps: int | None, written: Written) -> None:
         """``steps`` counts steps of the engine and batches of the tower alike."""
         self._language.start_capture(path, steps, written)
 

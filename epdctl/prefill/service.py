@@ -37,6 +37,7 @@ from epdctl.wire.serve import (
     ToPrefill,
 )
 from epdctl.wire.sockets import Sender
+from epdctl.wire.trace import Kind
 
 __all__ = ["PrefillService", "PrefillStay"]
 
@@ -72,6 +73,8 @@ class _Early:
 
 class PrefillService(PromptRank[PrefillStay, ToPrefill]):
     """Prefill and KvLease, in either order → Granted → EmbeddingLanded… → pages, KvReady."""
+
+    kind = Kind.PREFILL
 
     def __init__(self, spec: RankSpec, parts: Parts = NATIVE) -> None:
         super().__init__(spec, TO_PREFILL, parts)
@@ -194,6 +197,7 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
             self._writes.start(self._write(stay, stay.offer.kv), f"handoff of {stay.name}")
 
     async def _write(self, stay: PrefillStay, kv: KvLease) -> None:
+        way = self.hops.begin(Kind.WRITE, stay.request, "writing", attempt=stay.attempt)
         try:
             while not stay.over and (due := stay.outgoing.due()):
                 await self.machine.transport.write(kv.lease, self._pieces(stay, due), seconds=self._left(stay))
@@ -201,6 +205,7 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
         except (TransferError, WireError) as error:
             self._end(stay, why_not_written(error, kv.lease.pool.owner))
         finally:
+            way.end()
             self._let_go(stay, User.WRITES)
         self._hand_over(stay)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Sequence
+from typing import ClassVar, Generic, TypeVar
 
 from epdctl.engine.api import Advance, NewSequence
 from epdctl.errors import EpdError, PeerGone
@@ -18,8 +18,10 @@ from epdctl.rank.admission import Capacity, Line, Need, Refusal
 from epdctl.rank.facts import facts_of
 from epdctl.rank.machine import Machine, Parts
 from epdctl.rank.peers import Changes, PeerTable, Place
-from epdctl.rank.sequences import Grant, Phase, Stay, User, stay_name
-from epdctl.rank.service import Progress, Pulse
+from epdctl.rank.sequences import HOP_OF, Grant, Phase, Stay, User, stay_name
+from epdctl.rank.service import Progress, Pulse, Written
+from epdctl.rank.stepper import Period
+from epdctl.telemetry.hops import Hops
 from epdctl.transfer.pool import Pool
 from epdctl.wire.config import RankSpec
 from epdctl.wire.encode import FailureKind
@@ -37,6 +39,7 @@ from epdctl.wire.serve import (
     Usage,
 )
 from epdctl.wire.sockets import Inbox, Sender
+from epdctl.wire.trace import Kind
 from epdctl.wire.transfer import PoolAddress
 
 __all__ = ["LanguageRank"]
@@ -50,11 +53,14 @@ In = TypeVar("In")
 class LanguageRank(ABC, Generic[S, In]):
     """Implements rank.service.Service. It lives on one event loop; the engine lives on the compute thread."""
 
+    kind: ClassVar[Kind]  # of what is on its way through it
+
     def __init__(self, spec: RankSpec, incoming: Codec[In], parts: Parts) -> None:
         self._spec = spec
         self._limits = spec.config.limits
         self._incoming = incoming
         self._parts = parts
+        self.hops = Hops()
         self._loop = asyncio.get_running_loop()
         self._table = PeerTable()
         self._place = Place(spec.rank, spec.incarnation)
@@ -174,7 +180,7 @@ class LanguageRank(ABC, Generic[S, In]):
         self._draining = True
         await self._empty.wait()
 
-    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
+    def start_capture(self, path: str, steps: int | None, written: Written) -> None:
         self.machine.profiler.start(path, steps, written)
 
     def stop_capture(self) -> None:
@@ -193,6 +199,8 @@ class LanguageRank(ABC, Generic[S, In]):
 
     def check(self) -> None:
         """Invariants; raises AssertionError. An idle rank holds nothing."""
+        if not self._stays:
+            self.hops.check(self.kind)
         self.machine.pages.check()
         held = self._quarantined_pages
         held += sum(len(stay.grant.pages) for stay in self._stays.values() if stay.grant is not None)
@@ -223,6 +231,7 @@ class LanguageRank(ABC, Generic[S, In]):
             self._reply(stay.sender, _failed(stay, refusal))
             return False
         self._stays[stay.name] = stay
+        stay.way = self.hops.begin(self.kind, stay.request, HOP_OF[stay.phase], attempt=stay.attempt)
         self._empty.clear()
         stay.alarm = self._loop.call_at(stay.ends_at, self._late, stay)
         return True
@@ -314,10 +323,12 @@ class LanguageRank(ABC, Generic[S, In]):
 
     # -- results of the engine (rank.stepper.Results) --
 
-    def advanced(self, advances: Sequence[Advance]) -> None:
+    def advanced(self, advances: Sequence[Advance], during: Period) -> None:
         for advance in advances:
             self._completed += 1
             if (stay := self._stays.get(advance.id)) is not None:
+                if stay.way is not None and self.hops.recording:
+                    stay.way.within(_work_of(stay, advance), *during, text=f"{advance.computed} tokens are computed")
                 self._step(stay, advance)
 
     def _step(self, stay: S, advance: Advance) -> None:
@@ -369,6 +380,11 @@ class LanguageRank(ABC, Generic[S, In]):
             log.warning("a gateway is gone, with all it asked for: %s", error)
             for stay in [stay for stay in self._stays.values() if stay.sender == sender]:
                 self._end(stay)
+
+
+def _work_of(stay: Stay, advance: Advance) -> str:
+    """A step over the prompt, or one over the answer."""
+    return "chunk" if advance.computed <= stay.prompt_tokens else "step"
 
 
 def _failed(stay: Stay, refusal: Refusal) -> Failed:

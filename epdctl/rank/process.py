@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, assert_never
 
 from epdctl.errors import BadMessage, EpdError, IncompatiblePeer, UserError, WireError
+from epdctl.rank.capture import Capture, clock_of
 from epdctl.rank.fatal import Departure, fatal, status_of
 from epdctl.rank.service import Factual, HearsAbsent, Service
 from epdctl.rank.tasks import Tasks
@@ -25,6 +26,7 @@ from epdctl.wire.lifecycle import (
     RANK_TO_SUPERVISOR,
     SUPERVISOR_TO_RANK,
     CaptureWritten,
+    ClockTold,
     Drain,
     Drained,
     Endpoints,
@@ -38,6 +40,7 @@ from epdctl.wire.lifecycle import (
     StartCapture,
     StopCapture,
     SupervisorToRank,
+    TellClock,
     Unfit,
 )
 from epdctl.wire.message import PROTOCOL
@@ -75,6 +78,7 @@ class RankProcess:
         self._tasks = Tasks()
         self._service: Service | None = None
         self._ready = False
+        self._capture: Capture | None = None  # once it is ready
         self._peers: PeersChanged | None = None
         self._loading = Loads(self._post)
 
@@ -147,6 +151,7 @@ class RankProcess:
         self._service = factory(self._spec)
         endpoints = await self._service.start(self._report)
         self._ready = True
+        self._capture = Capture(self._service, self._post)
         if self._peers is not None:
             _tell(self._service, self._peers)
         self._post(_ready(self._service, endpoints))
@@ -222,8 +227,10 @@ class RankProcess:
             case StartCapture():
                 self._start_capture(message)
             case StopCapture():
-                if self._service is not None and self._ready:
-                    self._service.stop_capture()
+                if self._capture is not None:
+                    self._capture.stop()
+            case TellClock():
+                self._tell_clock(message)
             case Unfit(text=text):
                 self._leave(fatal(IncompatiblePeer(text), serving=False))
             case _:
@@ -247,17 +254,15 @@ class RankProcess:
         self._post(Drained())
 
     def _start_capture(self, order: StartCapture) -> None:
-        def tell(error: str | None) -> None:
-            path = order.path if error is None else None
-            self._post(CaptureWritten(capture=order.capture, path=path, error=error))
-
-        def written(error: str | None) -> None:
-            self._loop.call_soon_threadsafe(tell, error)
-
-        if self._service is None or not self._ready:
-            tell(f"{self._spec.rank} is still loading")
+        if self._capture is None:
+            self._post(CaptureWritten(capture=order.capture, error=f"{self._spec.rank} is still loading"))
         else:
-            self._service.start_capture(order.path, order.steps, written)
+            self._capture.start(order)
+
+    def _tell_clock(self, question: TellClock) -> None:
+        clock = clock_of(self._service)
+        heard = clock()
+        self._post(ClockTold(asked=question.asked, heard=heard, told=clock()))
 
 
 def _ready(service: Service, endpoints: Endpoints) -> Ready:

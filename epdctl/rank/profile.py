@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +13,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from epdctl.rank.compute import ComputeThread
+from epdctl.rank.service import Recorded, Written
 
 __all__ = ["Profiler"]
 
 log = logging.getLogger(__name__)
-
-Written = Callable[[str | None], None]
 
 
 @dataclass(slots=True)
@@ -27,6 +25,7 @@ class _Capture:
     path: Path
     written: Written
     steps_left: int | None
+    steps: int = 0  # so far
     recording: profile | None = None
 
 
@@ -36,12 +35,14 @@ class Profiler:
     The state below belongs to the compute thread: torch's profiler sees only the thread that it was started on.
     """
 
-    def __init__(self, compute: ComputeThread) -> None:
+    def __init__(self, compute: ComputeThread, unit: str = "step") -> None:
+        """``unit``: what a step is called, where people read of it."""
         self._compute = compute
+        self._unit = unit
         self._capture: _Capture | None = None
 
     def start(self, path: str, steps: int | None, written: Written) -> None:
-        """``written(error)`` is called once, from some thread. One capture at a time: a second is told so."""
+        """One capture at a time: a second is told so. One in which no step ran leaves no file, and says so."""
         capture = _Capture(Path(path), written, steps)
         self._compute.post(lambda: self._begin(capture))
 
@@ -52,7 +53,10 @@ class Profiler:
     def step(self) -> None:
         """One step is over; the last of a counted capture ends it."""
         capture = self._capture
-        if capture is None or capture.steps_left is None:
+        if capture is None:
+            return
+        capture.steps += 1
+        if capture.steps_left is None:
             return
         capture.steps_left -= 1
         if capture.steps_left <= 0:
@@ -60,14 +64,14 @@ class Profiler:
 
     def _begin(self, capture: _Capture) -> None:
         if self._capture is not None:
-            capture.written(f"a capture to {self._capture.path} is under way")
+            capture.written(Recorded(error=f"a capture to {self._capture.path} is under way"))
             return
         gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         try:
             capture.recording = profile(activities=[ProfilerActivity.CPU, *gpu])
             capture.recording.start()
         except RuntimeError as error:  # another tool holds the profiler, or the driver refuses
-            capture.written(f"the profiler did not start: {error}")
+            capture.written(Recorded(error=f"the profiler did not start: {error}"))
             return
         self._capture = capture
 
@@ -78,7 +82,10 @@ class Profiler:
         try:
             capture.recording.stop()
         except RuntimeError as error:
-            capture.written(f"the profiler did not stop: {error}")
+            capture.written(Recorded(error=f"the profiler did not stop: {error}"))
+            return
+        if capture.steps == 0:
+            capture.written(Recorded(note=f"no {self._unit} ran while it recorded, so there is no trace"))
             return
         threading.Thread(target=_export, args=(capture, capture.recording), name="export", daemon=True).start()
 
@@ -94,6 +101,6 @@ def _export(capture: _Capture, recording: profile) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         log.warning("no trace at %s: %s", capture.path, error)
-        capture.written(f"{capture.path} was not written: {error}")
+        capture.written(Recorded(error=f"{capture.path} was not written: {error}"))
     else:
-        capture.written(None)
+        capture.written(Recorded())

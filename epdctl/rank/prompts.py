@@ -122,6 +122,8 @@ class PromptRank(LanguageRank[S, In]):
             self._end(stay, Refusal(FailureKind.INTERNAL, f"item {item.index}: {error.message}"))
             return
         stay.missing.discard(item.index)
+        if stay.way is not None:
+            stay.way.within(f"item {item.index}")  # from the lease to its bytes
         self._run_when_whole(stay)
 
     def _view(self, lease: Lease, item: PromptItem, spec: TensorSpec) -> torch.Tensor:

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 
 from epdctl.ids import RequestId
 from epdctl.rank.admission import Need
+from epdctl.telemetry.hops import Way
 from epdctl.transfer.leases import Lease
 from epdctl.wire.sockets import Sender
 
-__all__ = ["TRANSITIONS", "Grant", "Phase", "Stay", "User", "stay_name"]
+__all__ = ["HOP_OF", "TRANSITIONS", "Grant", "Phase", "Stay", "User", "stay_name"]
 
 
 def stay_name(request: RequestId, attempt: int) -> str:
@@ -42,6 +43,15 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.RUNNING: frozenset({Phase.LEAVING}),
     Phase.LEAVING: frozenset({Phase.GONE}),
     Phase.GONE: frozenset(),
+}
+
+
+# What a trace calls them: GRANTED lasts until what was leased has landed, embeddings or KV.
+HOP_OF: Mapping[Phase, str] = {
+    Phase.WAITING: "waiting",
+    Phase.GRANTED: "landing",
+    Phase.RUNNING: "running",
+    Phase.LEAVING: "leaving",
 }
 
 
@@ -76,6 +86,7 @@ class Stay:
     phase: Phase = Phase.WAITING
     grant: Grant | None = None
     users: set[User] = field(default_factory=set)
+    way: Way | None = None  # from the door to GONE
 
     @property
     def name(self) -> str:
@@ -86,6 +97,11 @@ class Stay:
         if phase not in TRANSITIONS[self.phase]:
             raise ValueError(f"{self.name} cannot go from {self.phase} to {phase}")
         self.phase = phase
+        if self.way is not None:
+            if phase is Phase.GONE:
+                self.way.end()
+            else:
+                self.way.enter(HOP_OF[phase])
 
     @property
     def over(self) -> bool:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from epdctl.telemetry.hops import Hops
 from epdctl.wire.lifecycle import Absent, Endpoints, Facts, Peer
 
-__all__ = ["Factual", "HearsAbsent", "Progress", "Pulse", "Service"]
+__all__ = ["Factual", "HasHops", "HearsAbsent", "Profilable", "Progress", "Pulse", "Recorded", "Service", "Written"]
 
 Progress = Callable[[str, int, int], None]  # phase, done, total; callable from any thread
 
@@ -24,6 +25,17 @@ class Pulse:
     leases: int = 0  # live ones of pools that peers write to, quarantined slots among them
     unhealthy: str | None = None
     standstill: float = 0.0  # seconds that the piece of work under way has run without an end
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """How a profile ended: in a file, unless there is an ``error``, or a ``note`` that there was nothing to write."""
+
+    error: str | None = None
+    note: str | None = None
+
+
+Written = Callable[[Recorded], None]  # callable from any thread
 
 
 @runtime_checkable
@@ -56,16 +68,6 @@ class Service(Protocol):
         """Take nothing new; return when nothing is in flight. Cancelled at the deadline."""
         ...
 
-    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
-        """Begin a torch profile that is written to ``path`` after ``steps`` or at ``stop_capture``.
-
-        ``written(error)`` is called once, from any thread, when the file is complete or cannot be made. A service
-        without a model calls it with the reason.
-        """
-        ...
-
-    def stop_capture(self) -> None: ...
-
     async def close(self) -> None:
         """Free pools, sockets and threads. Called once, also after a failed start."""
         ...
@@ -79,3 +81,25 @@ class Factual(Protocol):
 
     @property
     def transfer_note(self) -> str: ...
+
+
+@runtime_checkable
+class Profilable(Protocol):
+    """A Service with a model: what torch does in it can be recorded."""
+
+    def start_capture(self, path: str, steps: int | None, written: Written) -> None:
+        """Begin a torch profile that is written to ``path`` after ``steps`` or at ``stop_capture``.
+
+        ``written`` is called once, when the file is complete or it is sure that there will be none.
+        """
+        ...
+
+    def stop_capture(self) -> None: ...
+
+
+@runtime_checkable
+class HasHops(Protocol):
+    """A Service that requests pass through."""
+
+    @property
+    def hops(self) -> Hops: ...

@@ -10,15 +10,23 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from time import time_ns
+from typing import NamedTuple, Protocol
 
 from epdctl.engine.api import Advance, NewSequence
 from epdctl.errors import EpdError
 from epdctl.rank.compute import ComputeThread
 
-__all__ = ["Results", "StepEngine", "Stepper"]
+__all__ = ["Period", "Results", "StepEngine", "Stepper"]
 
 AHEAD = 2  # turns on the thread: one under way, and one behind it, so that a busy loop does not hold the engine up
+
+
+class Period(NamedTuple):
+    """Nanoseconds of unix time."""
+
+    began: int
+    ended: int
 
 
 class StepEngine(Protocol):
@@ -47,7 +55,7 @@ class Results(Protocol):
         """The engine did not take this sequence."""
         ...
 
-    def advanced(self, advances: Sequence[Advance]) -> None: ...
+    def advanced(self, advances: Sequence[Advance], during: Period) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,7 @@ class _Turn:
     dropped: list[str] = field(default_factory=list)
     refused: list[tuple[str, EpdError]] = field(default_factory=list)
     advances: list[Advance] = field(default_factory=list)
+    during: Period = Period(0, 0)  # noqa: RUF009
     more: bool = False
 
 
@@ -105,7 +114,7 @@ class Stepper:
         for sequence, error in turn.refused:
             self._results.refused(sequence, error)
         if turn.advances:
-            self._results.advanced(turn.advances)
+            self._results.advanced(turn.advances, turn.during)
 
     # -- on the compute thread --
 
@@ -115,7 +124,9 @@ class Stepper:
             return turn
         self._obey(turn)
         if self._engine.has_work:
+            began = time_ns()
             turn.advances = self._engine.step()
+            turn.during = Period(began, time_ns())
             self._after_step()
         turn.more = self._engine.has_work
         return turn

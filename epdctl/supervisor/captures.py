@@ -1,6 +1,7 @@
-"""Captures: every selected model rank records one profiler trace, and each of them is accounted for.
+"""Captures: every selected rank records its share, each of them is accounted for, and all of it becomes one trace.
 
-A rank writes its trace, dies, or misses a deadline; nothing waits longer than that.
+A rank writes, dies, or misses a deadline; nothing waits longer than that. What follows is the measuring of its clock
+and the merge, which have deadlines of their own.
 """
 
 from __future__ import annotations
@@ -8,21 +9,34 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from epdctl.errors import UserError
-from epdctl.ids import MODEL_STAGES, Incarnation, RankName
-from epdctl.wire.control import CaptureReply, CaptureResult, StartCaptures
-from epdctl.wire.lifecycle import CaptureWritten, StartCapture, StopCapture, SupervisorToRank
+import msgspec
 
-__all__ = ["Captures", "Deadlines", "Studio"]
+from epdctl.errors import UserError
+from epdctl.ids import MODEL_STAGES, Incarnation, RankName, Stage
+from epdctl.supervisor.clocks import Clocks
+from epdctl.wire.control import CaptureReply, CaptureResult, StartCaptures
+from epdctl.wire.lifecycle import CaptureWritten, ClockTold, StartCapture, StopCapture, SupervisorToRank
+from epdctl.wire.trace import MergeOrder, MergeReport, TraceSource
+
+__all__ = ["MERGED_NAME", "Captures", "Deadlines", "Merge", "Studio"]
+
+MERGED_NAME = "trace.json.gz"
+
+Merge = Callable[[MergeOrder, float], Awaitable[MergeReport]]  # within so many seconds
+
+_PIPELINE = list(Stage)  # from the front to the back
 
 
 class Studio(Protocol):
     """What captures need of the daemon."""
+
+    @property
+    def cluster(self) -> str: ...
 
     def connected(self, rank: RankName) -> Incarnation | None:
         """The incarnation that can be spoken to; None when the rank has none."""
@@ -37,43 +51,69 @@ class Studio(Protocol):
 class Deadlines:
     record: float = 60.0  # from the start to being told to stop: a busy rank records 20 MB a second
     write: float = 120.0  # from being told to stop to the file
+    clocks: float = 2.0  # for the last questions about them
+    merge: float = 180.0
 
 
 @dataclass(slots=True)
 class _Recording:
+    """One capture. ``pending``: who still records, and what will become of it if all goes well."""
+
     capture: str
-    pending: dict[RankName, tuple[Incarnation, Path]] = field(default_factory=dict)
+    folder: Path
+    began: int  # nanoseconds of unix time
+    clocks: Clocks
+    pending: dict[RankName, tuple[Incarnation, CaptureResult]] = field(default_factory=dict)
     results: dict[RankName, CaptureResult] = field(default_factory=dict)
+    incarnations: dict[RankName, Incarnation] = field(default_factory=dict)
+    report: MergeReport | None = None
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     timer: asyncio.TimerHandle | None = None
 
-    def settle(self, result: CaptureResult) -> None:
-        self.pending.pop(result.rank, None)
-        self.results[result.rank] = result
-        if not self.pending:
-            self.finish()
+    @property
+    def merged(self) -> Path:
+        return self.folder / MERGED_NAME
 
-    def finish(self) -> None:
-        self.finished.set()
-        if self.timer is not None:
-            self.timer.cancel()
+    def expects(self, rank: RankName, incarnation: Incarnation) -> CaptureResult | None:
+        """What was planned for this very process, while it is pending."""
+        known, planned = self.pending.get(rank, (None, None))
+        return planned if known == incarnation else None
+
+    @property
+    def followers_only(self) -> bool:
+        """Whoever is left has nothing to count, and those who had are done."""
+        counted = any(rank.stage in MODEL_STAGES for rank in self.incarnations)
+        return counted and not any(rank.stage in MODEL_STAGES for rank in self.pending)
 
     def reply(self) -> CaptureReply:
-        """Of a rank that still records: where its file will be."""
-        told = {rank: CaptureResult(rank=rank, path=str(path)) for rank, (_, path) in self.pending.items()}
-        return CaptureReply(capture=self.capture, results=[*{**self.results, **told}.values()])
+        """Of a rank that still records: where its files will be."""
+        told = {rank: planned for rank, (_, planned) in self.pending.items()}
+        results = sorted({**self.results, **told}.values(), key=_place)
+        report = self.report
+        if report is None:
+            return CaptureReply(capture=self.capture, results=results)
+        return CaptureReply(
+            capture=self.capture,
+            results=results,
+            merged=str(self.merged) if report.error is None else None,
+            merge_error=report.error,
+            arrows=report.arrows,
+            arrows_backwards=report.backwards,
+        )
 
 
 class Captures:
     """At most one capture at a time."""
 
-    def __init__(self, studio: Studio, default: Path, deadlines: Deadlines | None = None) -> None:
+    def __init__(self, studio: Studio, default: Path, merge: Merge, deadlines: Deadlines | None = None) -> None:
         self._studio = studio
         self._default = default
+        self._merge = merge
         self._deadlines = deadlines or Deadlines()
         self._recording: _Recording | None = None
         self._told = True  # the newest recording's results were handed to somebody
         self._numbers = itertools.count(1)
+        self._concluding: asyncio.Task[None] | None = None
 
     def start(self, command: StartCaptures, ranks: Sequence[RankName]) -> CaptureReply:
         """Answers at once, with where the files will be; ranks end after ``steps``, at ``stop`` or at the deadline."""
@@ -81,9 +121,14 @@ class Captures:
             raise UserError("a capture is being recorded already", hint="end it with: epdctl profile stop")
         capture = f"{time.strftime('%Y%m%d-%H%M%S')}-{next(self._numbers)}"
         folder = _make(Path(command.output) if command.output else self._default / capture)
-        recording = self._recording = _Recording(capture)
+        recording = self._recording = _Recording(capture, folder, time.time_ns(), Clocks(self._studio.tell))
         self._studio.note(f"capture {capture} in {folder}")
-        self._ask(recording, command, ranks, folder)
+        for rank in ranks:
+            self._ask(recording, rank, command.steps)
+        if recording.pending:
+            recording.timer = self._later(self._deadlines.record, recording)
+        else:
+            recording.finished.set()
         self._told = not recording.pending
         return recording.reply()
 
@@ -91,9 +136,17 @@ class Captures:
         recording = self._recording
         if recording is None or (recording.finished.is_set() and self._told):
             raise UserError("no capture is being recorded", hint="begin one with: epdctl profile start")
-        if not recording.finished.is_set():
+        if recording.pending:
             self._stop_recording(recording)
-        return await self._results(recording)
+        await recording.finished.wait()  # bounded: by a timer while anything is pending, then by two deadlines
+        self._told = True
+        return recording.reply()
+
+    async def close(self) -> None:
+        """A merge that is under way is given up."""
+        if self._concluding is not None:
+            self._concluding.cancel()
+            await asyncio.gather(self._concluding, return_exceptions=True)
 
     def patience(self, rank: RankName) -> float:
         """Seconds that ``rank`` may be silent for longer than usual: torch ends and writes a recording without once
@@ -101,41 +154,58 @@ class Captures:
         recording = self._recording
         return self._deadlines.write if recording is not None and rank in recording.pending else 0.0
 
+    # -- what ranks say --
+
     def written(self, rank: RankName, incarnation: Incarnation, message: CaptureWritten) -> None:
         recording = self._recording
         if recording is None or message.capture != recording.capture:
             return  # of a capture that was given up
-        expected, path = recording.pending.get(rank, (None, None))
-        if expected != incarnation:
+        if recording.expects(rank, incarnation) is None:
             return
-        done = None if message.error else message.path or str(path)
-        recording.settle(CaptureResult(rank=rank, path=done, error=message.error))
+        word = CaptureResult(
+            rank=rank,
+            path=message.path,
+            hops=message.hops,
+            error=message.error,
+            note=message.note,
+        )
+        self._settle(recording, word)
+
+    def clock_told(self, rank: RankName, incarnation: Incarnation, message: ClockTold) -> None:
+        if self._recording is not None:
+            self._recording.clocks.told(rank, incarnation, message)
 
     def died(self, rank: RankName, incarnation: Incarnation) -> None:
         recording = self._recording
-        if recording is not None and recording.pending.get(rank, (None, None))[0] == incarnation:
-            recording.settle(CaptureResult(rank=rank, error="died while it was recording"))
+        if recording is None:
+            return
+        recording.clocks.gone(rank, incarnation)
+        if recording.expects(rank, incarnation) is not None:
+            self._settle(recording, CaptureResult(rank=rank, error="died while it was recording"))
 
-    def _ask(self, recording: _Recording, command: StartCaptures, ranks: Sequence[RankName], folder: Path) -> None:
-        # An unselective capture leaves out the processes without a model; one asked for by name is told why not.
-        for rank in ranks:
-            if rank.stage in MODEL_STAGES:
-                self._ask_one(recording, rank, command.steps, folder)
-            elif command.ranks and "all" not in command.ranks:
-                recording.results[rank] = CaptureResult(rank=rank, error="has no model to profile")
-        if not recording.pending:
-            recording.finish()
-        else:
-            recording.timer = self._later(self._deadlines.record, recording)
+    # -- one recording --
 
-    def _ask_one(self, recording: _Recording, rank: RankName, steps: int | None, folder: Path) -> None:
+    def _ask(self, recording: _Recording, rank: RankName, steps: int | None) -> None:
         incarnation = self._studio.connected(rank)
         if incarnation is None:
             recording.results[rank] = CaptureResult(rank=rank, error="is not running")
             return
-        path = folder / f"{rank.file_stem}.{incarnation}.trace.json"
-        recording.pending[rank] = (incarnation, path)
-        self._studio.tell(rank, StartCapture(capture=recording.capture, path=str(path), steps=steps))
+        stem = f"{recording.folder}/{rank.file_stem}.{incarnation}"
+        path = f"{stem}.trace.json" if rank.stage in MODEL_STAGES else None
+        planned = CaptureResult(rank=rank, path=path, hops=f"{stem}.hops.json")
+        recording.pending[rank] = (incarnation, planned)
+        recording.incarnations[rank] = incarnation
+        recording.clocks.ask(rank, incarnation)
+        order = StartCapture(capture=recording.capture, path=path, hops=planned.hops, steps=steps if path else None)
+        self._studio.tell(rank, order)
+
+    def _settle(self, recording: _Recording, result: CaptureResult) -> None:
+        recording.pending.pop(result.rank, None)
+        recording.results[result.rank] = result
+        if not recording.pending:
+            self._conclude_soon(recording)
+        elif recording.followers_only:
+            self._stop_recording(recording)
 
     def _later(self, seconds: float, recording: _Recording) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(seconds, self._stop_recording, recording)
@@ -152,12 +222,69 @@ class Captures:
     def _give_up(self, recording: _Recording) -> None:
         error = f"did not write its trace within {self._deadlines.write:g} s"
         for rank in list(recording.pending):
-            recording.settle(CaptureResult(rank=rank, error=error))
+            recording.pending.pop(rank)
+            recording.results[rank] = CaptureResult(rank=rank, error=error)
+        self._conclude_soon(recording)
 
-    async def _results(self, recording: _Recording) -> CaptureReply:
-        await recording.finished.wait()  # bounded: a timer runs for as long as anything is pending
-        self._told = True
-        return recording.reply()
+    # -- the merge --
+
+    def _conclude_soon(self, recording: _Recording) -> None:
+        if recording.timer is not None:
+            recording.timer.cancel()
+        self._concluding = asyncio.create_task(self._conclude(recording), name="merge of a capture")
+
+    async def _conclude(self, recording: _Recording) -> None:
+        try:
+            await self._measure(recording)
+            sources = [self._source(result) for result in sorted(recording.results.values(), key=_place)]
+            there = [source for source in sources if source.trace is not None or source.hops is not None]
+            if there:
+                await self._merge_all(recording, there)
+        finally:
+            recording.finished.set()
+
+    async def _measure(self, recording: _Recording) -> None:
+        """Once more, now that ranks have nothing else to do; then note what was found."""
+        for rank, incarnation in recording.incarnations.items():
+            if self._studio.connected(rank) == incarnation:
+                recording.clocks.ask(rank, incarnation)
+        await recording.clocks.settle(self._deadlines.clocks)
+        for rank, incarnation in recording.incarnations.items():
+            offset = recording.clocks.offset(rank, incarnation)
+            if offset is not None:
+                recording.results[rank] = msgspec.structs.replace(
+                    recording.results[rank], clock_offset_us=offset.us, clock_uncertainty_us=offset.uncertainty_us
+                )
+
+    def _source(self, result: CaptureResult) -> TraceSource:
+        return TraceSource(
+            rank=result.rank,
+            trace=result.path,
+            hops=result.hops,
+            offset_us=result.clock_offset_us or 0.0,
+            uncertainty_us=result.clock_uncertainty_us,
+            note=result.error or result.note,
+        )
+
+    async def _merge_all(self, recording: _Recording, sources: list[TraceSource]) -> None:
+        order = MergeOrder(
+            capture=recording.capture,
+            cluster=self._studio.cluster,
+            began=recording.began,
+            path=str(recording.merged),
+            sources=sources,
+        )
+        report = recording.report = await self._merge(order, self._deadlines.merge)
+        for merged in report.sources:
+            if merged.error is not None:
+                result = recording.results[merged.rank]
+                recording.results[merged.rank] = msgspec.structs.replace(result, error=merged.error)
+        self._studio.note(f"capture {recording.capture}: {report.error or recording.merged}")
+
+
+def _place(result: CaptureResult) -> tuple[int, int, int]:
+    rank = result.rank
+    return _PIPELINE.index(rank.stage), rank.replica, rank.shard or 0
 
 
 def _make(folder: Path) -> Path:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from epdctl.control.logfiles import log_path, tail
 from epdctl.errors import UserError
@@ -26,6 +27,7 @@ from epdctl.supervisor.effects import Effects
 from epdctl.supervisor.eventlog import EventLog
 from epdctl.supervisor.gang import Changed, Faulted, Gang, may_start
 from epdctl.supervisor.member import Life, Member, RankStream
+from epdctl.supervisor.merging import run_merge
 from epdctl.supervisor.order import STOPS_FIRST, States, next_to_stop
 from epdctl.supervisor.peers import PeerTable
 from epdctl.supervisor.report import status_reply
@@ -54,6 +56,7 @@ from epdctl.topology.plan import Deadlines, Plan
 from epdctl.wire.control import RankState, StatusReply
 from epdctl.wire.lifecycle import (
     CaptureWritten,
+    ClockTold,
     Drained,
     Fatal,
     FatalKind,
@@ -93,7 +96,7 @@ class Daemon:
         self.settled = asyncio.Event()  # a stop was asked for and every rank has ended
         self._luck = luck or Luck()
         self.events = EventLog(rundir.state.events, self._luck.clock)
-        self.captures = Captures(self, rundir.state.captures)
+        self.captures = Captures(self, rundir.state.captures, partial(run_merge, rundir.run))
         self.members = {rank.rank: Member.of(rank, self._luck.clock()) for rank in plan.ranks}
         self._effects = Effects(rundir, launcher, self.events, self._post)
         self._gangs = _gangs_of(plan)
@@ -153,6 +156,10 @@ class Daemon:
 
     # --- Studio: what captures need ---
 
+    @property
+    def cluster(self) -> str:
+        return self.plan.cluster
+
     def connected(self, rank: RankName) -> Incarnation | None:
         life = self.members[rank].life
         return life.incarnation if life is not None and life.stream is not None else None
@@ -198,6 +205,8 @@ class Daemon:
                 self._post(member, DrainedReported(number))
             case CaptureWritten():
                 self.captures.written(member.name, number, message)
+            case ClockTold():
+                self.captures.clock_told(member.name, number, message)
             case Fatal():
                 self._post(member, FatalReported(number, _last_words(message), message.restartable))
             case Hello():

@@ -51,6 +51,7 @@ async def serve(plan: Plan, rundir: RunDir, lifeline: int | None, started: Calla
         await _until_settled(daemon)
     finally:
         keeper.cancel()
+        await daemon.captures.close()
         await launcher.close()
         left = sweep(rundir.run, SWEEP_SECONDS)
         _report_left(daemon, left)

@@ -175,6 +175,7 @@ class Profiled(Message, frozen=True):
 
     path: str
     error: str | None = None
+    note: str | None = None  # why there is none, where that is no fault
 
 
 class EmbeddingLanded(Message, frozen=True):

@@ -17,6 +17,7 @@ __all__ = [
     "SUPERVISOR_TO_RANK",
     "Absent",
     "CaptureWritten",
+    "ClockTold",
     "Drain",
     "Drained",
     "Endpoints",
@@ -33,6 +34,7 @@ __all__ = [
     "StartCapture",
     "StopCapture",
     "SupervisorToRank",
+    "TellClock",
     "Unfit",
 ]
 
@@ -145,8 +147,17 @@ class Drained(Message, frozen=True):
 class CaptureWritten(Message, frozen=True):
     capture: str
     path: str | None = None
+    hops: str | None = None
     error: str | None = None
-    clock_offset_us: float = 0.0
+    note: str | None = None  # why there is no trace, where that is no fault
+
+
+class ClockTold(Message, frozen=True):
+    """Nanoseconds of unix time on the rank's clock: when the question came, and when this went out."""
+
+    asked: int  # the question's own
+    heard: int
+    told: int
 
 
 class Fatal(Message, frozen=True):
@@ -171,12 +182,17 @@ class PeersChanged(Message, frozen=True):
 
 class StartCapture(Message, frozen=True):
     capture: str
-    path: str  # the trace file this rank is to write
+    path: str | None = None  # the profiler's trace this rank is to write; None: it has no model
+    hops: str | None = None  # the file for what it notes of requests
     steps: int | None = None  # engine steps or encoder batches; None: until StopCapture
 
 
 class StopCapture(Message, frozen=True):
     capture: str
+
+
+class TellClock(Message, frozen=True):
+    asked: int  # nanoseconds of unix time, on the supervisor's clock
 
 
 class Unfit(Message, frozen=True):
@@ -185,8 +201,8 @@ class Unfit(Message, frozen=True):
     text: str
 
 
-RankToSupervisor = Hello | Loading | Ready | Heartbeat | Drained | CaptureWritten | Fatal
-SupervisorToRank = Drain | PeersChanged | StartCapture | StopCapture | Unfit
+RankToSupervisor = Hello | Loading | Ready | Heartbeat | Drained | CaptureWritten | ClockTold | Fatal
+SupervisorToRank = Drain | PeersChanged | StartCapture | StopCapture | TellClock | Unfit
 
 RANK_TO_SUPERVISOR: Codec[RankToSupervisor] = Codec(RankToSupervisor)
 SUPERVISOR_TO_RANK: Codec[SupervisorToRank] = Codec(SupervisorToRank)

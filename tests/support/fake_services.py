@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from epdctl.errors import IncompatiblePeer, LoadError
 from epdctl.rank.compute import ComputeThread
-from epdctl.rank.service import Progress, Pulse
+from epdctl.rank.service import Progress, Pulse, Recorded, Written
 from epdctl.rank.tasks import Tasks
 from epdctl.wire.config import RankSpec
 from epdctl.wire.encode import ROUTER_TO_WORKER, WORKER_TO_ROUTER, EncodeItem, ItemEncoded, RouterToWorker
@@ -49,7 +49,7 @@ class FakeService:
         self._peers: list[str] = []
         self._tables = 0
         self._tasks = Tasks()
-        self._written: Callable[[str | None], None] | None = None
+        self._written: Written | None = None
 
     async def start(self, progress: Progress) -> Endpoints:
         if self._behaviour in AT_LOAD:
@@ -86,14 +86,14 @@ class FakeService:
         if self._behaviour == "never-idle":
             await asyncio.Event().wait()
 
-    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
+    def start_capture(self, path: str, steps: int | None, written: Written) -> None:
         self._written = written
         if steps is not None:
-            threading.Thread(target=written, args=(None if steps else "no steps",)).start()
+            threading.Thread(target=written, args=(Recorded(error=None if steps else "no steps"),)).start()
 
     def stop_capture(self) -> None:
         if self._written is not None:
-            self._written(None)
+            self._written(Recorded())
 
     async def close(self) -> None:
         if self._behaviour == "never-closes":

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from epdctl.encoder.notices import Notices
 from epdctl.rank.compute import ComputeThread
@@ -135,12 +135,6 @@ class LightEncoder:
 
     async def drain(self) -> None:
         await asyncio.gather(*self._items.values())
-
-    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
-        written("no model")
-
-    def stop_capture(self) -> None:
-        pass
 
     async def close(self) -> None:
         self._inbox.close()

@@ -7,20 +7,24 @@ the last for all that follow.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
 
+from epdctl.ids import RequestId
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import (
     RANK_TO_SUPERVISOR,
     SPEC,
     SUPERVISOR_TO_RANK,
     CaptureWritten,
+    ClockTold,
     Drain,
     Drained,
     Endpoints,
@@ -35,9 +39,11 @@ from epdctl.wire.lifecycle import (
     StartCapture,
     StopCapture,
     SupervisorToRank,
+    TellClock,
 )
 from epdctl.wire.message import PROTOCOL
 from epdctl.wire.stream import Stream, connect
+from epdctl.wire.trace import Hop, HopList, Kind
 
 __all__ = ["Script", "facts_of"]
 
@@ -70,6 +76,12 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     die_in_capture: bool = False
     capture_error: str | None = None
     capture_waits: bool = False  # write only when told to stop, steps or not
+    clock_ahead_s: float = 0.0  # of everything that this process says or writes of time
+    hop: tuple[Kind, str] | None = None  # what it notes of the one request there is …
+    hop_at_s: float = 0.0  # … in true time, seconds after the start of the capture, for a tenth of one
+    broken_trace: bool = False
+    capture_idle: bool = False  # nothing ran, so there is no trace
+    capture_fifo: bool = False  # the trace is a fifo without a writer
 
 
 class Fact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,6 +103,7 @@ class Actor:
         self.script = script
         self.line = line
         self.capture: StartCapture | None = None
+        self.began = 0
         self.draining: int | None = None  # beats left until Drained
 
     async def play(self) -> None:
@@ -166,11 +179,14 @@ class Actor:
                 await self.start_capture(message)
             case StopCapture():
                 await self.write_capture()
+            case TellClock(asked=asked):
+                now = self.clock()
+                await self.line.send(ClockTold(asked=asked, heard=now, told=now))
 
     async def start_capture(self, message: StartCapture) -> None:
         if self.script.die_in_capture:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.capture = message
+        self.capture, self.began = message, self.clock()
         if message.steps is not None and not self.script.capture_waits:
             await self.write_capture()
 
@@ -179,10 +195,28 @@ class Actor:
             return
         capture, error = self.capture, self.script.capture_error
         self.capture = None
-        if error is None:
-            write_trace(Path(capture.path))
-        written = CaptureWritten(capture=capture.capture, path=None if error else capture.path, error=error)
+        note = "nothing ran" if self.script.capture_idle else None
+        written = CaptureWritten(capture=capture.capture, error=error, note=note)
+        if error is None and note is None:
+            written = CaptureWritten(capture=capture.capture, path=capture.path, hops=self.write_files(capture))
         await self.line.send(written)
+
+    def clock(self) -> int:
+        return time.time_ns() + round(self.script.clock_ahead_s * 1e9)
+
+    def write_files(self, capture: StartCapture) -> str | None:
+        """A trace with one event, over the hop where there is one; returns where the hops are."""
+        began = self.began + round(self.script.hop_at_s * 1e9)
+        if capture.path is not None and self.script.capture_fifo:
+            os.mkfifo(capture.path)
+        elif capture.path is not None:
+            write_trace(Path(capture.path), began, broken=self.script.broken_trace)
+        if capture.hops is None or self.script.hop is None:
+            return None
+        kind, name = self.script.hop
+        hop = Hop(kind=kind, request=RequestId("r1"), attempt=1, way=1, name=name, began=began, ended=began + 10**8)
+        Path(capture.hops).write_bytes(msgspec.json.encode(HopList(until=hop.ended or 0, hops=[hop])))
+        return capture.hops
 
     def fact(self, name: str, text: str = "") -> None:
         record(self.script, self.spec, name, text)
@@ -200,8 +234,12 @@ def write_garbage(line: Line, number: int) -> None:
     line._writer.write(len(body).to_bytes(4, "big") + body)  # no message makes a frame that is none
 
 
-def write_trace(path: Path) -> None:
-    path.write_text('{"traceEvents": []}')
+def write_trace(path: Path, began: int, *, broken: bool) -> None:
+    """As torch's profiler does, from the same pid and tid on every rank."""
+    base = began - 123_456_000
+    event = {"ph": "X", "name": "step", "pid": 7, "tid": 7, "ts": 123_456.0, "dur": 100_000.0, "args": {}}
+    text = json.dumps({"baseTimeNanoseconds": base, "traceEvents": [event, event]})
+    path.write_text(text[: -len(text) // 4] if broken else text)
 
 
 def prepare(script: Script, spec: RankSpec) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import assert_never
 
 from epdctl.rank.service import Progress, Pulse
@@ -55,12 +55,6 @@ class Echo:
 
     async def drain(self) -> None:
         """Nothing is ever in flight."""
-
-    def start_capture(self, path: str, steps: int | None, written: Callable[[str | None], None]) -> None:
-        written("this rank has no model")
-
-    def stop_capture(self) -> None:
-        """Nothing is being recorded."""
 
     async def close(self) -> None:
         self._inbox.close()

@@ -99,16 +99,25 @@ def test_health_gives_the_reasons() -> None:
 
 
 def test_captures_are_told_per_rank() -> None:
+    encoder = RankName("encoder/0")
     results = [
-        CaptureResult(rank=RankName("encoder/0"), path="/c/encoder-0.1.json"),
+        CaptureResult(rank=RankName("gateway/0"), hops="/c/gateway-0.1.hops.json"),
+        CaptureResult(rank=encoder, path="/c/encoder-0.1.json", clock_offset_us=-12.4, clock_uncertainty_us=40.6),
+        CaptureResult(rank=RankName("encoder/1"), hops="/c/encoder-1.1.hops.json", note="no batch ran"),
         CaptureResult(rank=RankName("decode/0"), error="it died"),
     ]
-    lines = text_of(tables.capture_table(CaptureReply(capture="c", results=results)), 100).splitlines()
+    reply = CaptureReply(capture="c", results=results, merged="/c/trace.json.gz")
+    lines = text_of(tables.capture_table(reply), 100).splitlines()
     assert [line.split() for line in lines] == [
-        ["RANK", "RESULT"],
-        ["encoder/0", "/c/encoder-0.1.json"],
-        ["decode/0", "failed:", "it", "died"],
+        ["RANK", "CLOCK", "RESULT"],
+        ["gateway/0", "-", "/c/gateway-0.1.hops.json"],
+        ["encoder/0", "-12", "±", "41", "µs", "/c/encoder-0.1.json"],
+        ["encoder/1", "-", "no", "batch", "ran"],
+        ["decode/0", "-", "failed:", "it", "died"],
+        ["merged", "/c/trace.json.gz"],
     ]
+    failed = CaptureReply(capture="c", results=[], merge_error="the disk is full")
+    assert "failed: the disk is full" in text_of(tables.capture_table(failed), 100)
 
 
 def test_an_event_is_one_line() -> None:

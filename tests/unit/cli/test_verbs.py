@@ -141,7 +141,7 @@ def test_a_capture_that_fails_on_one_rank_is_told_and_exits_1(run: Run, base: Pa
         script.captures = [good]
         assert run("profile", "stop").exit_code == 0
     assert result.exit_code == 1
-    assert "decode/0   failed: it died" in result.stdout
+    assert "decode/0   -      failed: it died" in result.stdout
     assert script.asked == [StartCaptures(ranks=["encoder"], steps=3, output=str(tmp_path)), "stop_captures"]
 
 

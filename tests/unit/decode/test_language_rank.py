@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from epdctl.errors import QuarantineFull, RequestError
+from epdctl.rank.service import Recorded
 from epdctl.wire.config import Limits
 from epdctl.wire.encode import FailureKind
 from epdctl.wire.serve import Failed, Finished, FinishReason, Granted, Token
@@ -169,7 +170,7 @@ def test_the_pulse_advances_with_every_step_and_counts_pages() -> None:
 
 
 def test_a_capture_begins_and_ends_between_steps_of_a_busy_engine(tmp_path: Path) -> None:
-    written: list[str | None] = []
+    written: list[Recorded] = []
     trace = tmp_path / "trace.json"
 
     async def scene() -> None:
@@ -183,7 +184,7 @@ def test_a_capture_begins_and_ends_between_steps_of_a_busy_engine(tmp_path: Path
             await rank.gateway.outcome()
 
     run(scene())
-    assert written == [None]
+    assert written == [Recorded()]
     assert json.loads(trace.read_text())["traceEvents"] is not None
 
 

@@ -21,7 +21,7 @@ from epdctl.encoder.router import RouterService
 from epdctl.encoder.worker import EncoderService
 from epdctl.errors import EpdError, PoolExhausted
 from epdctl.ids import Incarnation, RankName, RequestId
-from epdctl.rank.service import Service
+from epdctl.rank.service import Recorded, Service
 from epdctl.transfer.allocators import RangeAllocator
 from epdctl.transfer.landing import Owner
 from epdctl.transfer.pool import Pool
@@ -767,25 +767,43 @@ def test_a_capture_of_two_batches_is_a_chrome_trace(sockets: Path, tmp_path: Pat
         loop = asyncio.get_running_loop()
         path = tmp_path / "captures" / "encoder-0.1.json"
 
-        def done(error: str | None) -> None:
-            loop.call_soon_threadsafe(written.add, error)
+        def done(recorded: Recorded) -> None:
+            loop.call_soon_threadsafe(written.add, recorded)
 
         encoder.start_capture(str(path), 2, done)
         encoder.start_capture(str(tmp_path / "second.json"), 2, done)
-        assert await written.count(1) == [f"a capture to {path} is under way"]
+        assert await written.count(1) == [Recorded(error=f"a capture to {path} is under way")]
         for number in range(2):
             router.send(EncodeItem(dispatch=number, job=world.job(number)), [picture(ROWS, number)])
             await answers.until(of(ItemEncoded, number + 1))
-        assert (await written.count(2))[1] is None
+        assert (await written.count(2))[1] == Recorded()
         assert [found.name for found in path.parent.iterdir()] == [path.name]
         assert any("arange" in event.get("name", "") for event in json.loads(path.read_text())["traceEvents"])
         blocked = tmp_path / "file"
         blocked.touch()
         encoder.start_capture(str(blocked / "trace.json"), None, done)
+        router.send(EncodeItem(dispatch=2, job=world.job(2)), [picture(ROWS, 2)])
+        await answers.until(of(ItemEncoded, 3))
         encoder.stop_capture()
-        error = (await written.count(3))[2]
-        assert "was not written" in error
+        assert "was not written" in (await written.count(3))[2].error
         encoder.stop_capture()
+
+    in_world(sockets, test)
+
+
+def test_a_capture_without_a_batch_says_so_and_leaves_no_file(sockets: Path, tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        encoder = await world.encoder(ToyTower())
+        written = Facts()
+        loop = asyncio.get_running_loop()
+
+        def done(recorded: Recorded) -> None:
+            loop.call_soon_threadsafe(written.add, recorded)
+
+        encoder.start_capture(str(tmp_path / "trace.json"), None, done)
+        encoder.stop_capture()
+        assert await written.count(1) == [Recorded(note="no batch ran while it recorded, so there is no trace")]
+        assert not (tmp_path / "trace.json").exists()
 
     in_world(sockets, test)
 

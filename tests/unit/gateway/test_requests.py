@@ -447,18 +447,6 @@ def test_a_checkpoint_without_a_file_is_a_load_error(tmp_path: Path, name: str) 
     asyncio.run(scene())
 
 
-def test_a_capture_is_answered_with_the_reason(tmp_path: Path) -> None:
-    async def scene() -> None:
-        service = GatewayService(spec(tmp_path, Limits()))
-        said: list[str | None] = []
-        service.start_capture("trace.json", None, said.append)
-        assert said == ["the gateway runs no model"]
-        service.stop_capture()
-        await service.close()
-
-    asyncio.run(scene())
-
-
 def test_the_gateway_imports_neither_torch_nor_transformers() -> None:
     code = "import epdctl.gateway.service, sys; print({'torch', 'transformers', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

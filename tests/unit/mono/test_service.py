@@ -19,6 +19,7 @@ from epdctl.errors import LoadError
 from epdctl.ids import Modality, Stage
 from epdctl.mono.service import MonoService
 from epdctl.rank.machine import NATIVE, Loaded, Machine, Parts
+from epdctl.rank.service import Recorded
 from epdctl.wire.config import ModelConfig, RankSpec
 from epdctl.wire.encode import (
     CLIENT_TO_ROUTER,
@@ -297,10 +298,10 @@ def test_a_capture_counts_the_batches_of_the_tower_and_the_steps_of_the_engine(t
 
     async def scene() -> None:
         loop, written = asyncio.get_running_loop(), asyncio.Event()
-        ends: list[str | None] = []
+        ends: list[Recorded] = []
 
-        def note(error: str | None) -> None:
-            ends.append(error)
+        def note(recorded: Recorded) -> None:
+            ends.append(recorded)
             loop.call_soon_threadsafe(written.set)
 
         async with mono() as rank:
@@ -309,7 +310,7 @@ def test_a_capture_counts_the_batches_of_the_tower_and_the_steps_of_the_engine(t
             assert await rank.answer(question) == alone(question)
             assert (len(rank.tower.batches), rank.engine.steps) == (1, 2)
             await written.wait()
-        assert ends == [None]
+        assert ends == [Recorded()]
         assert path.stat().st_size > 0
 
     run(scene())
