@@ -79,6 +79,12 @@ class Canary(msgspec.Struct, frozen=True):
     pictures: list[str]  # PNG files, in base64
     prompt: str
     answer: str
+    sounds: list[str] = []  # WAV files, in base64
+
+    @property
+    def parts(self) -> list[dict[str, object]]:
+        known = ((Modality.IMAGE, self.pictures), (Modality.AUDIO, self.sounds))
+        return [_part(modality, each) for modality, files in known for each in files]
 
 
 def find_canary(plan: Plan) -> Canary | None:
@@ -96,7 +102,7 @@ def find_canary(plan: Plan) -> Canary | None:
 
 def question(plan: Plan, canary: Canary | None = None) -> dict[str, object]:
     """The body of the request: a medium too, where some rank has the tower."""
-    content = _media(plan) if canary is None else [_part(Modality.IMAGE, each) for each in canary.pictures]
+    content = _media(plan) if canary is None else canary.parts
     content.append({"type": "text", "text": canary.prompt if canary is not None else "What is this?"})
     return {
         "model": next((rank.config.model.name for rank in plan.ranks), ""),

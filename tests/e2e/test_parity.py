@@ -11,7 +11,7 @@ import pytest
 
 from epdctl.wire.control import RankStatus
 from tests.support.cluster import Answer, Cluster, Part
-from tests.support.reference import Tied, picture_bytes, reference_generate
+from tests.support.reference import Tied, as_part, picture_bytes, reference_generate
 
 TOKENS = 24
 WORDS = "the quick brown fox jumps over the lazy dog while it rains in the garden behind our house "
@@ -60,9 +60,9 @@ class Truth:
         raise AssertionError(f"{case.__name__}: ten ties in a row")
 
     def generate(self, parts: Sequence[Part]) -> Answer:
-        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
-        pictures = [part for part in parts if isinstance(part, bytes)]
-        truth = reference_generate(self._checkpoint, [{"role": "user", "content": content}], pictures, TOKENS)
+        content = [{"type": "text", "text": part} if isinstance(part, str) else as_part(part) for part in parts]
+        media = [part for part in parts if isinstance(part, bytes)]
+        truth = reference_generate(self._checkpoint, [{"role": "user", "content": content}], media, TOKENS)
         ended = len(truth.answer) < TOKENS
         sent = truth.answer[:-1] if ended else truth.answer
         return Answer(truth.text, "stop" if ended else "length", len(truth.prompt), len(truth.answer), tuple(sent))

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from epdctl.errors import RankError
+from epdctl.families.samples import WAV
 from epdctl.ids import Incarnation, RankName
 from epdctl.supervisor.health import CANARY, Canary, ask, deep, question, verdict
 from epdctl.topology.plan import Plan
@@ -151,6 +152,15 @@ def test_the_picture_is_one_and_goes_only_where_something_can_see_it() -> None:
     assert "image_url" not in json.dumps(question(plan_at(1, "language/0")))
 
 
+def test_a_model_that_hears_is_asked_about_a_clip() -> None:
+    plan = with_models(plan_at(1, "encoder/0"), family="qwen2_audio")
+    url = json.loads(json.dumps(question(plan)))["messages"][0]["content"][0]["audio_url"]["url"]
+    assert base64.b64decode(url.removeprefix("data:audio/wav;base64,")) == WAV
+    asked = json.dumps(question(plan, Canary([], "What is it?", "a dog", sounds=["AAAA"])))
+    assert "data:audio/wav;base64,AAAA" in asked
+    assert "What is it?" in asked
+
+
 def said(text: str) -> dict[str, object]:
     return {**GOOD, "choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
 
@@ -160,16 +170,14 @@ def knowing(tmp_path: Path) -> Callable[[int], Plan]:
     """A plan whose checkpoint says what it must answer."""
     (tmp_path / CANARY).write_bytes(msgspec.json.encode(Canary(["AAAA", "BBBB"], "Which colours?", "1 red, 2 blue")))
 
-    def plan(port: int) -> Plan:
-        made = plan_at(port, "encoder/0")
-        ranks = tuple(replace(rank, config=with_model(rank.config, str(tmp_path))) for rank in made.ranks)
-        return replace(made, ranks=ranks)
-
-    return plan
+    return lambda port: with_models(plan_at(port, "encoder/0"), path=str(tmp_path))
 
 
-def with_model(config: RankConfig, path: str) -> RankConfig:
-    return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=path))
+def with_models(plan: Plan, **changes: str) -> Plan:
+    def changed(config: RankConfig) -> RankConfig:
+        return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, **changes))
+
+    return replace(plan, ranks=tuple(replace(rank, config=changed(rank.config)) for rank in plan.ranks))
 
 
 def test_a_checkpoint_that_knows_an_answer_is_asked_for_it(knowing: Callable[[int], Plan]) -> None:

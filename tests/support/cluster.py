@@ -35,16 +35,19 @@ def data_url(picture: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-Part = str | bytes  # text, or a picture's file
+Part = str | bytes  # text, or a medium's file: WAV, or else a picture
 
 
 def content(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    return [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": data_url(part)}}
-        for part in parts
-    ]
+    return [_as_sent(part) for part in parts]
+
+
+def _as_sent(part: Part) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if part[:4] == b"RIFF":
+        return {"type": "input_audio", "input_audio": {"data": base64.b64encode(part).decode(), "format": "wav"}}
+    return {"type": "image_url", "image_url": {"url": data_url(part)}}
 
 
 @dataclass(frozen=True)
