@@ -1,7 +1,8 @@
 """The receiving half of transports whose writers write by themselves: who is let in, where, and when it has stopped.
 
 No byte passes through here. A writer attaches once with the cluster's token, and only then learns where the memory is.
-Every write is announced and ended by message; one that nobody ends is over when its writer's process is dead.
+Every write is announced and ended by message; one that nobody ends is over when its writer's process is dead. Where
+checksums came with its end, they are verified on a thread, and the write is over when that is done.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -40,6 +42,7 @@ __all__ = ["Guests"]
 log = logging.getLogger(__name__)
 
 MAX_GUESTS = 1024  # links of living processes; more is a writer that attaches without end
+MAX_CHECKS = 1024  # writes whose checksums wait to be verified, one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +62,11 @@ class _Guest:
     name: str  # rank and incarnation
     watch: DeathWatch | None = None
     visits: dict[int, _Visit] = field(default_factory=dict)
+    checked: set[int] = field(default_factory=set)  # writes that were ended, and are inside until they are verified
 
     def leave(self, write: int) -> _Visit:
         visit = self.visits.pop(write)
+        self.checked.discard(write)
         visit.pool.leave(visit.lease, self.name)
         return visit
 
@@ -77,6 +82,8 @@ class Guests:
         self._locations: list[PoolLocation] = []
         self._guests: dict[Sender, _Guest] = {}
         self._timers: set[asyncio.TimerHandle] = set()
+        self._checks: set[asyncio.Task[None]] = set()
+        self._thread = ThreadPoolExecutor(1, "checksums")
         self._inbox: Inbox[GuestToHost] = Inbox(endpoint, GUEST_TO_HOST, self._arrived)
 
     @property
@@ -93,6 +100,7 @@ class Guests:
         return PoolAddress(owner=rank, incarnation=incarnation, pool=pool.name, backend=backend, endpoint=self.endpoint)
 
     def _arrived(self, sender: Sender, message: GuestToHost, _: list[memoryview]) -> None:
+        answer: HostToGuest | None
         match message:
             case Attach():
                 answer = self._attach(sender, message)
@@ -102,6 +110,10 @@ class Guests:
                 answer = self._end(sender, message)
             case _:
                 assert_never(message)
+        if answer is not None:
+            self._reply(sender, answer)
+
+    def _reply(self, sender: Sender, answer: HostToGuest) -> None:
         if isinstance(answer, Rejected):
             log.warning("refused a writer: %s", answer.text)
         try:
@@ -112,6 +124,8 @@ class Guests:
     def _attach(self, sender: Sender, message: Attach) -> HostToGuest:
         if not same_token(message.token, self._owner.token):
             return Rejected(write=0, kind="token", text="the writer belongs to another cluster")
+        if sender in self._guests:  # what it has begun stays its own
+            return Attached(session=self._session, pools=list(self._locations))
         if len(self._guests) >= MAX_GUESTS:
             self._forget_idle()
         if len(self._guests) >= MAX_GUESTS:
@@ -154,18 +168,30 @@ class Guests:
         guest.visits[write] = _Visit(pool, message.lease, extents, message.generation)
         return Admitted(write=write, extents=list(extents))
 
-    def _end(self, sender: Sender, message: End) -> HostToGuest:
+    def _end(self, sender: Sender, message: End) -> HostToGuest | None:
+        """None: the answer comes when the bytes have been verified."""
         guest, write = self._guests.get(sender), message.write
-        if guest is None or write not in guest.visits:
+        if guest is None or write not in guest.visits or write in guest.checked:
             return Rejected(write=write, kind="stranger", text=f"write {write} has not begun")
-        visit = guest.leave(write)
+        if not message.landed or all(piece.checksum is None for piece in message.pieces):
+            return _over(guest, message)
+        if len(self._checks) >= MAX_CHECKS:
+            return _over(guest, message, Refusal("full", f"{len(self._checks)} writes wait to be verified"))
+        guest.checked.add(write)
+        task = asyncio.get_running_loop().create_task(self._check(sender, message, guest.visits[write]))
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
+        return None
+
+    async def _check(self, sender: Sender, message: End, visit: _Visit) -> None:
+        """While it lasts the writer counts as inside, so that nobody reads or is given these bytes."""
+        wrong: TransferError | None = None
         try:
-            if message.landed:
-                visit.pool.landing(visit.lease, visit.generation)
-                _verify(message, visit)
+            await asyncio.get_running_loop().run_in_executor(self._thread, _verify, message, visit)
         except TransferError as error:
-            return Rejected(write=write, kind=kind_of(error), text=error.message)
-        return Landed(write=write)
+            wrong = error
+        if (guest := self._guests.get(sender)) is not None:  # else it died meanwhile, which ends its writes
+            self._reply(sender, _over(guest, message, wrong))
 
     def _died(self, sender: Sender) -> None:
         guest = self._dismiss(sender)
@@ -192,6 +218,9 @@ class Guests:
         self._inbox.close()
         for timer in self._timers:
             timer.cancel()
+        for check in self._checks:
+            check.cancel()
+        self._thread.shutdown(wait=False, cancel_futures=True)
         for sender in list(self._guests):
             self._dismiss(sender)
 
@@ -201,7 +230,22 @@ def _leave_all(guest: _Guest) -> None:
         guest.leave(write)
 
 
+def _over(guest: _Guest, message: End, wrong: TransferError | None = None) -> HostToGuest:
+    """The write has ended; ``wrong``: its bytes are not those that were sent."""
+    write = message.write
+    visit = guest.leave(write)
+    try:
+        if wrong is not None:
+            raise wrong
+        if message.landed:
+            visit.pool.landing(visit.lease, visit.generation)
+    except TransferError as error:
+        return Rejected(write=write, kind=kind_of(error), text=error.message)
+    return Landed(write=write)
+
+
 def _verify(message: End, visit: _Visit) -> None:
+    """Raises Refusal. On a thread: about 1 s for each GB."""
     for header in message.pieces:
         if header.checksum is not None:
             place = place_of(header, visit.extents)

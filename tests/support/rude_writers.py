@@ -111,6 +111,13 @@ def message_without_its_end(lease: RemoteLease) -> str:
         return type(_attached(wire)).__name__
 
 
+def attached_twice(lease: RemoteLease) -> str:
+    """And so, to a careless receiver, somebody else than the one who is inside."""
+    with connected(lease.pool.endpoint) as wire:
+        _begin(wire, lease)
+        return type(_attached(wire)).__name__
+
+
 def piece_beyond_its_extent(lease: RemoteLease) -> str:
     """The end of a write says the checksum of bytes that are not its own."""
     with connected(lease.pool.endpoint) as wire:
@@ -129,6 +136,7 @@ _ONE_SIDED: tuple[Fault, ...] = (
     message_cut_short,
     message_without_its_end,
     piece_beyond_its_extent,
+    attached_twice,
     frame_without_end,
 )
 

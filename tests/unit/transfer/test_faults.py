@@ -120,6 +120,7 @@ COMES_OF_IT = {
     "message_cut_short": "Admitted",
     "message_without_its_end": "Attached",
     "piece_beyond_its_extent": "refused: bounds",
+    "attached_twice": "Attached",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from epdctl.errors import (
     UserError,
 )
 from epdctl.ids import Incarnation, RankName
-from epdctl.transfer import landing
+from epdctl.transfer import guests, landing
 from epdctl.transfer.allocators import RangeAllocator
 from epdctl.transfer.base import Piece, Transport
 from epdctl.transfer.landing import Frame, Owner
@@ -562,6 +563,86 @@ def test_a_checksum_goes_along_and_is_verified(
             await careful.close()
 
     between(make_fabric, test)
+
+
+class Slow:
+    """A verifier that takes until it is let go."""
+
+    def __init__(self, verdict: Exception | None = None) -> None:
+        self.verdict = verdict
+        self.began, self.let_go = threading.Event(), threading.Event()
+
+    def __call__(self, *_: object) -> None:
+        self.began.set()
+        assert self.let_go.wait(60)
+        if self.verdict is not None:
+            raise self.verdict
+
+
+@pytest.mark.parametrize("verdict", [None, landing.Refusal("checksum", "they have the checksum 0")])
+def test_bytes_are_verified_beside_the_loop_and_read_by_nobody_before(
+    make_one_sided: Callable[[], Fabric], monkeypatch: pytest.MonkeyPatch, verdict: Exception | None
+) -> None:
+    async def test(fabric: Fabric, receiver: Receiver, writer: Transport) -> None:
+        careful, slow = fabric.open("encoder/1", checksum=True), Slow(verdict)
+        monkeypatch.setattr(guests, "verify", slow)
+        try:
+            mine, other = receiver.lease(1000), receiver.lease(1000)
+            write = asyncio.create_task(careful.write(mine, [Piece(rubbish(1000), 0)], seconds=30))
+            await asyncio.to_thread(slow.began.wait, 30)
+            await writer.write(other, [Piece(rubbish(1000), 0)], seconds=30)  # the loop goes on meanwhile
+            assert not write.done()
+            with pytest.raises(SlotBusy, match="still writing"):
+                receiver.pool.filled(mine.lease, mine.generation)
+            slow.let_go.set()
+            if verdict is None:
+                await write
+                receiver.pool.filled(mine.lease, mine.generation)
+            else:
+                with pytest.raises(TransferError, match="the checksum 0"):
+                    await write
+        finally:
+            slow.let_go.set()
+            await careful.close()
+
+    between(make_one_sided, test)
+
+
+def test_a_lease_that_ends_while_its_bytes_are_verified_is_quarantined_until_then(
+    make_one_sided: Callable[[], Fabric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(fabric: Fabric, receiver: Receiver, _: Transport) -> None:
+        careful, slow = fabric.open("encoder/1", checksum=True), Slow()
+        monkeypatch.setattr(guests, "verify", slow)
+        try:
+            lease = receiver.lease(1000)
+            write = asyncio.create_task(careful.write(lease, [Piece(rubbish(1000), 0)], seconds=30))
+            await asyncio.to_thread(slow.began.wait, 30)
+            receiver.pool.release(lease.lease)
+            assert receiver.pool.quarantined_bytes == 1000
+            slow.let_go.set()
+            with pytest.raises(StaleGeneration):
+                await write
+            assert receiver.pool.quarantined_bytes == 0
+        finally:
+            slow.let_go.set()
+            await careful.close()
+
+    between(make_one_sided, test)
+
+
+def test_writes_beyond_those_that_may_wait_to_be_verified_are_refused(
+    make_one_sided: Callable[[], Fabric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guests, "MAX_CHECKS", 0)
+
+    async def test(fabric: Fabric, receiver: Receiver, _: Transport) -> None:
+        careful = fabric.open("encoder/1", checksum=True)
+        with pytest.raises(TransferError, match="wait to be verified"):
+            await careful.write(receiver.lease(1000), [Piece(rubbish(1000), 0)], seconds=30)
+        await careful.close()
+
+    between(make_one_sided, test)
 
 
 def test_a_pool_beyond_this_host_is_refused_before_a_page_of_it_is_touched(make_fabric: Callable[[], Fabric]) -> None:
