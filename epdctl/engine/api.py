@@ -35,7 +35,7 @@ LoadProgress = Callable[[int, int], None]  # done, total; from any thread
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """One item after preprocessing, on the CPU. ``pixels``: what the tower begins with: [patches, values of a patch],
-    [tiles, 3, height, width], or 8-bit [height, width, 3] where the device does the rest.
+    [tiles, 3, height, width], 8-bit [height, width, 3] where the device does the rest, or a clip's [mel bands, frames].
     """
 
     grid: tuple[int, int, int]  # families.base.Span's

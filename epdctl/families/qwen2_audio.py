@@ -75,6 +75,6 @@ class Qwen2Audio(MediaFamily):
             raise ValueError(f"this model takes no {header.modality.noun}s")
         frames = self.rule.frames(self.rule.samples(header))
         if rows(frames) < 1:
-            length, needed = 1000 * header.frames / header.rate, 1000 * (2 * self.rule.hop + 1) / self.rule.rate
-            raise ValueError(f"a sound clip of {length:.3g} ms is too short: the model needs {needed:.3g}")
+            length, silent = (1000 * each for each in (header.frames / header.rate, 2 * self.rule.hop / self.rule.rate))
+            raise ValueError(f"a sound clip of {length:.3g} ms is too short: the model needs more than {silent:.3g}")
         return Span(grid=(1, 1, frames), rows=rows(frames), modality=Modality.AUDIO)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from epdctl.errors import LoadError, RequestError
 from epdctl.families.files import read_json, read_json_if_there
-from epdctl.gateway.schema import PARTS, MediaPart, Message, TextPart
+from epdctl.gateway.schema import MediaPart, Message, TextPart
 from epdctl.gateway.spelling import Spelling
 from epdctl.ids import Modality
 
@@ -186,7 +186,7 @@ class ChatTemplate:
 
 
 def _forged(param: str) -> RequestError:
-    text = f"a text contains the model's own marks for media: send them as parts ({', '.join(PARTS.values())})"
+    text = "a text contains the model's own marks for media: send media as parts of their own"
     return RequestError(400, text, param=param, code="forged_media")
 
 

@@ -63,7 +63,7 @@ def _sound(data: bytes, limits: Limits) -> SoundHeader:
     header = header_of(data)
     seconds = header.frames / header.rate
     if seconds > limits.max_clip_seconds:
-        raise ValueError(f"the sound clip is {seconds:.1f} s long; at most {limits.max_clip_seconds:g} are served")
+        raise ValueError(f"the sound clip is {seconds:.1f} s long; at most {limits.max_clip_seconds:g} s are served")
     return header
 
 

@@ -85,7 +85,7 @@ def test_what_is_beyond_thirty_seconds_is_not_heard(tmp_path: Path) -> None:
 
 def test_a_clip_that_makes_no_row_is_refused(tmp_path: Path) -> None:
     subject = family(tmp_path, {})
-    with pytest.raises(ValueError, match=r"of 20 ms is too short: the model needs 20\.1"):
+    with pytest.raises(ValueError, match=r"of 20 ms is too short: the model needs more than 20"):
         subject.span(SoundHeader(320, 16_000), 1)
     assert subject.span(SoundHeader(321, 16_000), 1).rows == 1
     assert subject.span(header_of(WAV), 1).rows == 1
