@@ -41,6 +41,7 @@ TOKENS = 64
 LIKELIEST = 20
 SIDES = ((560, 560), (448, 336), (644, 364), (280, 504))  # multiples of 28: nobody has to scale them
 COMPARED = 64
+THEIRS = "transformers, bfloat16"
 _fresh = count(1000)  # seeds of pictures that nobody has seen
 
 
@@ -175,14 +176,18 @@ class Truth:
             return torch.stack([self._row(prompt) for prompt in prompts])
 
     def _row(self, prompt: Prompt) -> Any:
+        inputs = {key: value.to(self.device) for key, value in self.inputs(prompt).items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return self.model(**inputs, logits_to_keep=1).logits[0, -1].float().log_softmax(-1).cpu()
+
+    def inputs(self, prompt: Prompt) -> dict[str, Any]:
+        """Of the model, on the CPU, pixels in float32."""
         seen = [Image.open(io.BytesIO(file)).convert("RGB") for file in prompt.pictures]
         pixels = self.processor(images=seen, return_tensors="pt")
         text = self._text(prompt, (pixels["image_grid_thw"].prod(1) // self.processor.merge_size**2).tolist())
         words = self.tokenizer(text, return_tensors="pt")
         kinds = (words["input_ids"] == self.model.config.image_token_id).int()
-        inputs = {key: value.to(self.device) for key, value in {**words, **pixels, "mm_token_type_ids": kinds}.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        return self.model(**inputs, logits_to_keep=1).logits[0, -1].float().log_softmax(-1).cpu()
+        return {**words, **pixels, "mm_token_type_ids": kinds}
 
     def _text(self, prompt: Prompt, rows: Sequence[int]) -> str:
         messages = [{"role": "user", "content": prompt.content}]
@@ -237,7 +242,7 @@ def _compared(
     rounded = truth.rows(prompts)
     truth.widen()
     exact = truth.rows(prompts)
-    theirs = {"transformers, bfloat16": [best_of(row) for row in rounded]}
+    theirs = {THEIRS: [best_of(row) for row in rounded]}
     return {
         who: [distance(row, right) for row, right in zip(each, exact, strict=True)]
         for who, each in {**theirs, **rows}.items()
@@ -259,23 +264,39 @@ def _has_gpus() -> bool:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    lines = ["topology | ready s | first answer s | TTFT s, median | whole s, median | prompt tokens | tokens"]
-    for name, found in report["clusters"].items():
-        if "failed" in found:
-            lines.append(f"{name} | {found['failed']}")
-            continue
-        answers = found["answers"]
-        first = statistics.median(each["first_seconds"] for each in answers)
-        whole = statistics.median(each["seconds"] for each in answers)
-        counts = [len(each["tokens"]) for each in answers]
-        ready, cold, asked = found["ready_seconds"], found["cold"]["seconds"], answers[0]["prompt_tokens"]
-        lines.append(f"{name} | {ready:.1f} | {cold:.2f} | {first:.3f} | {whole:.3f} | {asked} | {counts}")
-    for who, rows in report["compared"].items():
+    lines = [
+        "topology | ready s | very first answer s: first token, whole | first token ms, whole s, each token after the "
+        "first ms: median | prompt tokens | tokens"
+    ]
+    lines += [f"{name} | {_speed(found)}" for name, found in report["clusters"].items()]
+    return "\n".join([*lines, *_distances(report["compared"])])
+
+
+def _speed(found: Mapping[str, Any]) -> str:
+    if "failed" in found:
+        return str(found["failed"])
+    answers, cold = found["answers"], found["cold"]
+    first = statistics.median(each["first_seconds"] for each in answers)
+    whole = statistics.median(each["seconds"] for each in answers)
+    next_one = statistics.median((each["seconds"] - each["first_seconds"]) / (TOKENS - 1) for each in answers)
+    counts = sorted({len(each["tokens"]) for each in [cold, *answers]})
+    return (
+        f"{found['ready_seconds']:.1f} | {cold['first_seconds']:.3f}, {cold['seconds']:.2f} | "
+        f"{1000 * first:.0f}, {whole:.3f}, {1000 * next_one:.2f} | {answers[0]['prompt_tokens']} | {counts}"
+    )
+
+
+def _distances(compared: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+    """Of each: the first three prompts, all of them, and how many are nearer to float32 than transformers is."""
+    lines = []
+    for who, rows in compared.items():
         three = " ".join(f"{row['mean']:.4f}/{row['max']:.4f}" for row in rows[:3])
         mean, most = statistics.mean(row["mean"] for row in rows), max(row["max"] for row in rows)
-        same = sum(row["same_best"] for row in rows)
-        lines.append(f"{who}: first three {three}; all {mean:.4f}/{most:.4f}; best {same:.0f}/{len(rows)}")
-    return "\n".join(lines)
+        same, theirs = sum(row["same_best"] for row in rows), compared[THEIRS]
+        nearer = sum(row["mean"] < other["mean"] for row, other in zip(rows, theirs, strict=True))
+        counts = f"same best {same:.0f}, nearer {nearer} of {len(rows)}"
+        lines.append(f"{who}: first three {three}; all {mean:.4f}/{most:.4f}; {counts}")
+    return lines
 
 
 def main() -> None:

@@ -113,11 +113,14 @@ def paged_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: [1, heads, tokens, head_dim] in, [1, tokens, heads, head_dim] out."""
+    """transformers' attention interface: [1, heads, tokens, head_dim] in, [1, tokens, heads, head_dim] out, in the
+    format of the pages.
+    """
     paged = kwargs["paged"]
     if not isinstance(paged, PagedBatch):
         raise TypeError("the paged attention was called without its PagedBatch")
     layer, scale = int(module.layer_idx), kwargs.get("scaling")  # type: ignore[arg-type]
+    query, key, value = (each.to(paged.view.dtype) for each in (query, key, value))
     paged.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     output = torch.empty_like(query)
     for reach in paged.reaches:

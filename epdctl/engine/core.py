@@ -16,6 +16,7 @@ from epdctl.engine.sampler import NonFiniteLogits, draw
 from epdctl.engine.scheduler import Slice, schedule
 from epdctl.engine.sequence import Sequence, SequenceState
 from epdctl.engine.settings import likelihood
+from epdctl.engine.warmup import warm_up
 from epdctl.errors import RequestError
 from epdctl.wire.config import EngineConfig, ModelConfig
 
@@ -210,7 +211,8 @@ def build_engine(
     progress: Progress | None = None,
     memory: Memory = own_memory,
 ) -> Engine:
-    """``progress(phase, done, total)`` is told of the phases imports, weights and pools, before and after each.
+    """``progress(phase, done, total)`` is told of the phases imports, weights, pools and, on a GPU, warm-up, before and
+    after each.
     ``memory``: see KvPool.
 
     Raises LoadError.
@@ -227,4 +229,7 @@ def build_engine(
     say("pools", 0, 1)
     kv = KvPool(language.layout(config.page_size), max(1, config.kv_tokens // config.page_size), device, memory)
     say("pools", 1, 1)
-    return Engine(language, kv, config)
+    engine = Engine(language, kv, config)
+    if device.type == "cuda":
+        warm_up(engine, lambda done, total: say("warm-up", done, total))
+    return engine

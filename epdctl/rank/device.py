@@ -21,4 +21,7 @@ def prepare_device(config: RankConfig) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", config.devices[0])
     torch.cuda.set_device(device)
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # it plans anew for every length of keys: each token of an answer has one
     return device

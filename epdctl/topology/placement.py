@@ -165,6 +165,7 @@ def _model(topology: Topology, checkpoint: Checkpoint, *, all_on_gpu: bool) -> M
         family=checkpoint.family,
         dtype=natural if model.dtype == "auto" else model.dtype,
         attention=model.attention,
+        residual=model.residual,
         image_processor="pil" if model.image_processor == "auto" else model.image_processor,
         revision=model.revision,
     )

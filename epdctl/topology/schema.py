@@ -64,6 +64,11 @@ class ModelSection(_Section):
         default="auto",
         description="Of the vision tower; varlen: packed, on GPUs, 16-bit. auto: varlen where it can be.",
     )
+    residual: Literal["float32", "dtype"] = Field(
+        default="float32",
+        description="In 16 bits, what layers add to. float32: rounded less often than transformers does; "
+        "dtype: in 16 bits too.",
+    )
     image_processor: Literal["auto", "pil", "torchvision"] = Field(
         default="auto", description="They differ in pixels, so the plan pins one; auto: pil."
     )

@@ -29,6 +29,7 @@ class ModelConfig(Part, frozen=True):
     dtype: str = "float32"  # float32 | bfloat16 | float16
     attention: str = "auto"
     image_processor: str = "pil"  # pil | torchvision: they differ in pixels, so the plan pins one
+    residual: str = "float32"  # float32 | dtype: in 16 bits, what layers add to
     optimize: str = "auto"  # auto | off: the vision tower through our own kernels, where they fit it
     revision: str | None = None
 

@@ -13,6 +13,7 @@ from PIL import Image
 from epdctl.engine.api import Prepared
 from epdctl.engine.fast import FastTower, Unsupported, fast_tower
 from epdctl.engine.fast.pixels import EightBit
+from epdctl.engine.wide import sums_are_wide
 from epdctl.errors import LoadError
 from epdctl.wire.config import ModelConfig
 from epdctl.wire.encode import MediaItem
@@ -54,7 +55,7 @@ def optimized(model: ModelConfig, visual: Any, processor: Any) -> Optimized | No
     if model.image_processor == "pil":
         pictures = EightBit(processor, int(visual.patch_size), pinned=device.type == "cuda")
     try:
-        tower = fast_tower(visual, None if pictures is None else pictures.table)
+        tower = fast_tower(visual, None if pictures is None else pictures.table, wide=sums_are_wide(model))
     except Unsupported as error:
         log.info("the tower runs as transformers has it: %s", error)
         return None

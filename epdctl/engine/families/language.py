@@ -11,6 +11,7 @@ import torch
 from epdctl.engine.api import StepInput
 from epdctl.engine.attention import PAGED, register
 from epdctl.engine.families.halves import load_half
+from epdctl.engine.wide import sums_are_wide, widen
 from epdctl.errors import LoadError, RequestError
 from epdctl.wire.config import ModelConfig
 from epdctl.wire.serve import KvLayout, PromptItem
@@ -76,7 +77,6 @@ class PagedLanguage(ABC):
         return {}
 
 
-class MropeLanguage(PagedLanguage):
 class PlainLanguage(PagedLanguage):
     """A token's angle is its index, thrice."""
 
@@ -88,6 +88,7 @@ class PlainLanguage(PagedLanguage):
         return positions[:1]
 
 
+class MropeLanguage(PagedLanguage):
     """Positions of time, height and width, from grids of (t, h, w) in patches."""
 
     def positions(self, tokens: Sequence[int], items: Sequence[PromptItem]) -> tuple[torch.Tensor, int]:
@@ -105,9 +106,13 @@ class PlainLanguage(PagedLanguage):
 
 
 def load_paged(half: type[Any], model: ModelConfig, *, other: Sequence[str]) -> Any:
-    """``load_half`` with attention over pages. Raises LoadError, also for a model that needs more than that."""
+    """``load_half`` with attention over pages, widened where the plan says so. Raises LoadError, also for a model that
+    needs more than that."""
+    wide = sums_are_wide(model)
     register()
     module = load_half(half, model, attention=PAGED, other=other)
     if "sliding_attention" in (getattr(module.config.get_text_config(), "layer_types", None) or ()):
         raise LoadError(f"{model.path} uses sliding-window attention, which the paged attention does not have")
+    if wide:
+        widen(module)
     return module

@@ -22,7 +22,7 @@ class KernelOps:
     """Implements ops.Ops for contiguous tensors on one GPU."""
 
     def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        out = torch.empty_like(x)
+        out = torch.empty_like(x, dtype=norm.weight.dtype)
         self._norm(x, None, norm, out)
         return out
 

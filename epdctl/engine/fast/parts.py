@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from epdctl.engine.wide import product
 from epdctl.errors import EpdError
 
 __all__ = ["Block", "Linear", "Merger", "Mlp", "Norm", "Unsupported", "take_block", "take_linear", "take_merger"]
@@ -36,6 +37,11 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight, self.bias)
+
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
+        """In float32, for weights of 16 bits."""
+        found = product(x, self.weight)
+        return found if self.bias is None else found.add_(self.bias)
 
 
 @dataclass(frozen=True, slots=True)

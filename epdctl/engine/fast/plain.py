@@ -17,17 +17,18 @@ class PlainOps:
     """Implements ops.Ops."""
 
     def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """In the format of the norm's weight, whatever that of ``x``."""
         wide = x.float()
         if norm.centred:
             wide = wide - wide.mean(-1, keepdim=True)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.float()
-        return (wide if norm.bias is None else wide + norm.bias.float()).to(x.dtype)
+        return (wide if norm.bias is None else wide + norm.bias.float()).to(norm.weight.dtype)
 
     def add_norm(self, x: torch.Tensor, delta: torch.Tensor, norm: Norm) -> torch.Tensor:
         """``x`` += ``delta`` in place; what is normed is the sum before it is rounded to x's format."""
         wide = x.float() + delta.float()
         x.copy_(wide)
-        return self.norm(wide, norm).to(x.dtype)
+        return self.norm(wide, norm)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, 2 · n] to [rows, n]: silu of the left half times the right."""

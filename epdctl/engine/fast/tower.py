@@ -57,17 +57,20 @@ class _Placed:
     added: torch.Tensor | None  # learned positions, [patches, width]
 
 
-def fast_tower(module: Any, table: torch.Tensor | None = None, *, ops: Ops | None = None) -> FastTower:
+def fast_tower(
+    module: Any, table: torch.Tensor | None = None, *, ops: Ops | None = None, wide: bool = False
+) -> FastTower:
     """``module``: a vision tower of transformers, loaded, on its device. Its weights are shared where they can be.
 
     ``table``: [3, 256], what the image processor makes of a byte of each channel, for 8-bit pictures. ``ops``: other
-    steps than this device's kernels. Raises Unsupported.
+    steps than this device's kernels. ``wide``: 16-bit layers add to a sum in float32. Raises Unsupported.
     """
     weight = next(module.parameters())
     ops = ops or kernels_for(weight.device, weight.dtype)
     if ops is None:  # asked before anything is taken: what is taken is padded, a copy
         raise Unsupported(f"there are no kernels for {weight.dtype} on {weight.device.type}")
-    return FastTower(_take(module), ops, None if table is None else table.to(weight.device, torch.float32))
+    table = None if table is None else table.to(weight.device, torch.float32)
+    return FastTower(_take(module), ops, table, wide=wide)
 
 
 def _take(module: Any) -> Parts:
@@ -99,10 +102,11 @@ def _take(module: Any) -> Parts:
 class FastTower:
     """Used from one thread. Launches work and returns; the device may still be at it."""
 
-    def __init__(self, parts: Parts, ops: Ops, table: torch.Tensor | None) -> None:
+    def __init__(self, parts: Parts, ops: Ops, table: torch.Tensor | None, *, wide: bool) -> None:
         self._parts = parts
         self._ops = ops
         self._table = table
+        self._wide = wide
         self._placed: OrderedDict[tuple[Grid, ...], _Placed] = OrderedDict()
 
     @property
@@ -127,9 +131,11 @@ class FastTower:
 
     @torch.inference_mode()
     def warm_up(self, progress: LoadProgress) -> None:
-        """Compile every kernel and make every handle, on pictures of a few sizes."""
+        """Compile every kernel and make every handle, on pictures of a few sizes; take memory for eight at once."""
         side = 4 * self._parts.geometry.merge
         sizes: list[list[Grid]] = [[(1, side, side)], [(1, side, side), (1, side, 2 * side)], [(1, 4 * side, 4 * side)]]
+        if self.device.type == "cuda":
+            sizes.append([(1, 5 * side, 5 * side)] * 8)
         for done, grids in enumerate(sizes):
             progress(done, len(sizes))
             self.encode([self._blank(grid) for grid in grids], grids)
@@ -193,7 +199,7 @@ class FastTower:
         for row, weight in down:
             for column, other in across:
                 found += places[row * square + column] * (weight * other)[:, None]
-        return found.to(self.dtype)
+        return found if self._wide else found.to(self.dtype)
 
     def _sorted(self, pixels: Sequence[torch.Tensor], placed: _Placed) -> torch.Tensor:
         patches = torch.cat([each.to(self.device, non_blocking=True) for each in pixels]).to(self.dtype)
@@ -218,7 +224,7 @@ class FastTower:
 
     def _forward(self, patches: torch.Tensor, placed: _Placed) -> Features:
         parts, ops = self._parts, self._ops
-        x = parts.embed(patches)
+        x = parts.embed.wide(patches) if self._wide else parts.embed(patches)
         if placed.added is not None:
             x += placed.added
         deep = []
@@ -247,7 +253,9 @@ class FastTower:
     def _merged(self, merger: Merger, x: torch.Tensor, placed: _Placed) -> torch.Tensor:
         wide = merger.first.weight.shape[1]
         normed = self._ops.norm(x.view(-1, wide) if merger.wide else x, merger.norm)
-        merged = merger.second(merger.act(merger.first(normed.view(-1, wide))))
+        normed = normed.view(-1, wide)
+        inner = merger.act(merger.first.wide(normed) if self._wide else merger.first(normed))
+        merged = merger.second(inner.to(self.dtype))
         return merged if placed.back is None else merged[placed.back]
 
 

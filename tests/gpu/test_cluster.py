@@ -1,0 +1,74 @@
+"""A cluster over two GPUs of one host: what travels over NVLink arrives as what travels through host memory does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.e2e.test_parity import eight, one, three_sizes
+from tests.support.checkpoints import tiny_checkpoint
+from tests.support.cluster import Answer, Cluster, Part
+from tests.support.leaks import no_leaks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
+]
+
+TOPOLOGY = """\
+model: {{path: {model}, name: tiny}}
+gateway: {{port: ${{EPDCTL_PORT}}}}
+stages:
+  encoder: {{gpus: [0], share: 0.3}}
+  prefill: {{gpus: [0], share: 0.3, kv_tokens: 8192, chunk_tokens: 64}}
+  decode: {{gpus: [1], kv_tokens: 8192}}
+transfer: {transfer}
+"""
+ASKED: list[list[Part]] = [(one, three_sizes, eight)[number % 3](100 + 10 * number) for number in range(20)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def over_zmq(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
+    with _cluster(tmp_path_factory.mktemp("z"), checkpoint, "{backend: zmq}", "zmq") as cluster:
+        return _answers(cluster)
+
+
+def test_twenty_requests_over_nvlink_are_answered_as_over_zmq(
+    tmp_path: Path, checkpoint: Path, over_zmq: list[Answer]
+) -> None:
+    pytest.importorskip("mooncake.engine", reason="Mooncake is an extra")
+    with _cluster(tmp_path, checkpoint, "{backend: mooncake, protocol: nvlink}", "mooncake nvlink, ") as cluster:
+        found = _answers(cluster)
+        print(cluster.run("status", "--cluster", cluster.name).stdout)
+    assert found == over_zmq
+    assert len({answer.token_ids for answer in found}) > len(found) // 2  # the pictures matter
+
+
+@contextlib.contextmanager
+def _cluster(home: Path, checkpoint: Path, transfer: str, says: str) -> Iterator[Cluster]:
+    """Up, with every model rank's transport as ``says``, and down without a trace."""
+    cluster = Cluster(home, TOPOLOGY.format(model=checkpoint, transfer=transfer), name=says.split()[0])
+    with no_leaks(cluster.env):
+        cluster.up()
+        try:
+            for rank in cluster.status()["ranks"]:
+                if rank["stage"] in ("encoder", "prefill", "decode"):
+                    assert (rank["transfer"] or "").startswith(says)
+            yield cluster
+        finally:
+            cluster.down()
+
+
+def _answers(cluster: Cluster) -> list[Answer]:
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(cluster.ask, ASKED))
