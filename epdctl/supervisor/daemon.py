@@ -32,26 +32,20 @@ from epdctl.supervisor.order import STOPS_FIRST, States, next_to_stop
 from epdctl.supervisor.peers import PeerTable
 from epdctl.supervisor.report import status_reply
 from epdctl.supervisor.rundir import RunDir
-from epdctl.supervisor.states import (
-    SETTLED,
-    Action,
-    Advertise,
+from epdctl.supervisor.states.actions import Action, Advertise, TellGang, Withdraw
+from epdctl.supervisor.states.events import (
     DependenciesReady,
     DrainedReported,
     Event,
     FatalReported,
     HeartbeatSeen,
-    IllegalTransition,
-    Rank,
     ReadyReported,
     RestartRequested,
-    Rules,
     StartRequested,
     StopRequested,
-    TellGang,
-    Withdraw,
-    step,
 )
+from epdctl.supervisor.states.rank import SETTLED, IllegalTransition, Rank, Rules
+from epdctl.supervisor.states.table import step
 from epdctl.topology.plan import Deadlines, Plan
 from epdctl.wire.control import RankState, StatusReply
 from epdctl.wire.lifecycle import (

@@ -16,19 +16,8 @@ from epdctl.supervisor.eventlog import EventLog
 from epdctl.supervisor.logs import drop_old
 from epdctl.supervisor.member import Life, Member
 from epdctl.supervisor.rundir import RunDir
-from epdctl.supervisor.states import (
-    Arm,
-    Disarm,
-    DisarmAll,
-    Event,
-    Exited,
-    SendDrain,
-    Signal,
-    Spawn,
-    SpawnFailed,
-    Timer,
-    TimerFired,
-)
+from epdctl.supervisor.states.actions import Arm, Disarm, DisarmAll, SendDrain, Signal, Spawn
+from epdctl.supervisor.states.events import Event, Exited, SpawnFailed, Timer, TimerFired
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import SPEC, Drain, SupervisorToRank
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from epdctl.ids import RankName
-from epdctl.supervisor.states import ALIVE, ROUTABLE, PeerLost
+from epdctl.supervisor.states.events import PeerLost
+from epdctl.supervisor.states.rank import ALIVE, ROUTABLE
 from epdctl.wire.control import RankState
 
 __all__ = ["Changed", "Faulted", "Gang", "GangEvent", "GangState", "Tell", "may_start", "step"]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from epdctl.ids import Incarnation, RankName
 from epdctl.launch.base import Exit, Handle
-from epdctl.supervisor.states import Rank, Timer, initial
+from epdctl.supervisor.states.events import Timer
+from epdctl.supervisor.states.rank import Rank, initial
 from epdctl.topology.plan import PlannedRank
 from epdctl.wire.lifecycle import Endpoints, Facts, Heartbeat, Loading, RankToSupervisor, SupervisorToRank
 from epdctl.wire.stream import Stream

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from epdctl.ids import RankName, Stage
-from epdctl.supervisor.states import SETTLED
+from epdctl.supervisor.states.rank import SETTLED
 from epdctl.wire.control import RankState
 
 __all__ = ["STOPS_FIRST", "States", "next_to_stop"]

@@ -9,7 +9,7 @@ import msgspec
 
 from epdctl.ids import RankName
 from epdctl.supervisor.member import Member
-from epdctl.supervisor.states import LINKED, ROUTABLE, SETTLED
+from epdctl.supervisor.states.rank import LINKED, ROUTABLE, SETTLED
 from epdctl.wire.lifecycle import Absent, Endpoints, Peer, PeersChanged
 
 __all__ = ["PeerTable"]

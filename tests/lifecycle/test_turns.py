@@ -17,7 +17,7 @@ from epdctl.launch.base import Command, Exit
 from epdctl.supervisor.daemon import Daemon
 from epdctl.supervisor.member import RankStream
 from epdctl.supervisor.rundir import claim
-from epdctl.supervisor.states import Timer, TimerFired
+from epdctl.supervisor.states.events import Timer, TimerFired
 from epdctl.topology.plan import Plan
 from epdctl.wire.config import RankSpec
 from epdctl.wire.control import RankState, StartCaptures

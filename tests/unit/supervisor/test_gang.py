@@ -8,28 +8,25 @@ import pytest
 
 from epdctl.ids import Incarnation, RankName
 from epdctl.supervisor import gang as gangs
-from epdctl.supervisor import states
 from epdctl.supervisor.gang import Changed, Faulted, Gang, GangState, Tell
-from epdctl.supervisor.states import (
-    ALIVE,
+from epdctl.supervisor.states.actions import Spawn, TellGang
+from epdctl.supervisor.states.events import (
     DependenciesReady,
     DrainedReported,
     Event,
     Exited,
     FatalReported,
     PeerLost,
-    Rank,
     ReadyReported,
     RestartRequested,
-    Rules,
-    Spawn,
     SpawnFailed,
     StartRequested,
     StopRequested,
-    TellGang,
     Timer,
     TimerFired,
 )
+from epdctl.supervisor.states.rank import ALIVE, Rank, Rules, check, initial
+from epdctl.supervisor.states.table import step
 from epdctl.topology.plan import Deadlines, RestartPolicy
 from epdctl.wire.control import RankState
 
@@ -43,7 +40,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.gang = Gang("prefill/0", (A, B))
-        self.ranks: dict[RankName, Rank] = {name: states.initial(name) for name in (A, B)}
+        self.ranks: dict[RankName, Rank] = {name: initial(name) for name in (A, B)}
         self.refused: set[RankName] = set()  # whose spawn fails
 
     @property
@@ -74,8 +71,8 @@ class Pair:
         return self.send(member, TimerFired(Timer.BACKOFF, self.ranks[member].incarnation))
 
     def _deliver(self, member: RankName, event: Event) -> None:
-        self.ranks[member], actions = states.step(self.ranks[member], event, 0.0, RULES)
-        states.check(self.ranks[member])
+        self.ranks[member], actions = step(self.ranks[member], event, 0.0, RULES)
+        check(self.ranks[member])
         for action in actions:
             if isinstance(action, TellGang):
                 self._tell(Faulted(member, action.reason, self.states))

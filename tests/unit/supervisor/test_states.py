@@ -9,44 +9,36 @@ from dataclasses import replace
 import pytest
 
 from epdctl.ids import Incarnation, RankName
-from epdctl.supervisor.states import (
-    ALIVE,
-    IGNORED,
-    LINKED,
-    ROUTABLE,
-    TIMERS,
-    TRANSITIONS,
+from epdctl.supervisor.states.actions import (
     Action,
     Advertise,
     Arm,
-    DependenciesReady,
     Disarm,
     DisarmAll,
+    SendDrain,
+    Signal,
+    Spawn,
+    TellGang,
+    Withdraw,
+)
+from epdctl.supervisor.states.events import (
+    DependenciesReady,
     DrainedReported,
     Event,
     Exited,
     FatalReported,
     HeartbeatSeen,
-    IllegalTransition,
     PeerLost,
-    Rank,
     ReadyReported,
     RestartRequested,
-    Rules,
-    SendDrain,
-    Signal,
-    Spawn,
     SpawnFailed,
     StartRequested,
     StopRequested,
-    TellGang,
     Timer,
     TimerFired,
-    Withdraw,
-    check,
-    initial,
-    step,
 )
+from epdctl.supervisor.states.rank import ALIVE, LINKED, ROUTABLE, IllegalTransition, Rank, Rules, check, initial
+from epdctl.supervisor.states.table import IGNORED, TIMERS, TRANSITIONS, step
 from epdctl.topology.plan import Deadlines, RestartMode, RestartPolicy
 from epdctl.wire.control import RankState
 
@@ -143,9 +135,9 @@ EVERY_STATE: dict[RankState, Make] = {
 # --- coming up -------------------------------------------------------------------------------------------------------
 
 
-def test_a_rank_waits_for_what_it_depends_on() -> None:
-    life = waiting(replace(RULES, waits_for="encoder/0"))
-    assert (life.state, life.reason, life.actions) == (RankState.WAITING, "waiting for encoder/0", [])
+def test_a_rank_waits_for_its_turn() -> None:
+    life = waiting()
+    assert (life.state, life.reason, life.actions) == (RankState.WAITING, "waiting for its turn to start", [])
 
 
 def test_a_start_spawns_and_bounds_it() -> None:

@@ -7,42 +7,36 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from epdctl.ids import Incarnation, RankName
-from epdctl.supervisor.states import (
-    ALIVE,
-    LINKED,
-    ROUTABLE,
-    SETTLED,
-    TIMERS,
+from epdctl.supervisor.states.actions import (
     Action,
     Advertise,
     Arm,
-    DependenciesReady,
     Disarm,
     DisarmAll,
+    SendDrain,
+    Signal,
+    Spawn,
+    TellGang,
+    Withdraw,
+)
+from epdctl.supervisor.states.events import (
+    DependenciesReady,
     DrainedReported,
     Event,
     Exited,
     FatalReported,
     HeartbeatSeen,
-    IllegalTransition,
     PeerLost,
     ReadyReported,
     RestartRequested,
-    Rules,
-    SendDrain,
-    Signal,
-    Spawn,
     SpawnFailed,
     StartRequested,
     StopRequested,
-    TellGang,
     Timer,
     TimerFired,
-    Withdraw,
-    check,
-    initial,
-    step,
 )
+from epdctl.supervisor.states.rank import ALIVE, LINKED, ROUTABLE, SETTLED, IllegalTransition, Rules, check, initial
+from epdctl.supervisor.states.table import TIMERS, step
 from epdctl.topology.plan import Deadlines, RestartMode, RestartPolicy
 from epdctl.wire.control import RankState
 

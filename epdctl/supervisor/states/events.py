@@ -1,20 +1,14 @@
-"""What happens to a rank, and what the supervisor is to do about it: plain values."""
+"""What happens to a rank: plain values."""
 
 from __future__ import annotations
 
 import enum
-import signal
 from dataclasses import dataclass
 
 from epdctl.ids import Incarnation
 
 __all__ = [
-    "Action",
-    "Advertise",
-    "Arm",
     "DependenciesReady",
-    "Disarm",
-    "DisarmAll",
     "DrainedReported",
     "Event",
     "Exited",
@@ -23,16 +17,11 @@ __all__ = [
     "PeerLost",
     "ReadyReported",
     "RestartRequested",
-    "SendDrain",
-    "Signal",
-    "Spawn",
     "SpawnFailed",
     "StartRequested",
     "StopRequested",
-    "TellGang",
     "Timer",
     "TimerFired",
-    "Withdraw",
 ]
 
 
@@ -45,9 +34,6 @@ class Timer(enum.Enum):
     BACKOFF = "backoff"
     STABLE = "stable"
     SICK = "sick"
-
-
-# --- events: what happened -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,56 +126,3 @@ Event = (
     | Exited
     | TimerFired
 )
-
-# --- actions: what the daemon is to do, in order ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Spawn:
-    incarnation: Incarnation
-
-
-@dataclass(frozen=True, slots=True)
-class Signal:
-    number: signal.Signals
-
-
-@dataclass(frozen=True, slots=True)
-class SendDrain:
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """Start this timer, or start it again from zero."""
-
-    timer: Timer
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Disarm:
-    timer: Timer
-
-
-@dataclass(frozen=True, slots=True)
-class DisarmAll:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Advertise:
-    """Tell the peers of this rank, or what is new about it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Withdraw:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class TellGang:
-    reason: str
-
-
-Action = Spawn | Signal | SendDrain | Arm | Disarm | DisarmAll | Advertise | Withdraw | TellGang

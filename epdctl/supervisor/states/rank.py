@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from epdctl.errors import EpdError
 from epdctl.ids import Incarnation, RankName
-from epdctl.supervisor.events import Event, Exited
+from epdctl.supervisor.states.events import Event, Exited
 from epdctl.topology.plan import Deadlines, RestartPolicy
 from epdctl.wire.control import RankState
 
@@ -47,7 +47,6 @@ class Rules:
     deadlines: Deadlines
     jitter: float = 0.0  # drawn by the caller from [-1, 1]
     gang: bool = False
-    waits_for: str = ""  # what a person reads while the rank waits: "encoder/0"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,2 @@
+"""The life of one rank. ``table`` is the machine; ``starting``, ``serving``, ``asked`` and ``faults`` are its handlers,
+made from the steps in ``moves``; ``rank``, ``events`` and ``actions`` are the values that go in and out."""
