@@ -41,6 +41,9 @@ _FIXED = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",  # a rank loads what the plan found, and fetches nothing
     "PYTHONUNBUFFERED": "1",
+    # Torch's profiler greets in the log at every capture, one level above its errors. Of those that matter, a GPU that
+    # it may not read, the merged trace tells.
+    "KINETO_LOG_LEVEL": "6",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
 }
 

@@ -138,9 +138,10 @@ def capture_table(reply: CaptureReply) -> Table:
 
 
 def _what_it_made(result: CaptureResult) -> str:
-    if result.note is not None:
-        return plain(result.note)
-    return plain(result.path or result.hops or "started")
+    """Its trace; where it has none, why, or what it noted of requests."""
+    if result.path is None:
+        return plain(result.note or result.hops or "started")
+    return plain(result.path if result.note is None else f"{result.path} ({result.note})")
 
 
 def _clock(result: CaptureResult) -> str:

@@ -276,9 +276,10 @@ class Captures:
         )
         report = recording.report = await self._merge(order, self._deadlines.merge)
         for merged in report.sources:
-            if merged.error is not None:
-                result = recording.results[merged.rank]
-                recording.results[merged.rank] = msgspec.structs.replace(result, error=merged.error)
+            result = recording.results[merged.rank]
+            recording.results[merged.rank] = msgspec.structs.replace(
+                result, error=merged.error or result.error, note=merged.note or result.note
+            )
         self._studio.note(f"capture {recording.capture}: {report.error or recording.merged}")
 
 

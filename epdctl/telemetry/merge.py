@@ -141,7 +141,7 @@ class _Merge:
                 "pid": share.pid,
                 "clock_offset_us": share.source.offset_us,
                 "clock_uncertainty_us": share.source.uncertainty_us,
-                "note": share.source.note,
+                "note": merged.note or share.source.note,
                 "events": merged.events,
                 "hops": merged.hops,
                 "hops_left_out": merged.left_out,

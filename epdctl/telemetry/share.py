@@ -23,6 +23,7 @@ __all__ = ["Share"]
 LONGEST_HOPS = 256 << 20  # bytes of one rank's file
 FLOWS = 1 << 40  # ids of arrows: those between ranks lie below it, then come as many for each rank
 TEXT = 200  # characters of a name
+NO_KERNELS = "its trace holds no GPU kernel: torch's profiler may not read the GPU's activity (CUPTI)"
 
 
 class Share:
@@ -34,6 +35,7 @@ class Share:
         self.hops = HopList(until=0, hops=[])
         self.error: str | None = None
         self._events = 0
+        self._note: str | None = None
         self._new_tid = tid
         self._threads: dict[tuple[str, str], int] = {}  # pid and tid as they were → tid
         self._names: dict[tuple[str, str], str] = {}
@@ -61,6 +63,7 @@ class Share:
             hops=len(self.hops.hops),
             left_out=self.hops.left_out,
             error=self.error,
+            note=self._note,
         )
 
     def placed(self) -> list[Placed]:
@@ -82,11 +85,15 @@ class Share:
             with open_trace(Path(self.source.trace)) as file:
                 trace = TraceFile(file)
                 shift = (trace.base_ns - self.offset_ns - origin_ns) / 1000
+                kernels = 0
                 for event in trace.events():
+                    kernels += event.get("cat") == "kernel"
                     if event.get("ph") == "M":
                         self._learn(event)
                     elif self._move(event, shift):
                         yield event
+                if trace.gpus and not kernels:
+                    self._note = NO_KERNELS
         except (OSError, BrokenTrace) as error:
             self._fail(f"its trace cannot be read to the end: {error}")
 

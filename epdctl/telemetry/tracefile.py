@@ -34,14 +34,19 @@ class BrokenTrace(EpdError):
 
 
 class TraceFile:
-    """``base_ns``: unix time of timestamp 0."""
+    """``base_ns``: unix time of timestamp 0. ``gpus``: how many the process saw."""
 
     def __init__(self, file: TextIO) -> None:
         """Reads the head. Raises BrokenTrace."""
         self._file = file
         self._decoder = json.JSONDecoder(strict=False)  # names of kernels may hold anything
         self._text = ""
-        self.base_ns = _base_of(self._head())
+        head = _parse(self._head())
+        base, devices = head.get("baseTimeNanoseconds", 0), head.get("deviceProperties")
+        if not isinstance(base, int):
+            raise BrokenTrace(f"its baseTimeNanoseconds is {base!r}")
+        self.base_ns = base
+        self.gpus = len(devices) if isinstance(devices, list) else 0
 
     def events(self) -> Iterator[Event]:
         """Each of them once. Raises BrokenTrace, OSError."""
@@ -88,14 +93,14 @@ class TraceFile:
         self._text = rest + more
 
 
-def _base_of(head: str) -> int:
+def _parse(head: str) -> Event:
     try:
-        value = json.loads(head.rstrip().rstrip(",") + "}").get("baseTimeNanoseconds", 0)
-    except (json.JSONDecodeError, AttributeError) as error:
+        found = json.loads(head.rstrip().rstrip(",") + "}", strict=False)
+    except json.JSONDecodeError as error:
         raise BrokenTrace(f"its head cannot be read: {error}") from error
-    if not isinstance(value, int):
-        raise BrokenTrace(f"its baseTimeNanoseconds is {value!r}")
-    return value
+    if not isinstance(found, dict):
+        raise BrokenTrace("its head is no object")
+    return found
 
 
 def open_trace(path: Path) -> TextIO:

@@ -86,6 +86,7 @@ class MergedSource(Part, frozen=True):
     hops: int = 0
     left_out: int = 0
     error: str | None = None  # why there is no more of it
+    note: str | None = None
 
 
 class MergeReport(Message, frozen=True):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -133,3 +136,74 @@ def test_every_answer_is_the_one_that_transformers_gives(sees: Cluster) -> None:
 def test_a_cluster_that_answers_rightly_is_healthy(sees: Cluster) -> None:
     reply = sees.run("health", "--deep")
     assert (reply.returncode, reply.stdout.split()[0]) == (0, "healthy"), reply.stderr
+
+
+def test_one_trace_shows_a_request_s_way_through_every_rank(sees: Cluster, tmp_path: Path) -> None:
+    """Two pictures in one question: what led to what, from the gateway and back to it, with the work beneath."""
+    composer = Composer(TRAINED, SEED)
+    assert sees.run("profile", "start", "--output", str(tmp_path)).returncode == 0
+    ask_all(sees, [ask(Task.COLOURS, composer, composer.size(), 2)])
+    stopped = sees.run("profile", "stop", "--json")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    reply = json.loads(stopped.stdout)
+    assert all(rank["clock_uncertainty_us"] is not None for rank in reply["results"])
+    trace = Trace.read(Path(reply["merged"]))
+    (request,) = {event["args"]["request"] for event in trace.slices("hop")}
+
+    told = [(trace.process(start), trace.process(end)) for start, end in trace.arrows]
+    for step in [
+        ("gateway/0", "decode/0"),
+        ("decode/0", "prefill/0"),
+        ("prefill/0", "encoder-router/0"),
+        ("encoder-router/0", "encoder/0"),
+        ("encoder-router/0", "encoder/1"),
+        ("encoder/0", "prefill/0"),
+        ("encoder/1", "prefill/0"),
+        ("prefill/0", "decode/0"),
+        ("decode/0", "gateway/0"),
+    ]:
+        assert step in told, (step, told)
+    assert all(start["ts"] <= end["ts"] for start, end in trace.arrows)
+    assert reply["arrows_backwards"] == 0
+
+    for rank, hop in [
+        ("encoder/0", "encoding"),
+        ("encoder/1", "encoding"),
+        ("prefill/0", "chunk"),
+        ("decode/0", "step"),
+    ]:
+        during = [event for event in trace.slices("hop") if (trace.process(event), event["name"]) == (rank, hop)]
+        assert {event["args"]["request"] for event in during} == {request}
+        work = [event["ts"] for event in trace.slices("cpu_op") if trace.process(event) == rank]
+        spans = [(event["ts"], event["ts"] + event["dur"]) for event in during]
+        assert work, f"{rank} did nothing"
+        inside = sum(any(began <= at <= ended for began, ended in spans) for at in work)
+        assert inside > 0.5 * len(work), f"{rank}: {inside} of {len(work)} operators ran while it was {hop}"
+    assert "USDT" not in sees.run("logs", "--tail", "1000").stdout
+
+
+@dataclasses.dataclass
+class Trace:
+    """A merged trace, as whoever opens it sees it."""
+
+    events: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Trace:
+        with gzip.open(path) as file:
+            return cls(json.load(file)["traceEvents"])
+
+    def __post_init__(self) -> None:
+        named = [event for event in self.events if event["name"] == "process_name"]
+        self._names = {event["pid"]: event["args"]["name"] for event in named}
+
+    def process(self, event: dict[str, Any]) -> str:
+        return str(self._names[event["pid"]])
+
+    def slices(self, category: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["ph"] == "X" and event["cat"] == category]
+
+    @property
+    def arrows(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        ends = {event["id"]: event for event in self.events if event["ph"] == "f"}
+        return [(event, ends[event["id"]]) for event in self.events if event["ph"] == "s"]

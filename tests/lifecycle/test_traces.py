@@ -23,7 +23,7 @@ def errors_of(reply: CaptureReply) -> dict[str, str | None]:
     return {str(result.rank): result.error for result in reply.results}
 
 
-AHEAD = {"gateway/0": 0.0, "encoder/0": -7200.0, "prefill/0": 3600.0, "decode/0": 86400.0}  # seconds
+AHEAD = {"gateway/0": 86400.0, "encoder/0": 7200.0, "prefill/0": -3600.0, "decode/0": -86400.0}  # seconds
 
 
 def test_ranks_whose_clocks_are_hours_apart_make_one_trace_in_true_order(begin: Begin) -> None:

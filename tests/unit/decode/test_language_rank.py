@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from epdctl.rank.service import Recorded
 from epdctl.wire.config import Limits
 from epdctl.wire.encode import FailureKind
 from epdctl.wire.serve import Failed, Finished, FinishReason, Granted, Token
+from epdctl.wire.trace import Hop, Kind
 from tests.support.language_ranks import Question, Setup, Single, alone, item, run, single, until
 
 PICTURES = Question(tokens=tuple(range(100, 137)), items=(item(0, 3, 4), item(1, 9, 3)))
@@ -186,6 +188,32 @@ def test_a_capture_begins_and_ends_between_steps_of_a_busy_engine(tmp_path: Path
     run(scene())
     assert written == [Recorded()]
     assert json.loads(trace.read_text())["traceEvents"] is not None
+
+
+def test_the_hops_of_an_answer_are_noted_and_its_steps_within_them() -> None:
+    async def scene() -> None:
+        async with single() as rank:
+            service = rank.rank.service
+            service.hops.start()
+            assert await answered(rank, PICTURES) == alone(PICTURES)
+            await rank.rank.idle()
+            hops = service.hops.stop().hops
+            states = [hop for hop in hops if not hop.inner]
+            assert [hop.name for hop in states][:3] == ["waiting", "landing", "running"]
+            assert all(one.ended == next_.began for one, next_ in pairwise(states))
+            inner = {state.name: [hop for hop in hops if hop.inner and within(hop, state)] for state in states}
+            assert sorted(hop.name for hop in inner["landing"]) == ["item 0", "item 1"]
+            work = [hop.name for hop in inner["running"]]
+            assert work == sorted(work), "chunks come before steps"
+            assert work.count("step") == PICTURES.max_tokens - 1, "the last chunk gives the first token"
+            assert "chunk" in work
+            assert {(hop.kind, hop.request, hop.attempt) for hop in hops} == {(Kind.GENERATE, PICTURES.name, 1)}
+
+    run(scene())
+
+
+def within(hop: Hop, state: Hop) -> bool:
+    return state.began <= hop.began and (hop.ended or 0) <= (state.ended or 0)
 
 
 def test_drained_when_the_last_answer_is_out() -> None:

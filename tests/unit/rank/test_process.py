@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from epdctl.wire.encode import (
 )
 from epdctl.wire.lifecycle import (
     CaptureWritten,
+    ClockTold,
     Drain,
     Drained,
     Endpoints,
@@ -34,10 +36,12 @@ from epdctl.wire.lifecycle import (
     Ready,
     StartCapture,
     StopCapture,
+    TellClock,
     Unfit,
 )
 from epdctl.wire.message import PROTOCOL
 from epdctl.wire.sockets import Link
+from epdctl.wire.trace import HOP_LIST
 from epdctl.wire.transfer import PoolAddress, RemoteLease
 from tests.support.fake_supervisor import Child, Supervisor, launch, supervising
 from tests.support.ranks import Facts, make_peer, run
@@ -115,6 +119,33 @@ def test_draining_and_captures(sockets: Path) -> None:
         assert said == {("a", "/t/a", None), ("b", None, "no steps"), ("c", "/t/c", None)}
         await child.tell(Drain(budget_s=60))
         await child.hears(Drained)
+
+    supervised(sockets, test)
+
+
+def test_a_capture_s_hops_are_a_file_and_a_rank_tells_its_clock(sockets: Path, tmp_path: Path) -> None:
+    async def test(supervisor: Supervisor) -> None:
+        child = await supervisor.start("gateway/0")
+        await child.hears(Hello)
+        await child.tell(TellClock(asked=17))
+        await child.hears(Ready)
+        before = time.time_ns()
+        await child.tell(TellClock(asked=18))
+        first, second = await child.hears(ClockTold, number=2)
+        assert (first.asked, second.asked) == (17, 18)
+        assert before <= second.heard <= second.told <= time.time_ns()
+        path = tmp_path / "folder" / "hops.json"
+        await child.tell(StartCapture(capture="a", hops=str(path)))
+        await child.tell(StopCapture(capture="a"))
+        await child.tell(StopCapture(capture="a"))
+        (written,) = await child.hears(CaptureWritten)
+        assert (written.path, written.hops, written.error) == (None, str(path), None)
+        assert HOP_LIST.decode(path.read_bytes()).hops == []
+        path.parent.joinpath("file").touch()
+        await child.tell(StartCapture(capture="b", hops=str(path.parent / "file" / "hops.json")))
+        await child.tell(StopCapture(capture="b"))
+        (_, failed) = await child.hears(CaptureWritten, number=2)
+        assert "its hops were not written" in str(failed.error)
 
     supervised(sockets, test)
 

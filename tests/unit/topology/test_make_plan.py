@@ -123,6 +123,7 @@ def test_what_a_rank_is_run_with(checkpoint: Path) -> None:
         "CUDA_VISIBLE_DEVICES": UUIDS[0],
         "GOMP_SPINCOUNT": "0",
         "HF_HUB_OFFLINE": "1",
+        "KINETO_LOG_LEVEL": "6",
         "MKL_NUM_THREADS": "3",
         "OMP_NUM_THREADS": "3",
         "OMP_WAIT_POLICY": "passive",
