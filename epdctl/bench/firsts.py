@@ -278,7 +278,9 @@ def _speed(found: Mapping[str, Any]) -> str:
     answers, cold = found["answers"], found["cold"]
     first = statistics.median(each["first_seconds"] for each in answers)
     whole = statistics.median(each["seconds"] for each in answers)
-    next_one = statistics.median((each["seconds"] - each["first_seconds"]) / (TOKENS - 1) for each in answers)
+    next_one = statistics.median(
+        (each["seconds"] - each["first_seconds"]) / max(1, len(each["tokens"]) - 1) for each in answers
+    )
     counts = sorted({len(each["tokens"]) for each in [cold, *answers]})
     return (
         f"{found['ready_seconds']:.1f} | {cold['first_seconds']:.3f}, {cold['seconds']:.2f} | "
