@@ -7,7 +7,7 @@ import time
 from collections.abc import Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from epdctl.control.paths import ClusterDir, Holder
 from epdctl.errors import (
@@ -31,12 +31,14 @@ from epdctl.wire.control import (
     Done,
     Down,
     Event,
+    Feed,
     FollowLogs,
     GetEvents,
     GetHealth,
     GetStatus,
     HealthReply,
     LogLine,
+    Question,
     Refused,
     Reply,
     Restart,
@@ -44,7 +46,9 @@ from epdctl.wire.control import (
     StatusReply,
     StopCaptures,
     Watch,
+    reply_of,
 )
+from epdctl.wire.message import Message
 from epdctl.wire.stream import Stream, connect
 
 __all__ = ["Client", "refused_error"]
@@ -78,31 +82,31 @@ class Client:
     path: Path
 
     def status(self) -> StatusReply:
-        return self._ask(GetStatus(), StatusReply)
+        return self.ask(GetStatus())
 
     def health(self, deep: bool = False, budget_s: float = 30.0) -> HealthReply:
-        return self._ask(GetHealth(deep=deep, budget_s=budget_s), HealthReply, budget_s + ANSWER_SECONDS)
+        return self.ask(GetHealth(deep=deep, budget_s=budget_s), budget_s + ANSWER_SECONDS)
 
     def restart(self, ranks: Sequence[str]) -> Accepted:
-        return self._ask(Restart(ranks=list(ranks)), Accepted)
+        return self.ask(Restart(ranks=list(ranks)))
 
     def start_captures(
         self, ranks: Sequence[str] = (), steps: int | None = None, output: str | None = None
     ) -> CaptureReply:
-        return self._ask(StartCaptures(ranks=list(ranks), steps=steps, output=output), CaptureReply, CAPTURE_SECONDS)
+        return self.ask(StartCaptures(ranks=list(ranks), steps=steps, output=output), CAPTURE_SECONDS)
 
     def stop_captures(self) -> CaptureReply:
-        return self._ask(StopCaptures(), CaptureReply, CAPTURE_SECONDS)
+        return self.ask(StopCaptures(), CAPTURE_SECONDS)
 
     def watch(self) -> Generator[StatusReply, None, None]:
         """The status now and on every change, until the cluster is gone or the iterator is closed."""
-        return self._stream(Watch(), StatusReply, None)
+        return self.follow(Watch(), None)
 
     def events(self, follow: bool = False, tail: int | None = None) -> Generator[Event, None, None]:
-        return self._stream(GetEvents(follow=follow, tail=tail), Event, None if follow else ANSWER_SECONDS)
+        return self.follow(GetEvents(follow=follow, tail=tail), None if follow else ANSWER_SECONDS)
 
     def logs(self, command: FollowLogs) -> Generator[LogLine, None, None]:
-        return self._stream(command, LogLine, None if command.follow else ANSWER_SECONDS)
+        return self.follow(command, None if command.follow else ANSWER_SECONDS)
 
     def down(self, drain_s: float | None = None, force: bool = False) -> Generator[Event, None, None]:
         """Events until the cluster has stopped. Ends when the daemon's process and its run directory are gone.
@@ -110,32 +114,30 @@ class Client:
         Closing the iterator early does not call the command back.
         """
         holder = ClusterDir(self.path.parent).holder()
-        yield from self._stream(Down(drain_s=drain_s, force=force), Event, QUIET_SECONDS + (drain_s or 0.0))
+        yield from self.follow(Down(drain_s=drain_s, force=force), QUIET_SECONDS + (drain_s or 0.0))
         if holder is not None:
             _await_exit(holder)
 
-    def _ask(self, command: Command, kind: type[R], seconds: float | None = None) -> R:
-        for reply in self._replies(command, seconds or ANSWER_SECONDS):
-            if isinstance(reply, kind):
-                return reply
-            raise EpdError(f"the daemon answered {type(command).__name__} with {type(reply).__name__}")
-        raise Unreachable(f"the daemon closed the connection before it answered {type(command).__name__}", hint=_HINT)
+    def ask(self, question: Question[R], seconds: float | None = None) -> R:
+        """The one reply, within ``seconds`` (10 by default)."""
+        for reply in self._replies(question, seconds or ANSWER_SECONDS):
+            return _checked(question, reply)
+        raise Unreachable(f"the daemon closed the connection before it answered {_name(question)}", hint=_HINT)
 
-    def _stream(self, command: Command, kind: type[R], seconds: float | None) -> Generator[R, None, None]:
-        for reply in self._replies(command, seconds):
+    def follow(self, feed: Feed[R], seconds: float | None) -> Generator[R, None, None]:
+        """The replies, each within ``seconds`` of the one before; None: however long it takes."""
+        for reply in self._replies(feed, seconds):
             if isinstance(reply, Done):
                 return
-            if not isinstance(reply, kind):
-                raise EpdError(f"the daemon answered {type(command).__name__} with {type(reply).__name__}")
-            yield reply
+            yield _checked(feed, reply)
         raise Unreachable("the daemon ended in the middle of its answer", hint=_HINT)
 
-    def _replies(self, command: Command, seconds: float | None) -> Generator[Reply, None, None]:
-        """Each reply within ``seconds`` of the one before; raises what a Refused stands for."""
+    def _replies(self, command: Message, seconds: float | None) -> Generator[Reply, None, None]:
+        """Raises what a Refused stands for."""
         with asyncio.Runner() as runner:
             stream = runner.run(self._connect())
             try:
-                _run(runner, stream.send(command))
+                _run(runner, stream.send(cast("Command", command)))
                 while (reply := _run(runner, _receive(stream, seconds))) is not None:
                     if isinstance(reply, Refused):
                         raise refused_error(reply)
@@ -154,6 +156,16 @@ class Client:
 
 
 _HINT = "its log is daemon.log in the state directory of the run; `epdctl doctor` shows what is left of it"
+
+
+def _checked(command: Question[R] | Feed[R], reply: Reply) -> R:
+    if isinstance(reply, reply_of(command)):
+        return reply
+    raise EpdError(f"the daemon answered {_name(command)} with {_name(reply)}")
+
+
+def _name(message: Message) -> str:
+    return type(message).__name__
 
 
 async def _receive(stream: Stream[Reply, Command], seconds: float | None) -> Reply | None:

@@ -1,4 +1,4 @@
-"""The daemon's side of the control socket: one command a connection, answered by whoever implements ``Backend``.
+"""The daemon's side of the control socket: one command a connection, answered by a ``Backend``.
 
 Knows nothing of ranks or processes; turns errors into ``Refused`` and drops clients that do not read.
 """
@@ -10,35 +10,13 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Coroutine
 from pathlib import Path
-from typing import Protocol, assert_never
 
+from epdctl.control.backend import Backend, replies_of
 from epdctl.errors import BadMessage, EpdError, PeerGone, WireError
-from epdctl.wire.control import (
-    COMMAND,
-    REPLY,
-    Accepted,
-    CaptureReply,
-    Command,
-    Done,
-    Down,
-    Event,
-    FollowLogs,
-    GetEvents,
-    GetHealth,
-    GetStatus,
-    HealthReply,
-    LogLine,
-    Refused,
-    Reply,
-    Restart,
-    StartCaptures,
-    StatusReply,
-    StopCaptures,
-    Watch,
-)
+from epdctl.wire.control import COMMAND, REPLY, Command, Refused, Reply
 from epdctl.wire.stream import Stream, listen
 
-__all__ = ["Backend", "ControlServer", "refusal"]
+__all__ = ["ControlServer", "refusal"]
 
 log = logging.getLogger(__name__)
 
@@ -49,28 +27,6 @@ MAX_CLIENTS = 64
 Client = Stream[Command, Reply]
 
 
-class Backend(Protocol):
-    """What the commands mean. Every method may raise EpdError; the generators end when there is no more to say."""
-
-    def status(self) -> StatusReply: ...
-
-    def watch(self) -> AsyncGenerator[StatusReply, None]: ...
-
-    async def health(self, command: GetHealth) -> HealthReply: ...
-
-    def restart(self, command: Restart) -> Accepted: ...
-
-    def down(self, command: Down) -> AsyncGenerator[Event, None]: ...
-
-    def logs(self, command: FollowLogs) -> AsyncGenerator[LogLine, None]: ...
-
-    def events(self, command: GetEvents) -> AsyncGenerator[Event, None]: ...
-
-    async def start_captures(self, command: StartCaptures) -> CaptureReply: ...
-
-    async def stop_captures(self) -> CaptureReply: ...
-
-
 def refusal(error: EpdError) -> Refused:
     return Refused(text=error.message, exit_status=error.exit_status, kind=type(error).__name__, hint=error.hint)
 
@@ -79,7 +35,7 @@ class ControlServer:
     """Serves ``backend`` at one unix socket, mode 0600."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self._replies = replies_of(backend)
         self._clients: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -123,7 +79,7 @@ class ControlServer:
     async def _told(self, command: Command) -> AsyncGenerator[Reply, None]:
         """The replies; where the backend fails, in whatever way, that is told as the last of them."""
         try:
-            async with contextlib.aclosing(self._replies(command)) as replies:
+            async with contextlib.aclosing(self._replies[type(command)](command)) as replies:
                 async for reply in replies:
                     yield reply
         except EpdError as error:
@@ -132,37 +88,6 @@ class ControlServer:
             log.exception("the command %s failed", type(command).__name__)
             text = f"{type(command).__name__} failed inside the daemon: {error!r}"
             yield Refused(text=text, exit_status=70, hint="the daemon's log has the traceback")
-
-    async def _replies(self, command: Command) -> AsyncGenerator[Reply, None]:
-        match command:
-            case GetStatus():
-                yield self._backend.status()
-            case GetHealth():
-                yield await self._backend.health(command)
-            case Restart():
-                yield self._backend.restart(command)
-            case StartCaptures():
-                yield await self._backend.start_captures(command)
-            case StopCaptures():
-                yield await self._backend.stop_captures()
-            case Watch() | GetEvents() | FollowLogs() | Down():
-                async with contextlib.aclosing(self._stream(command)) as replies:
-                    async for reply in replies:
-                        yield reply
-                yield Done()
-            case _:
-                assert_never(command)
-
-    def _stream(self, command: Watch | GetEvents | FollowLogs | Down) -> AsyncGenerator[Reply, None]:
-        match command:
-            case Watch():
-                return self._backend.watch()
-            case GetEvents():
-                return self._backend.events(command)
-            case FollowLogs():
-                return self._backend.logs(command)
-            case Down():
-                return self._backend.down(command)
 
 
 async def _command(stream: Client) -> Command | None:

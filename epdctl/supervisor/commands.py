@@ -17,11 +17,14 @@ from epdctl.wire.control import (
     FollowLogs,
     GetEvents,
     GetHealth,
+    GetStatus,
     HealthReply,
     LogLine,
     Restart,
     StartCaptures,
     StatusReply,
+    StopCaptures,
+    Watch,
 )
 
 __all__ = ["Commands"]
@@ -33,10 +36,10 @@ class Commands:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
 
-    def status(self) -> StatusReply:
+    async def status(self, command: GetStatus) -> StatusReply:
         return self._daemon.status()
 
-    async def watch(self) -> AsyncGenerator[StatusReply, None]:
+    async def watch(self, command: Watch) -> AsyncGenerator[StatusReply, None]:
         """Ends with the cluster."""
         daemon = self._daemon
         while not daemon.events.closed:
@@ -49,7 +52,7 @@ class Commands:
         shallow = health.verdict(self._daemon.status().ranks)
         return await health.deep(self._daemon.plan, shallow, command.budget_s) if command.deep else shallow
 
-    def restart(self, command: Restart) -> Accepted:
+    async def restart(self, command: Restart) -> Accepted:
         ranks = select(command.ranks or ["all"], self._daemon.ranks)
         return Accepted(ranks=self._daemon.restart(ranks))
 
@@ -70,5 +73,5 @@ class Commands:
         ranks = select(command.ranks, self._daemon.ranks)
         return self._daemon.captures.start(command, ranks)
 
-    async def stop_captures(self) -> CaptureReply:
+    async def stop_captures(self, command: StopCaptures) -> CaptureReply:
         return await self._daemon.captures.stop()

@@ -1,12 +1,14 @@
 """What the CLI asks of the daemon, and what it answers, over the 0600 unix socket ``control.sock``.
 
-One command a connection. Most commands have one reply; FollowLogs, Watch, GetEvents and Down stream until ``Done``.
-Any command may be answered by ``Refused``. ``--json`` prints the reply structs as they are.
+One command a connection, a ``Question`` or a ``Feed``; any may be answered by ``Refused``. A new one is its struct here
+(with what answers it), a line in the table of ``control/backend.py`` and a method of the daemon's ``Commands``.
+``--json`` prints the reply structs as they are.
 """
 
 from __future__ import annotations
 
 import enum
+from typing import Generic, TypeVar, get_args
 
 from epdctl.ids import Incarnation, PhysicalGpu, RankName, RunId, Stage
 from epdctl.wire.lifecycle import Endpoints
@@ -22,6 +24,7 @@ __all__ = [
     "Done",
     "Down",
     "Event",
+    "Feed",
     "FollowLogs",
     "GetEvents",
     "GetHealth",
@@ -29,6 +32,7 @@ __all__ = [
     "HealthReply",
     "LogLine",
     "Problem",
+    "Question",
     "RankState",
     "RankStatus",
     "Refused",
@@ -38,7 +42,10 @@ __all__ = [
     "StatusReply",
     "StopCaptures",
     "Watch",
+    "reply_of",
 ]
+
+R = TypeVar("R")
 
 
 class RankState(enum.StrEnum):
@@ -71,52 +78,6 @@ class RankStatus(Part, frozen=True):
     held_pages: int | None = None  # of KV
     transfer: str | None = None  # how its bytes move, and what that was measured to reach at start
     log_tail: list[str] = []  # only when failed
-
-
-class GetStatus(Message, frozen=True):
-    pass
-
-
-class GetHealth(Message, frozen=True):
-    deep: bool = False  # also a real request through every stage
-    budget_s: float = 30.0
-
-
-class Restart(Message, frozen=True):
-    ranks: list[str]  # selectors: a rank name, a stage, or "all"
-
-
-class Down(Message, frozen=True):
-    """Drain, stop and leave. ``force`` skips the drain. Streams Event until Done."""
-
-    drain_s: float | None = None
-    force: bool = False
-
-
-class FollowLogs(Message, frozen=True):
-    ranks: list[str] = []  # empty: all
-    tail: int | None = 100
-    follow: bool = False
-    previous: bool = False  # the incarnation before the present one
-
-
-class Watch(Message, frozen=True):
-    """The status now and again on every change, until the client closes."""
-
-
-class GetEvents(Message, frozen=True):
-    follow: bool = False
-    tail: int | None = None
-
-
-class StartCaptures(Message, frozen=True):
-    ranks: list[str] = []
-    steps: int | None = None
-    output: str | None = None  # directory
-
-
-class StopCaptures(Message, frozen=True):
-    pass
 
 
 class StatusReply(Message, frozen=True):
@@ -194,6 +155,69 @@ class Refused(Message, frozen=True):
 
 class Done(Message, frozen=True):
     """The stream is complete."""
+
+
+# --- commands, each with what answers it -----------------------------------------------------------------------------
+
+
+class Question(Message, Generic[R], frozen=True):
+    """A command with one reply, an R."""
+
+
+class Feed(Message, Generic[R], frozen=True):
+    """A command with any number of replies, each an R, and then Done."""
+
+
+def reply_of(command: Question[R] | Feed[R]) -> type[R]:
+    """What the class of ``command`` was declared to be answered with."""
+    reply: type[R] = get_args(type(command).__orig_bases__[0])[0]  # type: ignore[union-attr]
+    return reply
+
+
+class GetStatus(Question[StatusReply], frozen=True):
+    pass
+
+
+class GetHealth(Question[HealthReply], frozen=True):
+    deep: bool = False  # also a real request through every stage
+    budget_s: float = 30.0
+
+
+class Restart(Question[Accepted], frozen=True):
+    ranks: list[str]  # selectors: a rank name, a stage, or "all"
+
+
+class Down(Feed[Event], frozen=True):
+    """Drain, stop and leave. ``force`` skips the drain."""
+
+    drain_s: float | None = None
+    force: bool = False
+
+
+class FollowLogs(Feed[LogLine], frozen=True):
+    ranks: list[str] = []  # empty: all
+    tail: int | None = 100
+    follow: bool = False
+    previous: bool = False  # the incarnation before the present one
+
+
+class Watch(Feed[StatusReply], frozen=True):
+    """The status now and again on every change, until the client closes."""
+
+
+class GetEvents(Feed[Event], frozen=True):
+    follow: bool = False
+    tail: int | None = None
+
+
+class StartCaptures(Question[CaptureReply], frozen=True):
+    ranks: list[str] = []
+    steps: int | None = None
+    output: str | None = None  # directory
+
+
+class StopCaptures(Question[CaptureReply], frozen=True):
+    pass
 
 
 Command = GetStatus | GetHealth | Restart | Down | FollowLogs | Watch | GetEvents | StartCaptures | StopCaptures

@@ -27,12 +27,15 @@ from epdctl.wire.control import (
     FollowLogs,
     GetEvents,
     GetHealth,
+    GetStatus,
     HealthReply,
     LogLine,
     RankState,
     Restart,
     StartCaptures,
     StatusReply,
+    StopCaptures,
+    Watch,
 )
 from epdctl.wire.message import PROTOCOL
 from tests.unit.cli.replies import READY
@@ -67,11 +70,11 @@ class FakeDaemon:
         if self._script.refuse is not None:
             raise self._script.refuse
 
-    def status(self) -> StatusReply:
+    async def status(self, command: GetStatus) -> StatusReply:
         self._note("status")
         return self._script.watched[-1]
 
-    async def watch(self) -> AsyncGenerator[StatusReply, None]:
+    async def watch(self, command: Watch) -> AsyncGenerator[StatusReply, None]:
         self._note("watch")
         for status in self._script.watched:
             yield status
@@ -81,7 +84,7 @@ class FakeDaemon:
         self._note(command)
         return self._script.health
 
-    def restart(self, command: Restart) -> Accepted:
+    async def restart(self, command: Restart) -> Accepted:
         self._note(command)
         return Accepted(ranks=[RankName("encoder/0")])
 
@@ -112,7 +115,7 @@ class FakeDaemon:
         self._note(command)
         return CaptureReply(capture="c1", results=list(self._script.captures))
 
-    async def stop_captures(self) -> CaptureReply:
+    async def stop_captures(self, command: StopCaptures) -> CaptureReply:
         self._note("stop_captures")
         return CaptureReply(capture="c1", results=list(self._script.captures))
 

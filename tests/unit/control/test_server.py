@@ -7,9 +7,11 @@ import contextlib
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from epdctl.control.backend import replies_of
 from epdctl.control.client import Client, refused_error
 from epdctl.control.server import ControlServer, refusal
 from epdctl.errors import (
@@ -29,17 +31,22 @@ from epdctl.wire.control import (
     REPLY,
     Accepted,
     CaptureReply,
+    Command,
     Down,
     Event,
     FollowLogs,
     GetEvents,
     GetHealth,
+    GetStatus,
     HealthReply,
     LogLine,
     Refused,
     Restart,
     StartCaptures,
     StatusReply,
+    StopCaptures,
+    Watch,
+    reply_of,
 )
 from epdctl.wire.stream import connect
 
@@ -55,10 +62,10 @@ class Backend:
         self.asked: list[object] = []
         self.late = False
 
-    def status(self) -> StatusReply:
+    async def status(self, command: GetStatus) -> StatusReply:
         return STATUS
 
-    async def watch(self) -> AsyncGenerator[StatusReply, None]:
+    async def watch(self, command: Watch) -> AsyncGenerator[StatusReply, None]:
         try:
             yield STATUS
             await asyncio.Event().wait()
@@ -70,7 +77,7 @@ class Backend:
             raise DeadlineExceeded("prefill/0 said nothing within 5 s")
         raise RuntimeError("a bug")
 
-    def restart(self, command: Restart) -> Accepted:
+    async def restart(self, command: Restart) -> Accepted:
         raise SelectorError("no such rank", hint="did you mean decode/0?")
 
     async def down(self, command: Down) -> AsyncGenerator[Event, None]:
@@ -92,7 +99,7 @@ class Backend:
     async def start_captures(self, command: StartCaptures) -> CaptureReply:
         return CaptureReply(capture="1", results=[])
 
-    async def stop_captures(self) -> CaptureReply:
+    async def stop_captures(self, command: StopCaptures) -> CaptureReply:
         return CaptureReply(capture="1", results=[])
 
 
@@ -243,3 +250,10 @@ def test_a_daemon_that_breaks_off_is_unreachable(served: tuple[Backend, Client],
         server.close()
 
     asyncio.run(hang_up())
+
+
+def test_every_command_has_a_handler_and_says_what_answers_it() -> None:
+    table = replies_of(Backend())
+    assert set(table) == set(get_args(Command))
+    assert reply_of(GetStatus()) is StatusReply
+    assert reply_of(Down()) is Event
