@@ -7,7 +7,6 @@ that of MPEG-1 and MPEG-2 layer III and of the LAME encoder's Info tag.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 __all__ = ["with_length"]
@@ -19,6 +18,7 @@ KBITS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # 
 KBITS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 MONO = 3
 TAGS = (b"Xing", b"Info", b"VBRI")
+TRAILERS = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3")  # what may follow the last frame
 TAG_AT_MOST = 64  # bytes from a frame's start, where one of them begins
 ROOM = 64  # bytes of a frame that is to hold one
 
@@ -49,7 +49,9 @@ def with_length(data: bytes) -> bytes:
     first = _frame(data, start)
     if first is None or any(tag in data[start : start + TAG_AT_MOST] for tag in TAGS):
         return data  # it says so itself, or is none that can be counted: the library has the word
-    count = sum(1 for _ in _frames(data, start))
+    count, end = _walk(data, start)
+    if data[end:].strip(b"\0") and not data.startswith(TRAILERS, end):
+        return data  # something between frames: who knows how many come after it
     return data[:start] + _info(data[start : start + 4], first, count) + data[start:]
 
 
@@ -60,12 +62,15 @@ def _after_id3(data: bytes) -> int:
     return 10 + size + (10 if data[5] & 0x10 else 0)
 
 
-def _frames(data: bytes, at: int) -> Iterator[_Frame]:
+def _walk(data: bytes, at: int) -> tuple[int, int]:
+    """(frames, where they end)."""
+    count = 0
     while (frame := _frame(data, at)) is not None:
         at += frame.nbytes
+        count += 1
         if at > len(data):
-            raise ValueError("the sound clip ends within a frame: it is damaged")
-        yield frame
+            raise ValueError("the sound clip ends within a frame: its end is missing")
+    return count, at
 
 
 def _frame(data: bytes, at: int) -> _Frame | None:

@@ -204,6 +204,22 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 }
 
 
+def test_an_mp3_that_counts_its_frames_one_off_is_heard(checkpoint: Path, tower: Tower) -> None:
+    file = as_file(noise(7, 1.0, 44_100), 44_100, "MP3")
+    frames = int.from_bytes(file[(at := _frames_at(file)) : at + 4], "big")
+    for said in (frames + 1, frames - 1):
+        changed = file[:at] + said.to_bytes(4, "big") + file[at + 4 :]
+        prepared = tower.prepare(changed, media_item(checkpoint, changed, 0, 1))
+        torch.testing.assert_close(prepared.pixels[:, :90], features(checkpoint, file)[:, :90], atol=1e-3, rtol=1e-3)
+
+
+def _frames_at(file: bytes) -> int:
+    """Where an MP3's first frame says how many there are."""
+    tag = max(file[:64].find(name) for name in (b"Xing", b"Info"))
+    assert tag > 0
+    return tag + 8
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_clips_are_a_400(kind: str, checkpoint: Path, tower: Tower) -> None:
     data, words = BROKEN[kind]
@@ -216,6 +232,20 @@ def test_rows_that_the_clip_does_not_make_are_a_400(checkpoint: Path, tower: Tow
     item = media_item(checkpoint, GOOD, 0, 1)
     with pytest.raises(RequestError, match="was sized for"):
         tower.prepare(GOOD, structs.replace(item, rows=item.rows + 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("attention", "dtype", "near"), [("varlen", "bfloat16", 0.3), ("sdpa", "float32", 1e-3)])
+def test_on_a_gpu_the_tower_gives_the_same(
+    attention: str, dtype: str, near: float, checkpoint: Path, tower: Tower
+) -> None:
+    there = load_tower(model_config(checkpoint, attention=attention, dtype=dtype), torch.device("cuda"))
+    files = [sound_bytes(seed, seconds) for seed, seconds in enumerate(SECONDS)]
+    items = [media_item(checkpoint, file, n, len(files)) for n, file in enumerate(files)]
+    found = there.encode([there.prepare(file, item) for file, item in zip(files, items, strict=True)])
+    due = tower.encode([tower.prepare(file, item) for file, item in zip(files, items, strict=True)])
+    for one, other in zip(found, due, strict=True):
+        assert float((one.float().cpu() - other).abs().max()) < near
 
 
 # -- loading --

@@ -104,6 +104,13 @@ def test_an_mp3_that_ends_within_a_frame_is_damaged() -> None:
         header_of(bare[:-20])
 
 
+@pytest.mark.parametrize(("rest", "counted"), [(b"TAG" + bytes(125), True), (bytes(50), True), (b"what?" * 9, False)])
+def test_what_follows_the_last_frame_of_an_mp3(rest: bytes, counted: bool) -> None:
+    bare = untagged(clip("MP3"))
+    assert (with_length(bare + rest) != bare + rest) == counted
+    assert header_of(bare + rest).frames > RATE // 4
+
+
 def test_an_mp3_behind_words_about_itself() -> None:
     words = b"ID3\x04\x00\x00" + bytes([0, 0, 1, 0]) + bytes(128)
     assert header_of(words + clip("MP3")) == header_of(clip("MP3"))
