@@ -284,11 +284,14 @@ class RouterService:
     def pulse(self) -> Pulse:
         return Pulse(inflight=len(self._dispatcher), completed=self._completed)
 
+    async def until_idle(self) -> None:
+        await self._idle.wait()
+
     async def drain(self) -> None:
         self._draining = True
         if self._surface is not None:
             self._surface.stop_listening()
-        await self._idle.wait()
+        await self.until_idle()
 
     async def close(self) -> None:
         if self._surface is not None:

@@ -359,9 +359,12 @@ class EncoderService:
             unhealthy=None if self._loaded is None else self._loaded.watch.reason,
         )
 
+    async def until_idle(self) -> None:
+        await self._idle.wait()
+
     async def drain(self) -> None:
         self._draining = True
-        await self._idle.wait()
+        await self.until_idle()
 
     def start_capture(self, path: str, steps: int | None, written: Written) -> None:
         self._here.profiler.start(path, steps, written)

@@ -71,11 +71,14 @@ class GatewayService:
             unhealthy = "the HTTP server has ended"
         return Pulse(inflight=self._door.open_tickets, completed=self._pipeline.completed, unhealthy=unhealthy)
 
+    async def until_idle(self) -> None:
+        await self._door.idle.wait()
+
     async def drain(self) -> None:
         self._door.closed = "the gateway is draining: try again"
         if self._server is not None:
             self._server.stop_listening()
-        await self._door.idle.wait()
+        await self.until_idle()
 
     @property
     def hops(self) -> Hops:

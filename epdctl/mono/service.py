@@ -84,6 +84,10 @@ class MonoService:
             unhealthy=None if self._encoder is None else self._encoder.pulse().unhealthy,
         )
 
+    async def until_idle(self) -> None:
+        await self._language.until_idle()
+        await self._router.until_idle()
+
     async def drain(self) -> None:
         """The language half first: what it holds may still wait for pictures."""
         await self._language.drain()

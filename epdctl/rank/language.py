@@ -176,9 +176,12 @@ class LanguageRank(ABC, Generic[S, In]):
             standstill=self._machine.compute.job_seconds,
         )
 
+    async def until_idle(self) -> None:
+        await self._empty.wait()
+
     async def drain(self) -> None:
         self._draining = True
-        await self._empty.wait()
+        await self.until_idle()
 
     def start_capture(self, path: str, steps: int | None, written: Written) -> None:
         self.machine.profiler.start(path, steps, written)

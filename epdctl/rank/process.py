@@ -19,7 +19,7 @@ from typing import Any, assert_never
 from epdctl.errors import BadMessage, EpdError, IncompatiblePeer, UserError, WireError
 from epdctl.rank.capture import Capture, clock_of
 from epdctl.rank.fatal import Departure, fatal, status_of
-from epdctl.rank.service import Factual, HearsAbsent, Service
+from epdctl.rank.service import BecomesIdle, Factual, HearsAbsent, Service
 from epdctl.rank.tasks import Tasks
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import (
@@ -78,6 +78,7 @@ class RankProcess:
         self._tasks = Tasks()
         self._service: Service | None = None
         self._ready = False
+        self._up = asyncio.Event()  # set when it is ready
         self._capture: Capture | None = None  # once it is ready
         self._peers: PeersChanged | None = None
         self._loading = Loads(self._post)
@@ -151,6 +152,7 @@ class RankProcess:
         self._service = factory(self._spec)
         endpoints = await self._service.start(self._report)
         self._ready = True
+        self._up.set()
         self._capture = Capture(self._service, self._post)
         if self._peers is not None:
             _tell(self._service, self._peers)
@@ -178,9 +180,29 @@ class RankProcess:
             self._loading.report(phase, done, total, self._loop.time())
 
     async def _beat(self) -> None:
+        """At the plan's pace; sooner once it is ready, and when the work that a beat told of has ended, so that nobody
+        reads of requests that are answered. The beat that tells of such an end is followed at the usual pace."""
+        early = False
         while True:
-            await self._stream_out(self._heartbeat())
-            await asyncio.sleep(self._spec.config.heartbeat_seconds)
+            beat = self._heartbeat()
+            await self._stream_out(beat)
+            news = self._until_news(beat) if not early else asyncio.Event().wait()
+            try:
+                async with asyncio.timeout(self._spec.config.heartbeat_seconds):
+                    await news
+                early = beat.inflight > 0
+            except TimeoutError:
+                early = False
+
+    async def _until_news(self, beat: Heartbeat) -> None:
+        """Returns when ``beat`` is no longer what a person would want to read."""
+        service: object = self._service
+        if not self._ready:
+            await self._up.wait()
+        elif beat.inflight and isinstance(service, BecomesIdle):
+            await service.until_idle()
+        else:
+            await asyncio.Event().wait()
 
     def _heartbeat(self) -> Heartbeat:
         if self._service is None or not self._ready:

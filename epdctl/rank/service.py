@@ -9,7 +9,18 @@ from typing import Protocol, runtime_checkable
 from epdctl.telemetry.hops import Hops
 from epdctl.wire.lifecycle import Absent, Endpoints, Facts, Peer
 
-__all__ = ["Factual", "HasHops", "HearsAbsent", "Profilable", "Progress", "Pulse", "Recorded", "Service", "Written"]
+__all__ = [
+    "BecomesIdle",
+    "Factual",
+    "HasHops",
+    "HearsAbsent",
+    "Profilable",
+    "Progress",
+    "Pulse",
+    "Recorded",
+    "Service",
+    "Written",
+]
 
 Progress = Callable[[str, int, int], None]  # phase, done, total; callable from any thread
 
@@ -95,6 +106,15 @@ class Profilable(Protocol):
         ...
 
     def stop_capture(self) -> None: ...
+
+
+@runtime_checkable
+class BecomesIdle(Protocol):
+    """A Service whose end of work is told at once, and not with the next heartbeat."""
+
+    async def until_idle(self) -> None:
+        """Returns when nothing is in flight."""
+        ...
 
 
 @runtime_checkable

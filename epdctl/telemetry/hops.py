@@ -37,8 +37,7 @@ class Way:
     def enter(self, hop: str, text: str = "") -> None:
         """The hop it was in ends, and ``hop`` begins."""
         now = self._book.clock()
-        if self._hop:
-            self._book.keep(self._as_hop(now))
+        self._leave(now)
         self._hop, self._began, self._text = hop, now, text
 
     def within(self, name: str, began: int | None = None, ended: int | None = None, text: str = "") -> None:
@@ -50,14 +49,17 @@ class Way:
         self._book.keep(self._hop_of(name, since, until, inner=True, text=text))
 
     def end(self) -> None:
-        if self._hop:
-            self._book.keep(self._as_hop(self._book.clock()))
-            self._hop = ""
+        self._leave(self._book.clock())
+        self._hop = ""
         self._book.forget(self)
 
     def as_it_is(self) -> Hop:
         """The hop that it is in, without an end."""
         return self._as_hop(None)
+
+    def _leave(self, now: int) -> None:
+        if self._hop and self._book.recording:
+            self._book.keep(self._as_hop(now))
 
     def _as_hop(self, ended: int | None) -> Hop:
         return self._hop_of(self._hop, self._began, ended, text=self._text)

@@ -101,6 +101,23 @@ class FakeService:
         await self._tasks.close()
 
 
+class BusyOnce(FakeService):
+    """Works from its start until it hears of a peer."""
+
+    def __init__(self, spec: RankSpec) -> None:
+        super().__init__(spec)
+        self._idle = asyncio.Event()
+
+    def peers_changed(self, peers: Sequence[Peer]) -> None:
+        self._idle.set()
+
+    def pulse(self) -> Pulse:
+        return Pulse(inflight=int(not self._idle.is_set()))
+
+    async def until_idle(self) -> None:
+        await self._idle.wait()
+
+
 class NeverReady(FakeService):
     """Loads for ever."""
 

@@ -83,7 +83,8 @@ class Supervisor:
     async def start(self, rank: str, behaviour: str = "", **config: Any) -> Child:
         config.setdefault("service", "tests.support.fake_services:FakeService")
         model = msgspec.structs.replace(MODEL, name=behaviour)
-        spec = make_spec(rank, self.sockets, model=model, heartbeat_seconds=0.02, **config)
+        config.setdefault("heartbeat_seconds", 0.02)
+        spec = make_spec(rank, self.sockets, model=model, **config)
         child = self.children[rank] = Child(spec, await launch(SPEC.encode(spec)))
         return child
 

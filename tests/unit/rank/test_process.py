@@ -123,6 +123,20 @@ def test_draining_and_captures(sockets: Path) -> None:
     supervised(sockets, test)
 
 
+def test_the_end_of_work_is_told_at_once(sockets: Path) -> None:
+    """The next beat is due in an hour; until then ``status`` would show a request that was answered."""
+
+    async def test(supervisor: Supervisor) -> None:
+        service = "tests.support.fake_services:BusyOnce"
+        child = await supervisor.start("decode/0", service=service, heartbeat_seconds=3600.0)
+        await child.hears(Heartbeat, lambda beat: beat.inflight == 1)
+        await child.peers(make_peer("gateway/0"))
+        beats = await child.hears(Heartbeat, number=3)
+        assert [beat.inflight for beat in beats] == [0, 1, 0]
+
+    supervised(sockets, test)
+
+
 def test_a_capture_s_hops_are_a_file_and_a_rank_tells_its_clock(sockets: Path, tmp_path: Path) -> None:
     async def test(supervisor: Supervisor) -> None:
         child = await supervisor.start("gateway/0")
