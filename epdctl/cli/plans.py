@@ -10,6 +10,8 @@ from epdctl.topology.plan import Plan, PlannedRank
 
 __all__ = ["plan_lines"]
 
+_WITH_KV = frozenset({Stage.PREFILL, Stage.DECODE, Stage.LANGUAGE, Stage.MONO})
+
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """The cluster, the environment that all ranks have in common, then each rank: each could be run by hand."""
@@ -40,6 +42,8 @@ def rank_lines(planned: PlannedRank, shared: Mapping[str, str]) -> Iterator[str]
     yield str(planned.rank)
     yield f"  gpus     {_gpus(planned)}"
     yield f"  threads  {config.threads}"
+    if planned.stage in _WITH_KV:
+        yield f"  kv       {config.engine.kv_tokens} tokens, pages of {config.engine.page_size}"
     yield f"  ports    {_ports(planned)}"
     yield f"  model    {config.model.path} ({config.model.dtype}), service {config.service}"
     yield f"  command  {shlex.join(planned.argv)}"
@@ -54,7 +58,11 @@ def _gpus(planned: PlannedRank) -> str:
     if not planned.gpus:
         return "none (CPU)"
     names = ", ".join(f"{gpu.index} ({gpu.uuid})" for gpu in planned.gpus)
-    return names if planned.config.share == 1.0 else f"{names}, share {planned.config.share:g}"
+    config = planned.config
+    if config.share == 1.0:
+        return names
+    bound = f": {config.memory_bytes / 2**30:.1f} GiB" if config.memory_bytes else ""
+    return f"{names}, share {config.share:g}{bound}"
 
 
 def _ports(planned: PlannedRank) -> str:

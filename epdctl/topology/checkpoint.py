@@ -11,7 +11,9 @@ from pathlib import Path
 
 from epdctl.errors import Mistake, TopologyError
 from epdctl.families import SERVED
+from epdctl.topology.largest import Bounds, Largest, largest
 from epdctl.topology.schema import Topology
+from epdctl.topology.weights import Weights, read_weights
 from epdctl.topology.words import closest
 
 __all__ = ["BUNDLED", "Checkpoint", "find_checkpoint"]
@@ -27,6 +29,8 @@ class Checkpoint:
     name: str  # the hub id, or the directory's own name
     family: str
     dtype: str | None  # what the weights are stored as, when config.json says so
+    weights: Weights | None = None  # where its files say how large they are
+    largest: Largest | None = None  # what a request may show to it
 
 
 def find_checkpoint(topology: Topology, environ: Mapping[str, str]) -> Checkpoint:
@@ -38,7 +42,10 @@ def find_checkpoint(topology: Topology, environ: Mapping[str, str]) -> Checkpoin
         near = closest(model_type, SERVED) if isinstance(model_type, str) else None
         served = f"served are: {', '.join(SERVED)}" + (f"; did you mean {near!r}?" if near else "")
         raise _wrong(topology, f"model_type {model_type!r} of {directory} is not served", served)
-    return Checkpoint(directory, name, model_type, _dtype(config))
+    limits = topology.file.limits
+    bounds = Bounds(limits.max_pixels, limits.max_clip_seconds)
+    weights, shown = read_weights(directory), largest(directory, bounds)
+    return Checkpoint(directory, name, model_type, _dtype(config), weights, shown)
 
 
 def _directory(topology: Topology, environ: Mapping[str, str]) -> tuple[Path, str]:

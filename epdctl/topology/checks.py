@@ -164,7 +164,7 @@ def page_sizes_agree(file: TopologyFile) -> Iterator[Finding]:
 
 def pool_holds_a_page(file: TopologyFile) -> Iterator[Finding]:
     for name, stage in _stages(file):
-        if isinstance(stage, LanguageStage) and stage.kv_tokens < stage.page_size:
+        if isinstance(stage, LanguageStage) and stage.kv_tokens is not None and stage.kv_tokens < stage.page_size:
             problem = f"a pool of {stage.kv_tokens} tokens is less than one page of {stage.page_size}"
             also: tuple[Trail, ...] = (("stages", name, "page_size"),)
             yield Finding(("stages", name, "kv_tokens"), problem, "raise kv_tokens", also)
@@ -175,11 +175,13 @@ def pool_holds_a_request(file: TopologyFile) -> Iterator[Finding]:
     if "max_context" not in file.limits.model_fields_set:
         return
     for name, stage in _stages(file):
-        if isinstance(stage, LanguageStage) and stage.kv_tokens < file.limits.max_context:
-            problem = (
-                f"a pool of {stage.kv_tokens} tokens never holds a request of max_context {file.limits.max_context}"
-            )
-            remedy = f"write kv_tokens: {file.limits.max_context} or more, or lower limits.max_context"
+        if not isinstance(stage, LanguageStage) or stage.kv_tokens is None:
+            continue
+        context, page = file.limits.max_context, stage.page_size
+        held = stage.kv_tokens // page * page
+        if held < context:
+            problem = f"a pool of {held} tokens (whole pages of {page}) never holds a request of max_context {context}"
+            remedy = f"write kv_tokens: {-(-context // page) * page} or more, or lower limits.max_context"
             yield Finding(("stages", name, "kv_tokens"), problem, remedy)
 
 

@@ -18,6 +18,7 @@ from epdctl.topology.document import Trail
 from epdctl.topology.hardware import Gpu, Hardware
 from epdctl.topology.moving import Ends, Moving, moving
 from epdctl.topology.plan import Deadlines, Plan, PlannedRank, RestartMode, RestartPolicy
+from epdctl.topology.pools import Pools, memory_of, size_pools
 from epdctl.topology.schema import (
     EncoderStage,
     LanguageStage,
@@ -52,6 +53,7 @@ class _Settled:
     model: ModelConfig
     limits: Limits
     moving: Moving
+    pools: Pools
     gateway: GatewayConfig
     heartbeat: float
     spare: int  # threads for each model rank, if all get the same
@@ -73,6 +75,7 @@ def place(
     complaints = [
         *seating.complaints,
         *settled.moving.complaints,
+        *settled.pools.complaints,
         *_port_complaints(topology, ports_in_use or {}),
         *_attention_complaints(settled.model, on_cpu),
     ]
@@ -130,9 +133,12 @@ def _refusal(topology: Topology, complaints: list[Complaint]) -> PlacementError:
 def _settle(topology: Topology, checkpoint: Checkpoint, hardware: Hardware, seating: Seating) -> _Settled:
     file = topology.file
     ranks = sum(section.ranks for _, section in file.stages.present())
+    model = _model(topology, checkpoint, all_on_gpu=len(seating.seats) == ranks)
+    pools = size_pools(file, checkpoint, model.dtype, seating.seats)
     return _Settled(
-        model=_model(topology, checkpoint, all_on_gpu=len(seating.seats) == ranks),
-        limits=_limits(file.limits, [s for _, s in file.stages.present() if isinstance(s, LanguageStage)]),
+        model=model,
+        limits=_limits(file.limits, pools),
+        pools=pools,
         moving=moving(
             file.transfer, Ends(ranks, tuple(seating.seats.values()), file.stages.mono is not None), hardware
         ),
@@ -171,10 +177,10 @@ def _model(topology: Topology, checkpoint: Checkpoint, *, all_on_gpu: bool) -> M
     )
 
 
-def _limits(section: LimitsSection, language: list[LanguageStage]) -> Limits:
+def _limits(section: LimitsSection, pools: Pools) -> Limits:
     """No request may be longer than the smallest KV pool: it would wait for pages that never come free."""
     limits = section.model_dump()
-    limits["max_context"] = min([section.max_context, *(stage.kv_tokens for stage in language)])
+    limits["max_context"] = min([section.max_context, *pools.kv_tokens.values()])
     return Limits(**limits)
 
 
@@ -228,7 +234,7 @@ def _config(name: RankName, settled: _Settled) -> RankConfig:
         service="",
         model=settled.model,
         limits=settled.limits,
-        transfer=settled.moving.config,
+        transfer=msgspec.structs.replace(settled.moving.config, embedding_bytes=settled.pools.embedding_bytes),
         gateway=settled.gateway,
         heartbeat_seconds=settled.heartbeat,
     )
@@ -243,7 +249,8 @@ def _model_rank(name: RankName, section: StageSection, settled: _Settled, gpu: G
         threads=section.threads or default,
         devices=[] if gpu is None else [LocalGpu(0)],
         share=section.share or 1.0,
-        engine=_engine(section),
+        memory_bytes=0 if gpu is None or section.share is None else memory_of(gpu, section.share),
+        engine=_engine(section, settled.pools.kv_tokens.get(name.stage)),
         encoder=_encoder(section, settled.spare),
     )
     return PlannedRank(config, gpus=() if gpu is None else (gpu.physical,))
@@ -253,12 +260,12 @@ def _optimized(model: ModelConfig, section: StageSection) -> ModelConfig:
     return msgspec.structs.replace(model, optimize=section.optimize) if isinstance(section, EncoderStage) else model
 
 
-def _engine(section: StageSection) -> EngineConfig:
-    if not isinstance(section, LanguageStage):
+def _engine(section: StageSection, kv_tokens: int | None) -> EngineConfig:
+    if not isinstance(section, LanguageStage) or kv_tokens is None:
         return EngineConfig()
     return EngineConfig(
         page_size=section.page_size,
-        kv_tokens=section.kv_tokens,
+        kv_tokens=kv_tokens,
         chunk_tokens=section.chunk_tokens,
         max_batch=section.max_batch,
     )
@@ -293,6 +300,7 @@ def _notes(topology: Topology, settled: _Settled, hardware: Hardware, on_cpu: se
     notes = [f"{what}: auto → {choice}" for what, said, choice in chosen if said == "auto"]
     if settled.moving.note is not None:
         notes.append(settled.moving.note)
+    notes += settled.pools.notes
     for where, stages in (
         ("none (this machine shows no GPU)", [stage for stage, _ in unsaid if stage in on_cpu]),
         (f"auto ({len(hardware.gpus)} visible)", [stage for stage, _ in unsaid if stage not in on_cpu]),

@@ -160,7 +160,12 @@ class RoutedEncoderStage(EncoderStage):
 class LanguageStage(StageSection):
     """The language model: prefill, decode, or both in one process (language)."""
 
-    kv_tokens: int = Field(default=_ENGINE.kv_tokens, ge=1, description="What the KV pool of a rank holds, in tokens.")
+    kv_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description=f"What the KV pool of a rank holds, in tokens. Default: on a GPU what its share leaves, else "
+        f"{_ENGINE.kv_tokens}.",
+    )
     page_size: int = Field(default=_ENGINE.page_size, ge=1, le=1024, description="Tokens in one KV page.")
     chunk_tokens: int = Field(default=_ENGINE.chunk_tokens, ge=1, description="Prompt tokens of one step.")
     max_batch: int = Field(default=_ENGINE.max_batch, ge=1, description="Sequences of one step.")
@@ -232,7 +237,9 @@ class TransferSection(_Section):
         default=_TRANSFER.checksum, description="Verify every write by a CRC-32; costs about 1 s for each GB."
     )
     embedding_pool: Bytes = Field(
-        default=_TRANSFER.embedding_bytes, description="Memory of each prefill, language or mono rank for embeddings."
+        default=_TRANSFER.embedding_bytes,
+        description="Memory of each prefill, language or mono rank for embeddings; by default more where one picture "
+        "needs it.",
     )
 
 

@@ -107,6 +107,7 @@ class RankConfig(Part, frozen=True):
     threads: int = 1
     devices: list[LocalGpu] = []  # empty: CPU
     share: float = 1.0  # of each device
+    memory_bytes: int = 0  # of each device that torch may take; 0: whatever is there
     gang: str | None = None
     gang_rank: int = 0
     gang_size: int = 1

@@ -18,6 +18,7 @@ from epdctl.engine.api import LanguageModel, Tower
 from epdctl.engine.core import build_engine
 from epdctl.engine.loading import load_language, load_tower
 from epdctl.errors import LoadError
+from epdctl.topology.weights import read_weights
 from epdctl.wire.config import EngineConfig
 from tests.support.checkpoints import every_family, model_config
 
@@ -44,6 +45,10 @@ def without(name: str) -> Callable[[Weights], Weights]:
 def state(half: Any) -> Weights:
     found: Weights = half.module.state_dict()
     return found
+
+
+def parameters(half: Any) -> int:
+    return sum(each.numel() for each in half.module.parameters())
 
 
 TOWERS = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
@@ -229,6 +234,18 @@ def test_an_engine_is_built_in_phases_one_can_watch(checkpoint: Path) -> None:
     assert engine.kv.pages == 16
     assert not engine.has_work
     assert (engine.kv.layout.layers, engine.kv.layout.kv_heads, engine.kv.layout.dtype) == (3, 2, "float32")
+
+
+@every_family
+def test_sizes_read_from_headers_are_those_of_what_is_loaded(
+    checkpoint: Path, tower: Tower, language: LanguageModel
+) -> None:
+    """The plan reckons with the former, without torch."""
+    sizes = read_weights(checkpoint)
+    assert sizes is not None
+    assert (sizes.row, sizes.row) == (tower.width, language.row_width)
+    assert sizes.kv * 4 * 16 == language.layout(16).page_bytes
+    assert (sizes.tower, sizes.language) == (parameters(tower), parameters(language))
 
 
 def test_half_precision_loads_both_halves(checkpoint: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from epdctl.cli.plans import plan_lines
+import dataclasses
+
+import msgspec
+
+from epdctl.cli.plans import plan_lines, rank_lines
 from epdctl.ids import PhysicalGpu, RankName, Stage
 from epdctl.topology.plan import Deadlines, Plan, PlannedRank, RestartPolicy
-from epdctl.wire.config import GatewayConfig, ModelConfig, RankConfig
+from epdctl.wire.config import EngineConfig, GatewayConfig, ModelConfig, RankConfig
 
 MODEL = ModelConfig(path="/m", name="m", family="f")
 
@@ -16,6 +20,14 @@ def planned(stage: Stage, env: dict[str, str], *gpus: PhysicalGpu, share: float 
         gateway=GatewayConfig(port=81),
     )  # fmt: skip
     return PlannedRank(config=config, gpus=gpus, argv=("python", "-m", "a rank"), env=env)
+
+
+def test_a_rank_with_a_cache_shows_its_size_and_a_bounded_one_its_bound() -> None:
+    rank = planned(Stage.DECODE, {}, PhysicalGpu(3, "GPU-x"), share=0.5)
+    config = msgspec.structs.replace(rank.config, memory_bytes=69 << 30, engine=EngineConfig(kv_tokens=4096))
+    lines = list(rank_lines(dataclasses.replace(rank, config=config), {}))
+    assert "  gpus     3 (GPU-x), share 0.5: 69.0 GiB" in lines
+    assert "  kv       4096 tokens, pages of 16" in lines
 
 
 def test_a_plan_shows_each_rank_and_says_once_what_all_share() -> None:

@@ -23,8 +23,10 @@ def machine(gpus: int = 0, cores: int = 16) -> Hardware:
     return Hardware(tuple(gpu(index) for index in range(gpus)), cores)
 
 
-def plan(text: str, hardware: Hardware, ports_in_use: dict[int, str] | None = None) -> Plan:
-    return place(loads("test.yaml", text, {}), CHECKPOINT, hardware, ports_in_use)
+def plan(
+    text: str, hardware: Hardware, ports_in_use: dict[int, str] | None = None, checkpoint: Checkpoint = CHECKPOINT
+) -> Plan:
+    return place(loads("test.yaml", text, {}), checkpoint, hardware, ports_in_use)
 
 
 def rank(made: Plan, name: str) -> PlannedRank:
