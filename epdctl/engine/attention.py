@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
 from epdctl.engine.kv import KvPool
 
@@ -43,7 +44,7 @@ class _Reach:
     rows: slice
     pages: torch.Tensor  # [pages in use] int64
     length: int  # keys
-    mask: torch.Tensor | None  # [count, length] bool; None where every row sees every key, or plain causal does
+    mask: torch.Tensor | None  # [count, length]; None where every row sees every key, or plain causal does
     causal: bool
 
 
@@ -65,7 +66,7 @@ class PagedBatch:
             view=pool.view,
             page_of=torch.tensor(pages, dtype=torch.int64, device=pool.device),
             offset_of=torch.tensor(offsets, dtype=torch.int64, device=pool.device),
-            reaches=tuple(_reaches(spans, page_size, pool.device)),
+            reaches=tuple(_reaches(spans, pool)),
         )
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -80,16 +81,16 @@ class PagedBatch:
         return key.unsqueeze(0), value.unsqueeze(0)
 
 
-def _reaches(spans: Sequence[Span], page_size: int, device: torch.device) -> list[_Reach]:
+def _reaches(spans: Sequence[Span], pool: KvPool) -> list[_Reach]:
     reaches, row = [], 0
     for span in spans:
-        used = span.pages[: -(-span.end // page_size)]
+        used = span.pages[: -(-span.end // pool.layout.page_size)]
         reaches.append(
             _Reach(
                 rows=slice(row, row + span.count),
-                pages=torch.tensor(used, dtype=torch.int64, device=device),
+                pages=torch.tensor(used, dtype=torch.int64, device=pool.device),
                 length=span.end,
-                mask=_mask(span, device),
+                mask=_mask(span, pool),
                 causal=span.start == 0 and span.count > 1,
             )
         )
@@ -97,12 +98,18 @@ def _reaches(spans: Sequence[Span], page_size: int, device: torch.device) -> lis
     return reaches
 
 
-def _mask(span: Span, device: torch.device) -> torch.Tensor | None:
-    """A row sees itself and all before it. sdpa's own causal mask is right only from the sequence's beginning on."""
+def _mask(span: Span, pool: KvPool) -> torch.Tensor | None:
+    """A row sees itself and all before it. sdpa's own causal mask is right only from the sequence's beginning on.
+
+    The flash kernel has the other one too, and knows no mask of numbers: with one, heads that share keys would go
+    through whole matrices of scores, at several times the cost.
+    """
     if span.start == 0 or span.count == 1:
         return None
-    rows = torch.arange(span.start, span.end, device=device).unsqueeze(1)
-    return torch.arange(span.end, device=device).unsqueeze(0) <= rows
+    if pool.device.type == "cuda" and pool.view.dtype.itemsize == 2:
+        return causal_lower_right(span.count, span.end)
+    rows = torch.arange(span.start, span.end, device=pool.device).unsqueeze(1)
+    return torch.arange(span.end, device=pool.device).unsqueeze(0) <= rows
 
 
 def paged_attention(

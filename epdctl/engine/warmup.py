@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 __all__ = ["warm_up"]
 
-TURNS = 3  # prompts of a whole chunk, a quarter of it, …: products of few rows have kernels of their own
+TURNS = 3  # prompts of a chunk and a half, a quarter of that, …: products of few rows have kernels of their own
 TOGETHER = 2  # sequences of a turn: a batch of several is not what one alone is
 ANSWER = 4  # tokens
 
 
 def warm_up(engine: Engine, progress: LoadProgress) -> None:
-    """A few answers, of two sequences each, to prompts as long as a step or the pool allows and shorter ones.
+    """A few answers, of two sequences each, to prompts that take two steps, if the pool has room, and shorter ones.
 
     For an engine that has no work, before anybody owns a page: its first pages are written. The tokens do not matter,
     nor whether the model finds numbers for them.
     """
     for turn in range(TURNS):
         progress(turn, TURNS)
-        for new in _sequences(engine, engine.config.chunk_tokens // 4**turn):
+        for new in _sequences(engine, engine.config.chunk_tokens * 3 // 2 // 4**turn):
             engine.admit(new)
         while engine.has_work:
             engine.step()

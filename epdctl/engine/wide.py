@@ -38,7 +38,7 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x = x.to(weight.dtype)
     if weight.is_cuda:
         rows = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=torch.float32)
-        return rows.view(*x.shape[:-1], -1)
+        return rows.view(*x.shape[:-1], weight.shape[0])
     return functional.linear(x, weight).float()
 
 
