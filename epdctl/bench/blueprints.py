@@ -51,6 +51,8 @@ _QWEN = """\
 {%- set pictures.seen = pictures.seen + 1 -%}
 {%- if add_vision_id %}Picture {{ pictures.seen }}: {% endif -%}
 <|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type in ('video', 'video_url') or 'video' in part -%}
+<|vision_start|><|video_pad|><|vision_end|>
 {%- elif 'text' in part -%}
 {{ part.text }}
 {%- endif -%}

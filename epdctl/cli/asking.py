@@ -21,7 +21,10 @@ __all__ = ["Gateway", "medium", "words"]
 Part = Mapping[str, Any]
 _DATA = "data: "
 _DONE = "[DONE]"
-_ENDS = dict.fromkeys((".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus"), Modality.AUDIO)  # any other: a picture
+_ENDS = {  # any other: a picture
+    **dict.fromkeys((".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus"), Modality.AUDIO),
+    **dict.fromkeys((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"), Modality.VIDEO),
+}
 
 
 def words(text: str) -> Part:
@@ -35,7 +38,7 @@ def medium(path: Path) -> Part:
         encoded = base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read: {error.strerror}", hint="name files of pictures or sound after the question"
+            f"{path} cannot be read: {error.strerror}", hint="name files of pictures, sound or video after the question"
         ) from error
     modality = _ENDS.get(path.suffix.lower(), Modality.IMAGE)
     kind = f"{modality}_url"

@@ -22,6 +22,7 @@ __all__ = [
     "check_python",
     "check_runtime_dir",
     "check_shared_memory",
+    "check_video",
     "fitting_extra",
 ]
 
@@ -113,6 +114,13 @@ def check_mooncake(found: Mooncake, extra: str, wanted_package: str) -> Check:
         text = f"{wanted_package} imports; its ports ask for no token, and this kernel lets every address reach them"
         return Check(Level.WARN, "mooncake", text, "Linux 5.7 or newer, or a firewall before the ports 15000 to 17000")
     return ok("mooncake", f"{wanted_package} imports; its ports ask for no token, and are kept on the loopback")
+
+
+def check_video(missing: Sequence[str], extra: str) -> Check:
+    """``missing``: of the packages that videos need."""
+    if not missing:
+        return ok("video", "can be served")
+    return ok("video", f"{' and '.join(missing)} not installed; only videos need it: {extra}")
 
 
 def _library_remedy(error: str) -> str:

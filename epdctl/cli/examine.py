@@ -18,6 +18,7 @@ from epdctl.cli.checks import Check
 from epdctl.cli.machine import MOONCAKE_PACKAGES, cuda_driver, gpu_names, installed
 from epdctl.control.cluster import list_clusters
 from epdctl.control.paths import runtime_base
+from epdctl.families import videos
 from epdctl.launch.procs import probe
 from epdctl.transfer.loopback import can_keep
 
@@ -38,6 +39,7 @@ def examine(environ: Mapping[str, str]) -> Iterator[Check]:
     yield checks.check_package("torch", installed("torch"), (2, 11))
     yield checks.check_package("transformers", installed("transformers"), (5, 17))
     yield _mooncake()
+    yield checks.check_video(videos.missing(), videos.EXTRA)
     yield checks.check_gpus(*gpu_names())
     yield from _kernel()
     yield checks.check_shared_memory(_free("/dev/shm"))

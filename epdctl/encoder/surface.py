@@ -206,7 +206,8 @@ class HttpSurface:
         """On a thread. Raises RequestError."""
         body = parse(raw, EncodeBody)
         if body.kind not in self._family.modalities:
-            text = f"modality {body.kind} is not served: this model takes {', '.join(self._family.modalities)}"
+            why = self._family.obstacle(body.kind) or f"this model takes {', '.join(self._family.modalities)}"
+            text = f"modality {body.kind} is not served: {why}"
             raise RequestError(400, text, param="modality", code="unsupported_modality")
         of = len(body.mm_items)
         if of > self._limits.max_media:

@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 from epdctl.ids import Modality
 from epdctl.wire.serve import PromptItem
 
-__all__ = ["Family", "Header", "PictureHeader", "Prompt", "SoundHeader", "Span"]
+__all__ = ["Family", "Header", "PictureHeader", "Prompt", "SoundHeader", "Span", "VideoHeader"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,20 @@ class SoundHeader:
     rate: int
 
 
-Header = PictureHeader | SoundHeader  # what a file says of itself, read before anything in it is decoded
+@dataclass(frozen=True, slots=True)
+class VideoHeader:
+    """``frames`` of ``width`` x ``height`` pixels, ``rate`` of them in a second. ``rate`` is None for frames that
+    somebody has chosen already: all of them are shown."""
+
+    modality: ClassVar[Modality] = Modality.VIDEO
+
+    frames: int
+    rate: float | None
+    width: int
+    height: int
+
+
+Header = PictureHeader | SoundHeader | VideoHeader  # what a file says of itself, read before anything in it is decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,7 @@ class Span:
     grid: tuple[int, int, int]  # the family's own three numbers, from which its tower and its positions know the rest
     rows: int  # embeddings, and so placeholder tokens
     modality: Modality = Modality.IMAGE
+    seconds: float = 0.0  # of a video, from one step of its grid's time to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +80,10 @@ class Family(Protocol):
     @property
     def modalities(self) -> Sequence[Modality]:
         """What it takes beside text. The first is what its encoders prove themselves with."""
+        ...
+
+    def obstacle(self, modality: Modality) -> str | None:
+        """Why what the model itself would take is not taken here; None where nothing more is known than that."""
         ...
 
     @property

@@ -8,7 +8,13 @@ from typing import Any
 
 from epdctl.errors import LoadError
 
-__all__ = ["read_feature_extractor", "read_image_processor", "read_json", "read_json_if_there"]
+__all__ = [
+    "read_feature_extractor",
+    "read_image_processor",
+    "read_json",
+    "read_json_if_there",
+    "read_video_processor",
+]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,6 +45,15 @@ def read_image_processor(directory: Path) -> dict[str, Any]:
 def read_feature_extractor(directory: Path) -> dict[str, Any]:
     """Those of what makes features of sound. Raises LoadError when there are none."""
     return _read_processor(directory, "feature_extractor")
+
+
+def read_video_processor(directory: Path) -> dict[str, Any]:
+    """Those of what makes patches of videos; where there are none of its own, pictures' are its too. May be empty."""
+    nested = read_json_if_there(directory / "processor_config.json").get("video_processor")
+    if isinstance(nested, dict):
+        return nested
+    own = directory / "video_preprocessor_config.json"
+    return read_json(own) if own.exists() else read_json_if_there(directory / "preprocessor_config.json")
 
 
 def _read_processor(directory: Path, name: str) -> dict[str, Any]:

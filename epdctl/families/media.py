@@ -24,14 +24,23 @@ class MediaFamily(ABC):
 
     def __init__(self, directory: Path) -> None:
         config = read_json(directory / "config.json")
-        self.tokens = {each: _token(config, names, directory) for each, names in self.placeholders.items()}
+        self.tokens = dict(self._named(config, directory))
         self._end = _end_tokens(read_json_if_there(directory / "generation_config.json"), config)
         if not self._end:
             raise LoadError(f"{directory} names no eos_token_id, neither in generation_config.json nor in config.json")
 
     @property
     def modalities(self) -> Sequence[Modality]:
-        return tuple(self.placeholders)
+        return tuple(each for each in self.tokens if self.obstacle(each) is None)
+
+    def obstacle(self, modality: Modality) -> str | None:
+        return None
+
+    def _named(self, config: Mapping[str, Any], directory: Path) -> Iterator[tuple[Modality, int]]:
+        """A checkpoint may leave out all but the first: what it has no token for it does not take."""
+        for number, (modality, names) in enumerate(self.placeholders.items()):
+            if number == 0 or any(name in config for name in names):
+                yield modality, _token(config, names, directory)
 
     @property
     def end_token_ids(self) -> Sequence[int]:
@@ -67,6 +76,7 @@ class MediaFamily(ABC):
             grid=list(span.grid),
             offset=len(prompt.tokens),
             rows=span.rows,
+            seconds=span.seconds,
         )
         prompt.items.append(item)
         prompt.tokens.extend([token] * span.rows)

@@ -38,4 +38,8 @@ def _wav() -> bytes:
 PNG = _png()
 WAV = _wav()
 SAMPLES: Mapping[Modality, bytes] = {Modality.IMAGE: PNG, Modality.AUDIO: WAV}
-MEDIA_TYPES: Mapping[Modality, str] = {Modality.IMAGE: "image/png", Modality.AUDIO: "audio/wav"}
+MEDIA_TYPES: Mapping[Modality, str] = {
+    Modality.IMAGE: "image/png",
+    Modality.AUDIO: "audio/wav",
+    Modality.VIDEO: "video/mp4",
+}

@@ -94,8 +94,9 @@ class Intake:
         taken = self.family.modalities
         if (strange := next((source for source in sources if source.modality not in taken), None)) is not None:
             takes = ", ".join(f"{modality.noun}s ({PARTS[modality]})" for modality in taken)
-            text = f"{strange.place}: {self.model} takes no {strange.modality.noun}s; beside text it takes {takes}"
-            raise RequestError(400, text, param=strange.place, code="unsupported_modality")
+            why = self.family.obstacle(strange.modality)
+            text = why or f"{self.model} takes no {strange.modality.noun}s; beside text it takes {takes}"
+            raise RequestError(400, f"{strange.place}: {text}", param=strange.place, code="unsupported_modality")
 
     def order(self, request: ChatRequest | TextRequest, fetched: Mapping[str, bytes]) -> Order:
         """``fetched``: what the addresses of ``remote_urls`` hold. Raises RequestError (400)."""

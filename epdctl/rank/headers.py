@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image, UnidentifiedImageError
 
-from epdctl.families.base import Header, PictureHeader, SoundHeader
-from epdctl.families.sounds import header_of
+from epdctl.families import sounds, videos
+from epdctl.families.base import Header, PictureHeader, SoundHeader, VideoHeader
+from epdctl.families.frames import are_frames, unpack
 from epdctl.ids import Modality
 from epdctl.wire.config import Limits
 
@@ -17,6 +18,7 @@ __all__ = ["PICTURES", "read_header"]
 
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # by content; the media type in the URL is not believed
 ORIENTATION = 0x0112
+MOST_DECODED = 40_000_000_000  # pixels of all frames of a video: about ten minutes of 1080p
 TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
 
 _UNREADABLE = (
@@ -60,11 +62,41 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _sound(data: bytes, limits: Limits) -> SoundHeader:
-    header = header_of(data)
+    header = sounds.header_of(data)
     seconds = header.frames / header.rate
     if seconds > limits.max_clip_seconds:
         raise ValueError(f"the sound clip is {seconds:.1f} s long; at most {limits.max_clip_seconds:g} s are served")
     return header
 
 
-_READERS: Mapping[Modality, Callable[[bytes, Limits], Header]] = {Modality.IMAGE: _picture, Modality.AUDIO: _sound}
+def _video(data: bytes, limits: Limits) -> VideoHeader:
+    if are_frames(data):
+        return _frames(unpack(data), limits)
+    header = videos.header_of(data)
+    pixels, seconds = header.width * header.height, header.frames / (header.rate or 1.0)
+    if seconds > limits.max_clip_seconds:
+        raise ValueError(f"the video is {seconds:.1f} s long; at most {limits.max_clip_seconds:g} s are served")
+    if pixels > limits.max_pixels:
+        size = f"{header.width} x {header.height}"
+        raise ValueError(f"the video is {size} pixels large; at most {limits.max_pixels} are served")
+    if pixels * header.frames > MOST_DECODED:
+        raise ValueError(
+            f"the video has {header.frames} frames of {pixels} pixels: too many to decode; make it smaller"
+        )
+    return header
+
+
+def _frames(files: Sequence[bytes], limits: Limits) -> VideoHeader:
+    """Each is looked at: all must be of one size."""
+    sizes = {(found.width, found.height) for found in (_picture(file, limits) for file in files)}
+    if len(sizes) != 1:
+        raise ValueError(f"the video's frames are of {len(sizes)} sizes; they must be of one")
+    ((width, height),) = sizes
+    return VideoHeader(len(files), None, width, height)
+
+
+_READERS: Mapping[Modality, Callable[[bytes, Limits], Header]] = {
+    Modality.IMAGE: _picture,
+    Modality.AUDIO: _sound,
+    Modality.VIDEO: _video,
+}

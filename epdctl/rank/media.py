@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
 from dataclasses import dataclass
 
 from epdctl.errors import RequestError
 from epdctl.families.base import Family, Header, Span
+from epdctl.families.frames import pack
 from epdctl.families.samples import MEDIA_TYPES
 from epdctl.ids import Modality
 from epdctl.rank.headers import read_header
@@ -18,6 +18,7 @@ from epdctl.wire.config import Limits
 __all__ = ["Medium", "Source", "invalid", "measure", "read", "span_of"]
 
 _DATA_URL = re.compile(r"data:(?P<kind>\w+)/[\w.+-]+(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII | re.IGNORECASE)
+_FRAMES = re.compile(r"data:video/jpeg;base64,", re.IGNORECASE)  # pictures, with commas between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +67,26 @@ def invalid(source: Source, text: str) -> RequestError:
 
 
 def _bytes(source: Source) -> bytes:
-    noun = source.modality.noun
+    start = _start(source)
+    if _FRAMES.match(source.text):
+        return pack([_decoded(frame, source) for frame in source.text[start:].split(",")])
+    return _decoded(memoryview(_ascii(source))[start:], source)
+
+
+def _ascii(source: Source) -> bytes:
     try:
-        data = base64.b64decode(memoryview(source.text.encode("ascii"))[_start(source) :], validate=True)
-    except (binascii.Error, UnicodeEncodeError) as error:
+        return source.text.encode("ascii")
+    except UnicodeEncodeError as error:
+        raise invalid(source, f"not base64: {error}") from error
+
+
+def _decoded(text: str | memoryview, source: Source) -> bytes:
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError as error:  # not ASCII, or not base64
         raise invalid(source, f"not base64: {error}") from error
     if not data:
-        raise invalid(source, f"the {noun} is empty")
+        raise invalid(source, f"the {source.modality.noun} is empty")
     return data
 
 

@@ -99,6 +99,7 @@ class PromptItem(Part, frozen=True):
     grid: list[int]  # three numbers of the family: (t, h, w) in patches where positions follow from them
     offset: int
     rows: int
+    seconds: float = 0.0  # of a video, from one step of its grid's time to the next
 
 
 class Likelihood(Part, frozen=True):

@@ -37,7 +37,16 @@ class Optimized:
         return Prepared(grid=(time, height, width), rows=item.rows, patches=time * height * width, pixels=pixels)
 
     def encode(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
-        """[rows, width] per item; DeepStack sets beside the embedding."""
+        """[rows, width] per item; DeepStack sets beside the embedding. Pictures as 8-bit pixels make one forward, and
+        what came as patches already, as videos do, another."""
+        rows: dict[int, torch.Tensor] = {}
+        for ready in (False, True):
+            places = [n for n, each in enumerate(batch) if each.pixels.is_floating_point() is ready]
+            if places:
+                rows |= zip(places, self._forward([batch[n] for n in places]), strict=True)
+        return [rows[n] for n in range(len(batch))]
+
+    def _forward(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
         found = self.tower.encode([each.pixels for each in batch], [each.grid for each in batch])
         rows = torch.cat([found.pooled, *found.deep], dim=1) if found.deep else found.pooled
         return [*torch.split(rows, [each.rows for each in batch])]

@@ -13,6 +13,7 @@ from epdctl.engine.attention import PAGED, register
 from epdctl.engine.families.halves import load_half
 from epdctl.engine.wide import sums_are_wide, widen
 from epdctl.errors import LoadError, RequestError
+from epdctl.ids import Modality
 from epdctl.wire.config import ModelConfig
 from epdctl.wire.serve import KvLayout, PromptItem
 
@@ -94,15 +95,27 @@ class MropeLanguage(PagedLanguage):
     def positions(self, tokens: Sequence[int], items: Sequence[PromptItem]) -> tuple[torch.Tensor, int]:
         kinds = torch.zeros(1, len(tokens), dtype=torch.int32)
         for item in items:
-            kinds[0, item.offset : item.offset + item.rows] = 1
-        grids = torch.tensor([item.grid for item in items], dtype=torch.int64)
+            kinds[0, item.offset : item.offset + item.rows] = _KINDS[item.modality]
         try:
             found, delta = self.module.model.get_rope_index(
-                torch.tensor([tokens], dtype=torch.int64), mm_token_type_ids=kinds, image_grid_thw=grids
+                torch.tensor([tokens], dtype=torch.int64), mm_token_type_ids=kinds, **_grids(items)
             )
         except (RuntimeError, StopIteration) as error:  # two items without a token between them, or a wrong length
             raise RequestError(400, f"the prompt's items do not fit its tokens: {error}") from error
         return found[:, 0], int(delta)
+
+
+_KINDS = {Modality.IMAGE: 1, Modality.VIDEO: 2}  # transformers' mm_token_type_ids
+
+
+def _grids(items: Sequence[PromptItem]) -> dict[str, torch.Tensor]:
+    """As transformers' processors give them, each kind's in the prompt's order."""
+    pictures, videos = ([item for item in items if item.modality is kind] for kind in _KINDS)
+    found = {"image_grid_thw": torch.tensor([item.grid for item in pictures], dtype=torch.int64)}
+    if videos:
+        found["video_grid_thw"] = torch.tensor([item.grid for item in videos], dtype=torch.int64)
+        found["second_per_grid_ts"] = torch.tensor([item.seconds for item in videos])
+    return found
 
 
 def load_paged(half: type[Any], model: ModelConfig, *, other: Sequence[str]) -> Any:

@@ -16,7 +16,7 @@ from epdctl.families.media import PictureFamily
 from epdctl.wire.config import ModelConfig
 from epdctl.wire.encode import MediaItem
 
-__all__ = ["check_grid", "load_processor", "open_picture"]
+__all__ = ["check_grid", "load_processor", "open_frame", "open_picture"]
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow knows more, and some of them start other programs
 
@@ -37,6 +37,15 @@ def open_picture(media: bytes | memoryview, item: MediaItem, family: PictureFami
             return _upright_rgb(picture)
     except _BROKEN as error:
         raise RequestError(400, f"picture {item.index} cannot be decoded: {error}", code="invalid_image") from error
+
+
+def open_frame(media: bytes) -> Image.Image:
+    """Of a video that is a list of pictures: upright, RGB. Raises ValueError."""
+    try:
+        with Image.open(io.BytesIO(media), formats=_FORMATS) as picture:
+            return _upright_rgb(picture)
+    except _BROKEN as error:
+        raise ValueError(f"a frame cannot be decoded: {error}") from error
 
 
 def _upright_rgb(picture: Image.Image) -> Image.Image:

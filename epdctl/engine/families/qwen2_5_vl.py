@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as library
@@ -14,8 +14,10 @@ from epdctl.engine.families.fast import optimized
 from epdctl.engine.families.halves import as_the_librarys_own, load_half
 from epdctl.engine.families.language import MropeLanguage, load_paged
 from epdctl.engine.families.pictures import check_grid, load_processor, open_picture
+from epdctl.engine.families.videos import Videos
 from epdctl.engine.varlen import tower_attention
 from epdctl.families.qwen2_5_vl import Qwen25VL
+from epdctl.ids import Modality
 from epdctl.wire.config import ModelConfig
 from epdctl.wire.encode import MediaItem
 
@@ -49,10 +51,13 @@ class _LanguageHalf(library.Qwen2_5_VLForConditionalGeneration):  # type: ignore
 class QwenTower:
     """Implements api.Tower."""
 
+    family: ClassVar[type[Qwen25VL]] = Qwen25VL
+
     def __init__(self, model: ModelConfig, module: Any, device: torch.device) -> None:
         self.module = module.to(device)
         self.device = device
-        self._family = Qwen25VL(Path(model.path))
+        self._family = self.family(Path(model.path))
+        self._videos = Videos(model, self._family)
         self._processor = load_processor(model, {"pil": _pil_processor, "torchvision": _torchvision_processor})
         visual = module.model.visual
         visual.config._attn_implementation = tower_attention(model.attention, device, self.dtype)
@@ -67,6 +72,8 @@ class QwenTower:
         return cast("torch.dtype", self.module.dtype)
 
     def prepare(self, media: bytes | memoryview, item: MediaItem) -> Prepared:
+        if item.modality is Modality.VIDEO:
+            return self._videos.prepare(media, item)
         picture = open_picture(media, item, self._family)
         if self._fast is not None and self._fast.pictures is not None:
             check_grid(item, self._family.picture_tokens(*picture.size, item.of).grid)

@@ -14,6 +14,7 @@ from epdctl.engine.api import Prepared, StepInput
 from epdctl.engine.families.halves import as_the_librarys_own, load_half
 from epdctl.engine.families.language import MropeLanguage, load_paged
 from epdctl.engine.families.qwen2_5_vl import LANGUAGE_KEYS, TOWER_KEYS, QwenTower
+from epdctl.families.qwen3_vl import Qwen3VL
 from epdctl.wire.config import ModelConfig
 
 __all__ = ["load_language", "load_tower"]
@@ -42,6 +43,8 @@ class _LanguageHalf(library.Qwen3VLForConditionalGeneration):  # type: ignore[mi
 
 class _DeepTower(QwenTower):
     """Implements api.Tower. A row: the embedding, then one for each DeepStack layer."""
+
+    family = Qwen3VL
 
     @property
     def width(self) -> int:

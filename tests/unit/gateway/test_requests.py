@@ -59,7 +59,7 @@ MISTAKES: dict[str, tuple[object, int, str | None, str]] = {
     "empty content": (ask([]), 400, "messages[0].content", "at least 1"),
     "number as content": (ask(5), 400, "messages[0].content", "string"),
     "unknown part": (ask([{"type": "smell"}]), 400, "messages[0].content[0]", "smell"),
-    "video": (ask([{"type": "video_url", "video_url": {}}]), 400, "messages[0].content[0]", "as image_url"),
+    "video": (ask([{"type": "video_url", "video_url": {}}]), 400, "messages[0].content[0].video_url.url", "required"),
     "audio": (sound("UklGRg=="), 400, SOUND, "takes no sound clips; beside text it takes pictures (image_url)"),
     "audio without data": (ask([{"type": "input_audio", "input_audio": {"format": "wav"}}]), 400, SOUND, "required"),
     "part without text": (ask([{"type": "text"}]), 400, "messages[0].content[0].text", "required"),
