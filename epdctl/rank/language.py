@@ -372,6 +372,11 @@ class LanguageRank(ABC, Generic[S, In]):
             self._tell(stay, Finished(request=stay.request, attempt=stay.attempt, reason=finished, usage=usage))
             self._end(stay)
 
+    @property
+    def _gateway_expected(self) -> bool:
+        """One is there by the table. One that somebody stops is taken out of it before it goes."""
+        return any(peer.accepting for peer in self._table.of(Stage.GATEWAY))
+
     def _tell(self, stay: S, message: RankToGateway) -> None:
         if not stay.over:
             self._reply(stay.sender, message)
@@ -380,7 +385,8 @@ class LanguageRank(ABC, Generic[S, In]):
         try:
             self.inbox.reply(sender, message, RANK_TO_GATEWAY)
         except PeerGone as error:
-            log.warning("a gateway is gone, with all it asked for: %s", error)
+            level = logging.WARNING if self._gateway_expected else logging.INFO
+            log.log(level, "a gateway is gone, with all it asked for: %s", error)
             for stay in [stay for stay in self._stays.values() if stay.sender == sender]:
                 self._end(stay)
 

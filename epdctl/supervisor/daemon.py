@@ -216,6 +216,9 @@ class Daemon:
         life.endpoints, life.facts, life.transfer = ready.endpoints, ready.facts, ready.transfer
         self._post(member, ReadyReported(life.incarnation))
 
+    def leaving(self, hello: Hello) -> bool:
+        return self.members[hello.rank].rank.state is RankState.STOPPING
+
     def hung_up(self, hello: Hello) -> None:
         member = self.members[hello.rank]
         self.captures.died(member.name, hello.incarnation)

@@ -29,6 +29,10 @@ class Host(Protocol):
 
     def hear(self, hello: Hello, message: RankToSupervisor) -> None: ...
 
+    def leaving(self, hello: Hello) -> bool:
+        """It was told to go: however its stream ends, that is its end."""
+        ...
+
     def hung_up(self, hello: Hello) -> None: ...
 
 
@@ -90,7 +94,8 @@ class Reception:
                     return
                 self._host.hear(hello, message)
         except WireError as error:
-            self._bad(f"the rest of {hello.rank}'s stream: {error.message}")
+            if not self._host.leaving(hello):
+                self._bad(f"the rest of {hello.rank}'s stream: {error.message}")
         finally:
             self._host.hung_up(hello)
 

@@ -35,6 +35,7 @@ def test_every_rank_becomes_ready_and_all_of_them_go_down(begin: Begin) -> None:
     events = cluster.down()
     assert events[-1].kind == "down"
     assert {event.rank for event in events if event.state is STOPPED} == set(ALL)
+    assert "WARNING" not in cluster.state.daemon_log.read_text(), "nothing happened that was not asked for"
 
 
 def test_when_down_returns_nothing_is_left_and_the_name_is_free(begin: Begin, place: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import pytest
 
@@ -11,6 +12,7 @@ from epdctl.wire.config import Limits
 from epdctl.wire.encode import FailureKind
 from epdctl.wire.serve import Failed, Finished, FinishReason, Granted, KvLayout, Token, Usage
 from tests.support.language_ranks import LAYOUT, PAGE, Question, Setup, alone, item, pair, run, until
+from tests.support.ranks import make_peer
 
 PICTURES = (item(0, 3, 4), item(1, 9, 3))
 LONG = tuple(range(100, 137))  # several chunks and pages, the last of each partial
@@ -290,11 +292,17 @@ def test_a_drained_rank_finishes_what_it_has_and_takes_nothing_new() -> None:
     run(scene())
 
 
-def test_a_gateway_that_is_gone_frees_its_work() -> None:
+@pytest.mark.parametrize(("known", "level"), [(True, logging.WARNING), (False, logging.INFO)], ids=["lost", "stopped"])
+def test_a_gateway_that_is_gone_frees_its_work(known: bool, level: int, caplog: pytest.LogCaptureFixture) -> None:
+    """One that is stopped has left the table before: that it goes is no news."""
+    caplog.set_level(logging.INFO)
     question = Question(items=(item(0, 2, 4),))
 
     async def scene() -> None:
         async with pair() as ranks:
+            gateway = [make_peer("gateway/0")] if known else []
+            for rank in (ranks.prefill, ranks.decode):
+                rank.service.peers_changed([ranks.prefill.peer, ranks.decode.peer, *gateway])
             ranks.ask(question)
             granted = await ranks.gateway.hear(Granted)
             ranks.to_prefill.close()
@@ -305,3 +313,4 @@ def test_a_gateway_that_is_gone_frees_its_work() -> None:
                 ranks.to_decode.send(None)
 
     run(scene())
+    assert {record.levelno for record in caplog.records if "a gateway is gone" in record.message} == {level}
