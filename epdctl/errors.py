@@ -28,9 +28,10 @@ EpdError (70: our fault)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 __all__ = [
     "AlreadyRunning",
@@ -85,21 +86,36 @@ class Mistake:
     problem: str
     remedy: str | None = None
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """Line and column; what has none comes last."""
+        parts = self.place.rsplit(":", 2)
+        return (int(parts[1]), int(parts[2])) if len(parts) == 3 else (sys.maxsize, 0)
+
     def __str__(self) -> str:
         where = f"{self.place}: {self.path}" if self.path else self.place
         return f"{where}: {self.problem}" + (f" ({self.remedy})" if self.remedy else "")
 
 
 class TopologyError(UserError):
-    """Every mistake of one topology, reported together."""
+    """Every mistake of one topology, reported together, in the file's order."""
 
     def __init__(self, mistakes: Sequence[Mistake], *, hint: str | None = None) -> None:
-        super().__init__("\n".join(str(mistake) for mistake in mistakes), hint=hint)
-        self.mistakes = tuple(mistakes)
+        self.mistakes = tuple(sorted(mistakes, key=lambda mistake: mistake.position))
+        super().__init__("\n".join(map(str, self.mistakes)), hint=hint)
 
 
 class PlacementError(UserError):
-    """The topology is valid, but this machine cannot hold it."""
+    """The topology is valid, but this machine cannot hold it. ``mistakes``: where in the file that shows."""
+
+    mistakes: tuple[Mistake, ...] = ()
+
+    @classmethod
+    def of(cls, mistakes: Sequence[Mistake]) -> Self:
+        in_order = tuple(sorted(mistakes, key=lambda mistake: mistake.position))
+        error = cls("\n".join(map(str, in_order)))
+        error.mistakes = in_order
+        return error
 
 
 class SelectorError(UserError):

@@ -5,47 +5,95 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from epdctl.adapters.base import Adapter
 from epdctl.adapters.native import NativeAdapter
-from epdctl.errors import UserError
-from epdctl.topology.checkpoint import find_checkpoint
+from epdctl.errors import Mistake, PlacementError, TopologyError, UserError
+from epdctl.topology.checkpoint import UNKNOWN, find_checkpoint
+from epdctl.topology.document import dotted
 from epdctl.topology.hardware import Hardware, probe
-from epdctl.topology.load import load
+from epdctl.topology.load import draft
 from epdctl.topology.placement import listeners, place
 from epdctl.topology.plan import Plan
-from epdctl.topology.ports import busy_ports
+from epdctl.topology.ports import why_not_free
+from epdctl.topology.schema import Topology
 
-__all__ = ["ADAPTERS", "make_plan"]
+__all__ = ["ADAPTERS", "Found", "make_plan"]
 
 ADAPTERS: Mapping[str, Callable[[Mapping[str, str]], Adapter]] = {"native": NativeAdapter}
 
+T = TypeVar("T")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 
-def make_plan(
-    path: Path,
-    *,
-    environ: Mapping[str, str],
-    hardware: Hardware | None = None,
-    ports_in_use: Mapping[int, str] | None = None,
-    name: str | None = None,
-) -> Plan:
-    """What ``hardware`` and ``ports_in_use`` do not say is probed. ``name`` goes before the file's own.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is known of the machine. ``hardware`` and ``ports_in_use`` (port → what is with it) are probed where None.
 
-    Raises TopologyError (the file), PlacementError (this machine) or UserError (the name).
+    ``held``: port → name of the running cluster that listens there.
+    """
+
+    hardware: Hardware | None = None
+    ports_in_use: Mapping[int, str] | None = None
+    held: Mapping[int, str] = field(default_factory=dict)
+
+
+def make_plan(path: Path, *, environ: Mapping[str, str], found: Found | None = None, name: str | None = None) -> Plan:
+    """``name`` goes before the file's own.
+
+    Raises TopologyError (mistakes of the file, and with them all that this machine lacks, in the file's order),
+    PlacementError (this machine alone) or UserError (the name).
     """
     if name is not None and not _NAME.fullmatch(name):
         raise UserError(f"{name!r} is no cluster name", hint="up to 32 of a-z, 0-9, - and _, beginning with a-z or 0-9")
-    topology = load(path, environ)
-    checkpoint = find_checkpoint(topology, environ)
-    if hardware is None:
-        hardware = probe(environ)
-    if ports_in_use is None:
-        busy = [busy_ports(host, port) for _, host, port in listeners(topology.file)]
-        ports_in_use = {port: holder for found in busy for port, holder in found.items()}
-    placed = place(topology, checkpoint, hardware, ports_in_use)
+    drafted = draft(path, environ)
+    if drafted.topology is None:
+        raise TopologyError(drafted.mistakes)
+    topology = dataclasses.replace(drafted.topology, cluster=name or drafted.topology.cluster)
+    mistakes, found = list(drafted.mistakes), found or Found()
+    checkpoint = UNKNOWN
+    if not topology.doubts(("model", "path"), ("model", "revision")):
+        checkpoint = _gathered(mistakes, lambda: find_checkpoint(topology, environ)) or UNKNOWN
+    ports, notes = _ports(topology, found)
+    hardware = found.hardware or _gathered(mistakes, lambda: probe(environ))
+    placed = None if hardware is None else _gathered(mistakes, lambda: place(topology, checkpoint, hardware, ports))
+    if mistakes or placed is None:
+        raise TopologyError(mistakes)
     adapter = ADAPTERS[placed.adapter](environ)
     ranks = tuple(adapter.command(rank) for rank in placed.ranks)
-    return dataclasses.replace(placed, cluster=name or placed.cluster, ranks=ranks)
+    return dataclasses.replace(placed, ranks=ranks, notes=(*placed.notes, *notes))
+
+
+def _gathered(mistakes: list[Mistake], step: Callable[[], T]) -> T | None:
+    """What ``step`` makes; None where it cannot, with the reasons added to ``mistakes``."""
+    try:
+        return step()
+    except TopologyError as error:
+        mistakes += error.mistakes
+    except PlacementError as error:
+        if not mistakes:
+            raise
+        mistakes += error.mistakes or [Mistake("this machine", "", error.message, error.hint)]
+    return None
+
+
+def _ports(topology: Topology, found: Found) -> tuple[Mapping[int, str], list[str]]:
+    """What is with the ports that are not free, and a note for each that this very cluster has."""
+    if found.ports_in_use is not None:
+        return found.ports_in_use, []
+    ports: dict[int, str] = {}
+    notes: list[str] = []
+    for trail, host, port in listeners(topology.file):
+        if topology.doubts(trail, (*trail[:-1], "host")):
+            continue
+        if (why := why_not_free(host, port)) is None:
+            continue
+        holder = found.held.get(port)
+        if holder == topology.cluster:
+            notes.append(f"{dotted(trail)}: {port} is in use by this cluster, which is up")
+        else:
+            ports[port] = why if holder is None else f"in use by the cluster {holder!r}, which is up"
+    return ports, notes

@@ -111,6 +111,8 @@ def topology_file(file: Path | None) -> Path:
 
 def make_plan(ctx: typer.Context, file: Path | None, name: str | None) -> Plan:
     """The plan that ``up`` runs and ``plan`` prints. Raises TopologyError, PlacementError, UserError."""
-    from epdctl.adapters import make_plan
+    from epdctl.adapters import Found, make_plan
+    from epdctl.control.cluster import list_clusters
 
-    return make_plan(topology_file(file), environ=os.environ, name=chosen_cluster(ctx, name))
+    held = {port: cluster.name for cluster in list_clusters(os.environ) for port in cluster.record.ports}
+    return make_plan(topology_file(file), environ=os.environ, found=Found(held=held), name=chosen_cluster(ctx, name))

@@ -7,7 +7,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from epdctl.cli.attach import Interrupted, News, Session, longest_start
 from epdctl.cli.console import data, say
@@ -15,29 +14,19 @@ from epdctl.cli.inbox import Inbox
 from epdctl.cli.leftovers import Footprint, await_nothing
 from epdctl.cli.sweeping import clear, dead_runs
 from epdctl.cli.tables import event_line
-from epdctl.control.cluster import ClusterRef, find_cluster, list_clusters, start_daemon
+from epdctl.control.cluster import ClusterRef, find_cluster, start_daemon
 from epdctl.control.handover import CUT_LOOSE
-from epdctl.errors import AlreadyRunning, EpdError, NotRunning, RankError
+from epdctl.errors import EpdError, NotRunning, RankError
 from epdctl.topology.plan import Plan
 
-__all__ = ["detached", "foreground", "refuse_second", "take_down"]
-
-
-def refuse_second(file: Path) -> None:
-    """Raises AlreadyRunning when a cluster of this very file is up: the truth behind "its port is taken"."""
-    for cluster in list_clusters(os.environ):
-        if Path(cluster.record.source).resolve() == file.resolve():
-            raise AlreadyRunning(
-                f"{file} is already up, as the cluster {cluster.name!r}",
-                hint=f"epdctl --cluster {cluster.name} status; a second one needs its own --name and gateway port",
-            )
+__all__ = ["detached", "foreground", "take_down"]
 
 
 def detached(plan: Plan, wait_timeout: float | None) -> None:
     """Return when every rank is ready; whatever goes wrong before, leave nothing behind and raise."""
     inbox: Inbox[News] = Inbox()
     with inbox.catching_signals(), _lifeline() as lifeline:
-        session = Session(start_daemon(plan, lifeline=lifeline.reader).cluster, inbox)
+        session = Session(_started(plan, lifeline), inbox)
         try:
             session.await_ready(_seconds(plan, wait_timeout))
         except (EpdError, Interrupted) as error:
@@ -51,8 +40,7 @@ def foreground(plan: Plan, wait_timeout: float | None) -> None:
     """Stay until somebody asks for the end, then drain and stop."""
     inbox: Inbox[News] = Inbox()
     with inbox.catching_signals(), _lifeline() as lifeline:
-        daemon = start_daemon(plan, lifeline=lifeline.reader)
-        session = Session(daemon.cluster, inbox)
+        session = Session(_started(plan, lifeline), inbox)
         try:
             ready = session.await_ready(_seconds(plan, wait_timeout))
             session.write(partial(_announce, session.cluster))
@@ -97,6 +85,13 @@ def _lifeline() -> Generator[_Lifeline]:
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def _started(plan: Plan, lifeline: _Lifeline) -> ClusterRef:
+    daemon = start_daemon(plan, lifeline=lifeline.reader)
+    for note in plan.notes:
+        say(f"note: {note}")
+    return daemon.cluster
 
 
 def _seconds(plan: Plan, wait_timeout: float | None) -> float:

@@ -25,16 +25,9 @@ def up(
     kills it. With -d the cluster stays. When a rank fails, or the time is over, everything is taken down again and
     nothing stays behind: exit 1 with its reason and last lines, or 5.
     """
-    from epdctl.cli import console, raising
-    from epdctl.errors import UserError
+    from epdctl.cli import raising
 
-    try:
-        plan = options.make_plan(ctx, file, name or cluster)
-    except UserError:
-        raising.refuse_second(options.topology_file(file))
-        raise
-    for note in plan.notes:
-        console.say(f"note: {note}")
+    plan = options.make_plan(ctx, file, name or cluster)
     if detach:
         raising.detached(plan, wait_timeout)
     else:

@@ -178,7 +178,7 @@ def _refuse_second(directory: ClusterDir) -> None:
     if holder is not None and holder.alive:
         raise AlreadyRunning(
             f"the cluster {directory.name!r} is already up (pid {holder.pid})",
-            hint=f"look at it with: epdctl --cluster {directory.name} status; or choose another --name",
+            hint=f"look at it with: epdctl --cluster {directory.name} status; another needs its own --name and ports",
         )
 
 

@@ -54,6 +54,7 @@ class Record(msgspec.Struct, frozen=True):
     state_dir: str
     source: str
     gateway: str | None
+    ports: list[int] = []  # every TCP port of the cluster
 
 
 @dataclass(frozen=True, slots=True)

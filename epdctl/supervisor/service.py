@@ -83,6 +83,7 @@ def _record(plan: Plan, rundir: RunDir) -> Record:
         state_dir=str(rundir.state.path),
         source=plan.source,
         gateway=plan.gateway_url,
+        ports=plan.ports,
     )
 
 

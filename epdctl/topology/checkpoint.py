@@ -16,7 +16,7 @@ from epdctl.topology.schema import Topology
 from epdctl.topology.weights import Weights, read_weights
 from epdctl.topology.words import closest
 
-__all__ = ["BUNDLED", "Checkpoint", "find_checkpoint"]
+__all__ = ["BUNDLED", "UNKNOWN", "Checkpoint", "find_checkpoint"]
 
 BUNDLED = ("shapes-vl",)  # shipped in the package's data
 _NAME_ONE = f"name a checkpoint's directory, a hub id, or {BUNDLED[0]}, the small model that is shipped"
@@ -31,6 +31,9 @@ class Checkpoint:
     dtype: str | None  # what the weights are stored as, when config.json says so
     weights: Weights | None = None  # where its files say how large they are
     largest: Largest | None = None  # what a request may show to it
+
+
+UNKNOWN = Checkpoint(Path("unknown"), "unknown", "unknown", None)  # in place of one that could not be found
 
 
 def find_checkpoint(topology: Topology, environ: Mapping[str, str]) -> Checkpoint:

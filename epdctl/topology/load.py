@@ -4,36 +4,61 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from epdctl.errors import Mistake, TopologyError
 from epdctl.topology.checks import Finding, check
+from epdctl.topology.document import Trail
 from epdctl.topology.reading import parse, read_text
 from epdctl.topology.schema import Topology
 from epdctl.topology.validation import Validated, validate
 
-__all__ = ["load", "loads"]
+__all__ = ["Draft", "draft", "load", "loads"]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A file with its mistakes. ``topology``: as it may be once they are mended; None where that cannot be told."""
+
+    topology: Topology | None
+    mistakes: tuple[Mistake, ...]
 
 
 def load(path: Path, environ: Mapping[str, str]) -> Topology:
     """Raises TopologyError with every mistake in the file."""
-    return loads(str(path), read_text(path), environ)
+    return _faultless(draft(path, environ))
 
 
 def loads(source: str, text: str, environ: Mapping[str, str]) -> Topology:
     """``source``: the file's name, for messages and for the cluster's default name."""
+    return _faultless(_drafted(source, text, environ))
+
+
+def draft(path: Path, environ: Mapping[str, str]) -> Draft:
+    """Raises TopologyError when the file is no YAML mapping."""
+    return _drafted(str(path), read_text(path), environ)
+
+
+def _faultless(made: Draft) -> Topology:
+    if made.mistakes or made.topology is None:
+        raise TopologyError(made.mistakes)
+    return made.topology
+
+
+def _drafted(source: str, text: str, environ: Mapping[str, str]) -> Draft:
     parsed = parse(source, text, environ)  # masks references, composes, resolves; notes duplicate keys
     validated = validate(parsed)  # the schema: unknown keys, types, bounds, words
     checked = _checked(validated)  # what must hold between fields
-    mistakes = [
+    mistakes = (
         *parsed.mistakes,
         *validated.mistakes,
         *(validated.document.mistake(finding.trail, finding.problem, finding.remedy) for finding in checked),
-    ]
-    if mistakes or validated.file is None:
-        raise TopologyError(sorted(mistakes, key=_position))
+    )
+    if validated.file is None:
+        return Draft(None, mistakes)
     name = validated.file.cluster or _default_name(source)
-    return Topology(name, validated.file, parsed.document)
+    return Draft(Topology(name, validated.file, parsed.document, _doubtful(validated, checked)), mistakes)
 
 
 def _checked(validated: Validated) -> list[Finding]:
@@ -43,9 +68,9 @@ def _checked(validated: Validated) -> list[Finding]:
     return [finding for finding in check(validated.file) if not finding.rests_on(validated.touched)]
 
 
-def _position(mistake: Mistake) -> tuple[int, int]:
-    _, line, column = mistake.place.rsplit(":", 2)
-    return int(line), int(column)
+def _doubtful(validated: Validated, findings: list[Finding]) -> frozenset[Trail]:
+    found = {trail for finding in findings for trail in (finding.trail, *finding.also)}
+    return validated.touched | found
 
 
 def _default_name(source: str) -> str:

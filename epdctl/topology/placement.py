@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from epdctl.errors import Mistake, PlacementError
+from epdctl.errors import PlacementError
 from epdctl.ids import LocalGpu, RankName, Stage
 from epdctl.topology.checkpoint import Checkpoint
 from epdctl.topology.document import Trail
@@ -43,6 +43,7 @@ __all__ = ["listeners", "place"]
 
 _MAX_GPU_THREADS = 4  # beside a GPU the CPU only launches kernels
 _MAX_PREPROCESS_THREADS = 8
+_SEATED_BY = ("gpus", "share", "replicas", "dp")
 _ANSWERING = frozenset({Stage.DECODE, Stage.LANGUAGE, Stage.MONO})
 
 
@@ -62,7 +63,8 @@ class _Settled:
 def place(
     topology: Topology, checkpoint: Checkpoint, hardware: Hardware, ports_in_use: Mapping[int, str] | None = None
 ) -> Plan:
-    """``ports_in_use``: port of the gateway's address → who has it. Raises PlacementError with all that fails."""
+    """``ports_in_use``: port of the topology → what is with it. Raises PlacementError with all that fails, less what
+    rests on a field that is in doubt."""
     on_cpu = {stage for stage, section in topology.file.stages.present() if _runs_on_cpu(section, hardware)}
     wishes = [
         wish
@@ -79,8 +81,8 @@ def place(
         *_port_complaints(topology, ports_in_use or {}),
         *_attention_complaints(settled.model, on_cpu),
     ]
-    if complaints:
-        raise _refusal(topology, complaints)
+    if certain := [one for one in complaints if not topology.doubts(*_grounds(topology, one))]:
+        raise PlacementError.of([topology.document.mistake(one.trail, one.problem, one.remedy) for one in certain])
     ranks = _ranks(topology, settled, seating)
     return Plan(
         cluster=topology.cluster,
@@ -109,7 +111,7 @@ def listeners(file: TopologyFile) -> list[tuple[Trail, str, int]]:
 
 def _port_complaints(topology: Topology, ports_in_use: Mapping[int, str]) -> list[Complaint]:
     return [
-        Complaint(trail, f"port {port} of {host} is in use by {ports_in_use[port]}", "stop that, or write another port")
+        Complaint(trail, f"port {port} of {host} is {ports_in_use[port]}", "stop that, or write another port")
         for trail, host, port in listeners(topology.file)
         if port in ports_in_use
     ]
@@ -125,9 +127,12 @@ def _attention_complaints(model: ModelConfig, on_cpu: set[Stage]) -> list[Compla
     return [Complaint(("model", "attention"), f"varlen needs a GPU and 16-bit numbers, but {where}", "write auto")]
 
 
-def _refusal(topology: Topology, complaints: list[Complaint]) -> PlacementError:
-    mistakes: list[Mistake] = [topology.document.mistake(one.trail, one.problem, one.remedy) for one in complaints]
-    return PlacementError("\n".join(map(str, mistakes)))
+def _grounds(topology: Topology, complaint: Complaint) -> list[Trail]:
+    """The fields that ``complaint`` follows from: who gets which GPU follows from the wishes of all stages."""
+    if complaint.trail[0] != "stages":
+        return [complaint.trail]
+    stages = [stage for stage, _ in topology.file.stages.present()]
+    return [complaint.trail, *(("stages", stage, field) for stage in stages for field in _SEATED_BY)]
 
 
 def _settle(topology: Topology, checkpoint: Checkpoint, hardware: Hardware, seating: Seating) -> _Settled:

@@ -73,6 +73,13 @@ class Plan:
     notes: tuple[str, ...] = ()  # what was chosen on the user's behalf: "transfer: auto → zmq"
 
     @property
+    def ports(self) -> list[int]:
+        """Every TCP port that its ranks listen at."""
+        gateways = [rank.config.gateway.port for rank in self.ranks if rank.stage is Stage.GATEWAY]
+        surfaces = [rank.config.encoder.http for rank in self.ranks]
+        return gateways + [surface.port for surface in surfaces if surface is not None]
+
+    @property
     def gateway_url(self) -> str | None:
         for rank in self.ranks:
             if rank.stage is Stage.GATEWAY:

@@ -1,30 +1,28 @@
-"""Whether the gateway's port is free, and who has it when it is not."""
+"""Whether a port is free, and what is with it when it is not."""
 
 from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Mapping
 
-from epdctl.errors import PlacementError
-
-__all__ = ["busy_ports"]
+__all__ = ["why_not_free"]
 
 
-def busy_ports(host: str, port: int) -> Mapping[int, str]:
-    """``{}`` when ``port`` can be bound at ``host``, else the port and its holder, as far as we may see it."""
+def why_not_free(host: str, port: int) -> str | None:
+    """None when ``port`` can be bound at ``host``, else what is with it: who has it, as far as we may see."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the gateway does: TIME_WAIT is no owner
         try:
             probe.bind((host, port))
         except OSError as error:
-            return {port: _holder(port) if error.errno == errno.EADDRINUSE else _refused(host, port, error)}
-    return {}
+            return f"in use by {_holder(port)}" if error.errno == errno.EADDRINUSE else _refused(error)
+    return None
 
 
-def _refused(host: str, port: int, error: OSError) -> str:
-    hint = "ports below 1024 need rights that epdctl should not have" if error.errno == errno.EACCES else None
-    raise PlacementError(f"{host}:{port} cannot be used: {error.strerror}", hint=hint) from error
+def _refused(error: OSError) -> str:
+    if error.errno == errno.EACCES:
+        return "not ours to use: ports below 1024 need rights that epdctl should not have"
+    return f"not to be had: {error.strerror}"
 
 
 def _holder(port: int) -> str:

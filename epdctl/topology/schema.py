@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from epdctl.ids import Stage
-from epdctl.topology.document import Document
+from epdctl.topology.document import Document, Trail
 from epdctl.topology.plan import Deadlines, RestartPolicy
 from epdctl.topology.values import ApiKey, Bytes, CacheBytes, Gpus, Seconds
 from epdctl.wire.config import EncoderConfig, EngineConfig, GatewayConfig, Limits, TransferConfig
@@ -293,15 +293,23 @@ class TopologyFile(_Section):
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """A file that passed every check. ``document`` tells later passes where a field stands."""
+    """One cluster as it was written. ``document`` tells later passes where a field stands.
+
+    ``doubtful``: fields with a mistake, while all mistakes are gathered; a topology that is run has none.
+    """
 
     cluster: str
     file: TopologyFile
     document: Document
+    doubtful: frozenset[Trail] = frozenset()
 
     @property
     def source(self) -> str:
         return self.document.file
+
+    def doubts(self, *trails: Trail) -> bool:
+        """Whether a mistake lies at, above or below one of ``trails``."""
+        return any(one[: len(two)] == two or two[: len(one)] == one for one in trails for two in self.doubtful)
 
 
 def json_schema() -> dict[str, Any]:

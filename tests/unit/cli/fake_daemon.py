@@ -128,7 +128,7 @@ def running(base: Path, script: Script, name: str = "demo") -> Iterator[ClusterD
     start = process_start(os.getpid())
     assert start is not None
     directory.lock.write_bytes(msgspec.json.encode(Holder(os.getpid(), start, RunId(RUN))))
-    record = Record(os.getpid(), start, RUN, PROTOCOL, str(base / "state"), "demo.yaml", "http://127.0.0.1:9")
+    record = Record(os.getpid(), start, RUN, PROTOCOL, str(base / "state"), "demo.yaml", "http://127.0.0.1:9", [9])
     directory.record.write_bytes(msgspec.json.encode(record))
     loop = asyncio.new_event_loop()
     server = ControlServer(FakeDaemon(script, directory))

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from epdctl.adapters import Found
 from epdctl.cli.attach import all_ready, given_up, longest_start
 from epdctl.control.cluster import ClusterRef, DaemonProcess
 from epdctl.control.paths import ClusterDir
-from epdctl.errors import DeadlineExceeded, UserError
+from epdctl.errors import DeadlineExceeded
 from epdctl.ids import Incarnation, RankName
 from epdctl.topology.plan import Deadlines, Plan, RestartPolicy
 from epdctl.wire.control import Down, FollowLogs, LogLine, RankState
@@ -170,18 +171,32 @@ def test_a_terminal_that_closes_before_the_address_is_told_is_a_wish_to_stop(
     assert Down() in cluster.script.asked  # the thread that follows logs may ask later
 
 
-def test_a_second_up_of_the_same_file_says_so_and_not_that_its_port_is_taken(
+def test_a_second_up_is_refused_before_it_says_anything_else(
     run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise UserError("port 8000 is in use")
-
-    monkeypatch.setattr("epdctl.adapters.make_plan", refuse)
+    monkeypatch.setattr("epdctl.adapters.make_plan", lambda *_, **__: PLAN)
     with running(base, Script()):
-        second, other = run("up", "demo.yaml"), run("up", "other.yaml")
-    assert (second.exit_code, other.exit_code) == (2, 2)
-    assert "demo.yaml is already up, as the cluster 'demo'" in second.stderr
-    assert "port 8000 is in use" in other.stderr
+        second = run("up", "demo.yaml")
+    assert second.exit_code == 2
+    assert second.stderr.splitlines() == [
+        f"error: the cluster 'demo' is already up (pid {os.getpid()})",
+        "hint: look at it with: epdctl --cluster demo status; another needs its own --name and ports",
+    ]
+
+
+def test_a_plan_knows_the_ports_of_the_clusters_that_are_up(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def remember(path: object, **options: object) -> Plan:
+        seen.append(options["found"])
+        return PLAN
+
+    monkeypatch.setattr("epdctl.adapters.make_plan", remember)
+    with running(base, Script()):
+        assert run("plan", "demo.yaml").exit_code == 0
+    assert seen == [Found(held={9: "demo"})]
 
 
 def test_up_takes_its_file_from_the_environment(

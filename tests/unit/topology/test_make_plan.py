@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import epdctl
-from epdctl.adapters import ADAPTERS, make_plan
+from epdctl.adapters import ADAPTERS, Found, make_plan
 from epdctl.adapters.native import SERVICES
 from epdctl.control.handover import HANDOVER, Handover
 from epdctl.errors import PlacementError, TopologyError, UserError
 from epdctl.ids import MODEL_STAGES, Stage, new_run_id
 from epdctl.topology.hardware import Hardware
 from epdctl.topology.plan import Plan
-from epdctl.topology.ports import busy_ports
+from epdctl.topology.ports import why_not_free
 from epdctl.topology.profiles import list_profiles, profile_text
 from epdctl.topology.schema import json_schema
 from epdctl.wire.message import to_json
@@ -35,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def planned(path: Path, checkpoint: Path, hardware: Hardware, **environ: str) -> Plan:
-    return make_plan(path, environ={"EPDCTL_MODEL": str(checkpoint), **environ}, hardware=hardware, ports_in_use={})
+    return make_plan(path, environ={"EPDCTL_MODEL": str(checkpoint), **environ}, found=Found(hardware, {}))
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -163,7 +163,7 @@ def test_a_plan_can_be_written_as_json(checkpoint: Path) -> None:
 
 def test_the_name_given_goes_before_the_file_s(checkpoint: Path) -> None:
     environ = {"EPDCTL_MODEL": str(checkpoint)}
-    made = make_plan(PROFILES / "cpu-demo.yaml", environ=environ, hardware=machine(), ports_in_use={}, name="mine")
+    made = make_plan(PROFILES / "cpu-demo.yaml", environ=environ, found=Found(machine(), {}), name="mine")
     assert made.cluster == "mine"
     with pytest.raises(UserError, match="'My cluster' is no cluster name"):
         make_plan(PROFILES / "cpu-demo.yaml", environ=environ, name="My cluster")
@@ -175,7 +175,7 @@ def test_the_name_given_goes_before_the_file_s(checkpoint: Path) -> None:
 def refused(tmp_path: Path, path: str, environ: dict[str, str] | None = None, more: str = "") -> str:
     file = written(tmp_path, f"model:\n  path: {path}\n{more}stages: {{language: {{}}}}\n")
     with pytest.raises(TopologyError) as caught:
-        make_plan(file, environ=environ or {}, hardware=machine(), ports_in_use={})
+        make_plan(file, environ=environ or {}, found=Found(machine(), {}))
     (mistake,) = caught.value.mistakes
     assert mistake.place == f"{file}:2:9"
     return f"{mistake.problem} ({mistake.remedy})"
@@ -210,7 +210,7 @@ def test_a_checkpoint_that_is_not_served(checkpoint: Path, tmp_path: Path, confi
 
 def test_a_family_that_was_nearly_meant(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    assert "(served are: llava_onevision, qwen2_5_vl, qwen3_vl; did you mean 'qwen2_5_vl'?)" in refused(
+    assert "(served are: llava_onevision, qwen2_5_vl, qwen2_audio, qwen3_vl; did you mean 'qwen2_5_vl'?)" in refused(
         tmp_path, str(checkpoint)
     )
 
@@ -230,13 +230,13 @@ def test_a_hub_id_in_the_cache(tmp_path: Path) -> None:
     (repository / "refs" / "main").write_text("0" * 40)
     file = written(tmp_path, "model: {path: Qwen/Tiny-VL}\nstages: {language: {}}\n")
     environ = {"HF_HUB_CACHE": str(tmp_path / "hf")}
-    model = make_plan(file, environ=environ, hardware=machine(), ports_in_use={}).ranks[0].config.model
+    model = make_plan(file, environ=environ, found=Found(machine(), {})).ranks[0].config.model
     assert (model.path, model.name) == (str(snapshot), "Qwen/Tiny-VL")
 
 
 def test_home_is_the_given_one(checkpoint: Path, tmp_path: Path) -> None:
     file = written(tmp_path, "model: {path: ~/tiny}\nstages: {language: {}}\n")
-    made = make_plan(file, environ={"HOME": str(tmp_path)}, hardware=machine(), ports_in_use={})
+    made = make_plan(file, environ={"HOME": str(tmp_path)}, found=Found(machine(), {}))
     assert made.ranks[0].config.model.path == str(checkpoint)
 
 
@@ -248,14 +248,79 @@ def test_a_port_is_free_until_somebody_listens(tmp_path: Path, checkpoint: Path)
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        (holder,) = busy_ports("127.0.0.1", port).values()
-        assert "pid" in holder
+        assert "pid" in (why_not_free("127.0.0.1", port) or "")
         file = written(
             tmp_path, f"model: {{path: {checkpoint}}}\nstages: {{language: {{}}}}\ngateway: {{port: {port}}}\n"
         )
         with pytest.raises(PlacementError, match=f"port {port} of 127.0.0.1 is in use by "):
-            make_plan(file, environ={}, hardware=machine())
-    assert busy_ports("127.0.0.1", port) == {}
+            make_plan(file, environ={}, found=Found(machine()))
+    assert why_not_free("127.0.0.1", port) is None
+
+
+BUSY = """\
+model: {path: none-such}
+gateway: {port: PORT}
+stages:
+  encoder: {gpus: [7], batch_patch: 9}
+  language: {gpus: [6], kv_tokens: many}
+"""
+
+
+def mistakes(file: Path, found: Found) -> list[tuple[str, str]]:
+    """Line and path of each."""
+    with pytest.raises(TopologyError) as caught:
+        make_plan(file, environ={}, found=found)
+    return [(one.place.split(":")[-2], one.path) for one in caught.value.mistakes]
+
+
+def test_what_the_machine_lacks_is_told_with_the_mistakes_of_the_file_in_its_order(tmp_path: Path) -> None:
+    file = written(tmp_path, BUSY.replace("PORT", "8123"))
+    assert mistakes(file, Found(machine(1), {8123: "in use by nginx"})) == [
+        ("1", "model.path"),
+        ("2", "gateway.port"),
+        ("4", "stages.encoder.gpus[0]"),
+        ("4", "stages.encoder.batch_patch"),
+        ("5", "stages.language.gpus[0]"),
+        ("5", "stages.language.kv_tokens"),
+    ]
+
+
+def test_what_only_follows_from_a_mistake_is_not_told(tmp_path: Path) -> None:
+    text = BUSY.replace("PORT", "80000").replace("[6]", "all").replace("none-such", "${NONE}")
+    assert mistakes(written(tmp_path, text), Found(machine(0), {8000: "in use by nginx"})) == [
+        ("1", "model.path"),
+        ("2", "gateway.port"),
+        ("4", "stages.encoder.batch_patch"),
+        ("5", "stages.language.gpus"),
+        ("5", "stages.language.kv_tokens"),
+    ]
+
+
+def test_gpus_that_cannot_be_read_are_told_after_the_mistakes_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sick(environ: object) -> Hardware:
+        raise PlacementError("the GPUs cannot be read: lost", hint="nvidia-smi says more")
+
+    monkeypatch.setattr("epdctl.adapters.planning.probe", sick)
+    file = written(tmp_path, "model: {path: shapes-vl}\nstages: {language: {kv_tokens: many}}\n")
+    with pytest.raises(TopologyError) as caught:
+        make_plan(file, environ={}, found=Found(ports_in_use={}))
+    assert str(caught.value).splitlines()[1:] == ["this machine: the GPUs cannot be read: lost (nvidia-smi says more)"]
+
+
+def test_the_port_of_a_cluster_that_is_up_is_known_for_its_own(tmp_path: Path, checkpoint: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        text = f"model: {{path: {checkpoint}}}\nstages: {{language: {{}}}}\ngateway: {{port: {port}}}\n"
+        file, found = written(tmp_path, text), Found(machine(), held={port: "shop"})
+        assert make_plan(file, environ={}, found=found, name="shop").notes[-1] == (
+            f"gateway.port: {port} is in use by this cluster, which is up"
+        )
+        with pytest.raises(PlacementError, match="is in use by the cluster 'shop', which is up"):
+            make_plan(file, environ={}, found=found, name="stall")
 
 
 def test_the_shipped_model_is_found_by_its_name_from_any_directory(
@@ -263,6 +328,6 @@ def test_the_shipped_model_is_found_by_its_name_from_any_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for profile in ("cpu-demo", "cpu-mono"):
-        made = make_plan(PROFILES / f"{profile}.yaml", environ={}, hardware=machine(), ports_in_use={})
+        made = make_plan(PROFILES / f"{profile}.yaml", environ={}, found=Found(machine(), {}))
         assert {rank.config.model.name for rank in made.ranks} == {"shapes-vl"}
         assert Path(made.ranks[0].config.model.path, "model.safetensors").is_file()

@@ -53,7 +53,7 @@ def test_an_encoder_with_http_may_stand_alone_and_its_router_knows_what_is_behin
     assert (router.http.host, router.http.port, router.http.strict) == ("127.0.0.1", 8100, False)
     assert router.http.token_file == os.path.abspath("t.txt")
     assert rank(made, "encoder/0").config.encoder.http is None
-    assert refused(MODEL + HTTP, machine(), {8100: "nginx (pid 7)"})[0].startswith("test.yaml:2:")
+    assert refused(MODEL + HTTP, machine(), {8100: "in use by nginx (pid 7)"})[0].startswith("test.yaml:2:")
 
 
 def test_auto_takes_free_gpus_in_order_around_named_ones() -> None:
@@ -174,7 +174,9 @@ def test_refusals_have_place_and_remedy(stages: str, hardware: Hardware, line: s
 
 
 def test_a_port_in_use_names_its_holder() -> None:
-    lines = refused(MODEL + "gateway: {port: 8123}\nstages: {language: {}}", machine(), {8123: "nginx (pid 7)"})
+    lines = refused(
+        MODEL + "gateway: {port: 8123}\nstages: {language: {}}", machine(), {8123: "in use by nginx (pid 7)"}
+    )
     assert lines == [
         "test.yaml:2:17: gateway.port: port 8123 of 127.0.0.1 is in use by nginx (pid 7) "
         "(stop that, or write another port)"
@@ -192,7 +194,7 @@ def test_varlen_attention_where_it_cannot_be(gpus: int, dtype: str, why: str) ->
 
 def test_all_that_fails_is_told_at_once() -> None:
     text = MODEL + "stages: {encoder: {dp: 2, gpus: [0, 7]}, prefill: {gpus: [0]}, decode: {gpus: auto}}"
-    lines = refused(text, machine(1), {8000: "nginx (pid 7)"})
+    lines = refused(text, machine(1), {8000: "in use by nginx (pid 7)"})
     told = ("no GPU 7", "booked for encoder/0, prefill/0", "no GPU with room for decode/0", "port 8000")
     assert len(lines) == 4
     assert all(any(part in line for line in lines) for part in told)
