@@ -86,7 +86,7 @@ def status_table(reply: StatusReply) -> Table:
             ",".join(str(gpu.index) for gpu in status.gpus) or "-",
             size(status.rss_bytes),
             _or_dash(status.inflight),
-            str(status.restarts),
+            _restarts(status),
         )
     return table
 
@@ -178,6 +178,11 @@ def turns(replies: Iterable[StatusReply]) -> Iterator[StatusReply]:
 def _with_reason(state: str, reason: str) -> str:
     text = _one_line(reason)
     return f"{state}: {text}" if text not in ("", state) else state
+
+
+def _restarts(status: RankStatus) -> str:
+    """``2``, or ``2+1`` where somebody asked for one more."""
+    return f"{status.restarts}+{status.restarts_asked}" if status.restarts_asked else str(status.restarts)
 
 
 def _or_dash(value: int | None) -> str:

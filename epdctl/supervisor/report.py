@@ -41,6 +41,7 @@ def rank_status(member: Member, now: float) -> RankStatus:
         pid=pid,
         incarnation=member.rank.incarnation,
         restarts=member.rank.restarts,
+        restarts_asked=member.rank.restarts_asked,
         gpus=list(member.planned.gpus),
         rss_bytes=None if pid is None else rss(pid),
         inflight=beat.inflight if beat is not None else None,

@@ -68,12 +68,13 @@ class RankStatus(Part, frozen=True):
     since: float  # seconds in this state
     pid: int | None
     incarnation: Incarnation
-    restarts: int
+    restarts: int  # that a fault made necessary
     gpus: list[PhysicalGpu]
     rss_bytes: int | None
     inflight: int | None
     completed: int | None
     endpoints: Endpoints
+    restarts_asked: int = 0  # by `restart`, or by a start after the rank had been given up
     leases: int | None = None  # on memory that peers write to; an idle rank has none
     held_pages: int | None = None  # of KV
     transfer: str | None = None  # how its bytes move, and what that was measured to reach at start

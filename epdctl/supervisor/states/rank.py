@@ -62,6 +62,7 @@ class Rank:
     fatal: LastWords | None = None
     cause: str = ""  # why the incarnation before this one ended
     incarnation: Incarnation = Incarnation(0)  # noqa: RUF009
+    restarts: int = 0  # that a fault made necessary
     faults: tuple[float, ...] = ()  # when the restarts within the window were decided
     history: tuple[tuple[RankState, str], ...] = ()
 
@@ -71,9 +72,9 @@ class Rank:
         return self.faulted or self.state in (RankState.BACKOFF, RankState.FAILED)
 
     @property
-    def restarts(self) -> int:
-        """Since it first came up, whoever or whatever caused them."""
-        return max(0, self.incarnation - 1)
+    def restarts_asked(self) -> int:
+        """All the others: somebody wanted them."""
+        return max(0, self.incarnation - 1 - self.restarts)
 
 
 class IllegalTransition(EpdError):

@@ -38,11 +38,11 @@ def restart_idle(rank: Rank, event: StartRequested | RestartRequested, now: floa
 
 
 def restart_backing_off(rank: Rank, event: RestartRequested, now: float, rules: Rules) -> Outcome:
-    return wait(replace(rank, faults=()), rules)
+    return wait(replace(rank, faults=(), restarts=rank.restarts + 1), rules)
 
 
 def backed_off(rank: Rank, event: TimerFired, now: float, rules: Rules) -> Outcome:
-    return wait(rank, rules)
+    return wait(replace(rank, restarts=rank.restarts + 1), rules)
 
 
 def forgive(rank: Rank, event: Event, now: float, rules: Rules) -> Outcome:

@@ -64,6 +64,12 @@ def test_every_rank_has_its_line() -> None:
     assert lines[3].split() == ["encoder/0", "ready", "serving", "3m20s", "4242", "3", "300M", "2", "0"]
 
 
+@pytest.mark.parametrize(("restarts", "asked", "shown"), [(0, 0, "0"), (2, 0, "2"), (2, 1, "2+1"), (0, 3, "0+3")])
+def test_restarts_that_were_asked_for_stand_apart(restarts: int, asked: int, shown: str) -> None:
+    one = reply(rank("decode/0", restarts=restarts, restarts_asked=asked))
+    assert text_of(tables.status_table(one), 120).split()[-1] == shown
+
+
 def test_what_is_not_known_is_a_dash() -> None:
     assert text_of(tables.status_table(BROKEN), 120).splitlines()[2].split()[-6:] == ["3m20s", "-", "-", "-", "-", "0"]
 

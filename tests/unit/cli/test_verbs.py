@@ -52,8 +52,8 @@ def test_status_json_has_the_documented_fields(run: Run, base: Path) -> None:
     encoder = reply["ranks"][2]
     documented = {
         "rank": "encoder/0", "stage": "encoder", "state": "ready", "reason": "serving", "since": 200.0, "pid": 4242,
-        "incarnation": 1, "restarts": 0, "gpus": [{"index": 3, "uuid": "GPU-abc"}], "rss_bytes": 300 << 20,
-        "inflight": 2,
+        "incarnation": 1, "restarts": 0, "restarts_asked": 0,
+        "gpus": [{"index": 3, "uuid": "GPU-abc"}], "rss_bytes": 300 << 20, "inflight": 2,
     }  # fmt: skip
     assert documented.items() <= encoder.items()
     assert result.stderr == ""
@@ -103,6 +103,11 @@ def test_logs_of_the_last_run_when_nothing_runs(run: Run, base: Path) -> None:
     (logs / "encoder-0.2.log").write_text("second\nthird\n")
     assert run("logs", "--tail", "1").stdout == "encoder/0        | third\n"
     assert run("logs", "encoder/0", "--previous").stdout == "encoder/0        | first\n"
+    assert run("logs", "daemon").stdout == ""
+    (logs / "daemon.log").write_text("ours\n")
+    assert run("logs", "daemon").stdout == "daemon           | ours\n"
+    assert run("logs", "--tail", "1").stdout == "encoder/0        | third\n"
+    assert run("logs", "daemon", "--previous").stdout == ""
     assert run("logs", "-f").exit_code == 3
     assert run("logs", "decoder").exit_code == 2
 

@@ -364,7 +364,7 @@ def test_a_restart_drains_ends_and_comes_again() -> None:
     life.then(DrainedReported(FIRST)).crash(0)
     assert life.state is RankState.WAITING
     life.comes_up()
-    assert (life.state, life.rank.incarnation, life.rank.restarts) == (RankState.READY, 2, 1)
+    assert (life.state, life.rank.incarnation, counts(life)) == (RankState.READY, 2, (0, 1))
     assert life.reason == "ready; last restart: restart asked for"
     assert life.rank.faults == ()
 
@@ -390,14 +390,21 @@ def test_a_restart_forgives(before: Make) -> None:
     assert (life.state, life.rank.faults) == (RankState.WAITING, ())
 
 
+def counts(life: Life) -> tuple[int, int]:
+    return life.rank.restarts, life.rank.restarts_asked
+
+
 def test_a_restart_is_counted_once() -> None:
-    assert backing_off().then(RestartRequested()).comes_up().rank.restarts == 1
-    assert backing_off().then(StopRequested(), StartRequested()).comes_up().rank.restarts == 1
-    assert failed().then(RestartRequested()).comes_up().rank.restarts == 1
+    assert counts(backing_off().then(RestartRequested()).comes_up()) == (1, 0), "it was due anyway"
+    assert counts(backing_off().then(StopRequested(), StartRequested()).comes_up()) == (0, 1)
+    assert counts(failed().then(RestartRequested()).comes_up()) == (0, 1)
+    crashed = backing_off().fires(Timer.BACKOFF).comes_up()
+    crashed.then(RestartRequested(), DrainedReported(crashed.rank.incarnation)).crash(0)
+    assert counts(crashed.comes_up()) == (1, 1)
 
 
 def test_a_restart_of_a_rank_that_never_ran_is_a_start() -> None:
-    assert Life(RestartRequested()).comes_up().rank.restarts == 0
+    assert counts(Life(RestartRequested()).comes_up()) == (0, 0)
 
 
 @pytest.mark.parametrize("event", [StartRequested(), RestartRequested()])
@@ -440,7 +447,7 @@ def test_after_the_backoff_it_comes_again_and_says_why_it_did() -> None:
     assert life.state is RankState.WAITING
     life.comes_up()
     assert life.reason == "ready; last restart: killed by SIGKILL"
-    assert (life.rank.incarnation, life.rank.restarts) == (2, 1)
+    assert (life.rank.incarnation, counts(life)) == (2, (1, 0))
 
 
 def test_the_backoff_doubles_and_the_budget_ends_it() -> None:
