@@ -9,8 +9,8 @@ from typing import TextIO
 from epdctl.cli.console import is_fancy, plain, rank_prefix
 from epdctl.cli.kept import newest_cluster
 from epdctl.control.cluster import find_cluster, last_run_logs
-from epdctl.control.logfiles import LogFile, tail
-from epdctl.control.select import select
+from epdctl.control.logfiles import DAEMON, LogFile, tail
+from epdctl.control.select import select_logs
 from epdctl.errors import NotRunning
 from epdctl.ids import RankName
 from epdctl.wire.control import FollowLogs, LogLine
@@ -50,13 +50,15 @@ def log_lines(cluster: str | None, wanted: FollowLogs) -> Iterator[LogLine]:
 
 def kept_lines(files: list[LogFile], wanted: FollowLogs) -> Iterator[LogLine]:
     """The last lines of each wanted rank's last process, or of the one before it."""
-    for rank in select(wanted.ranks, list(dict.fromkeys(file.rank for file in files))):
+    ranks = dict.fromkeys(RankName(file.rank) for file in files if file.rank != DAEMON)
+    for rank in select_logs(wanted.ranks, list(ranks)):
         chosen = _incarnation(files, rank, previous=wanted.previous)
         if chosen is not None:
             for text in tail(chosen.path, wanted.tail if wanted.tail is not None else 1_000_000):
                 yield LogLine(rank=rank, incarnation=chosen.incarnation, text=text)
 
 
-def _incarnation(files: list[LogFile], rank: RankName, *, previous: bool) -> LogFile | None:
+def _incarnation(files: list[LogFile], rank: str, *, previous: bool) -> LogFile | None:
     own = [file for file in files if file.rank == rank]  # sorted by incarnation
-    return (own[-2] if len(own) > 1 else None) if previous else own[-1]
+    back = 2 if previous else 1
+    return own[-back] if len(own) >= back else None

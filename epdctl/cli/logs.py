@@ -12,13 +12,14 @@ from epdctl.cli import options
 
 def logs(
     ctx: typer.Context,
-    ranks: options.Ranks = None,
+    ranks: options.Logs = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they write; Ctrl-C ends.")] = False,
     tail: Annotated[int, typer.Option("--tail", "-n", metavar="N", min=0, help="Only the last N of each rank.")] = 100,
     previous: Annotated[bool, typer.Option("--previous", help="Of the process before the present one.")] = False,
     cluster: options.Cluster = None,
 ) -> None:
-    """Print what ranks wrote, each line with its rank's name. Of the last run when nothing runs."""
+    """Print what ranks wrote, each line with its rank's name; `daemon`: their supervisor. Of the last run when nothing
+    runs."""
     from epdctl.cli.loglines import LogPrinter, log_lines
     from epdctl.wire.control import FollowLogs
 

@@ -22,6 +22,7 @@ __all__ = [
     "File",
     "Globals",
     "Json",
+    "Logs",
     "Ranks",
     "chosen_cluster",
     "client",
@@ -52,6 +53,10 @@ def complete_ranks(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+def complete_logs(ctx: typer.Context, incomplete: str) -> list[str]:
+    return complete_ranks(ctx, incomplete) + [name for name in ("daemon",) if name.startswith(incomplete)]
+
+
 def complete_clusters(incomplete: str) -> list[str]:
     from epdctl.control.cluster import list_clusters
 
@@ -78,6 +83,14 @@ File = Annotated[
 Ranks = Annotated[
     list[str] | None,
     typer.Argument(metavar="RANK…", autocompletion=complete_ranks, help="Rank names (encoder/0) or stages; else all."),
+]
+
+
+Logs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RANK…", autocompletion=complete_logs, help="Rank names, stages, or daemon; else every rank."
+    ),
 ]
 
 

@@ -155,7 +155,7 @@ class Client:
             raise Unreachable(f"cannot talk to the daemon at {self.path}: {error}", hint=_HINT) from error
 
 
-_HINT = "its log is daemon.log in the state directory of the run; `epdctl doctor` shows what is left of it"
+_HINT = "its log is logs/daemon.log in the state directory of the run; `epdctl doctor` shows what is left of it"
 
 
 def _checked(command: Question[R] | Feed[R], reply: Reply) -> R:

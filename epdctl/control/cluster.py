@@ -136,7 +136,7 @@ def start_daemon(
     _refuse_second(directory)
     handover = Handover(plan=plan, run=(run := new_run_id()), state_dir=str(state_base(env) / plan.cluster / run))
     state = RunState(Path(handover.state_dir))
-    _make_state(state.path)
+    _make_state(state)
     argv = [*python, "-m", "epdctl.supervisor", "--cluster", plan.cluster]
     with _spawned(argv, env, state, lifeline) as (pid, speak, answer):
         try:
@@ -148,12 +148,13 @@ def start_daemon(
             raise
 
 
-def _make_state(path: Path) -> None:
+def _make_state(state: RunState) -> None:
     try:
-        path.mkdir(parents=True, mode=0o700)
+        state.path.mkdir(parents=True, mode=0o700)
+        state.logs.mkdir(mode=0o700)
     except OSError as error:
         raise UserError(
-            f"cannot make {path}, where logs and events are kept: {error.strerror}",
+            f"cannot make {state.path}, where logs and events are kept: {error.strerror}",
             hint="set EPDCTL_STATE_DIR to a directory that you can write to",
         ) from error
 

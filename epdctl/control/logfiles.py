@@ -1,4 +1,4 @@
-"""A rank's log files, one per incarnation: how they are named, and reading their last lines."""
+"""Log files, one per incarnation of a rank and one of the daemon: their names, and reading their last lines."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 from epdctl.ids import Incarnation, RankName, Stage
 
-__all__ = ["LogFile", "last_bytes", "log_files", "log_path", "tail"]
+__all__ = ["DAEMON", "LogFile", "last_bytes", "log_files", "log_path", "tail"]
 
+DAEMON = "daemon"  # whose log is no rank's
 _FILE = re.compile(r"^(?P<stage>[a-z-]+)-(?P<place>\d+(?:\.\d+)?)\.(?P<incarnation>\d+)\.log$")
 _BLOCK = 64 << 10
 _LONGEST_TAIL = 4 << 20  # bytes read backwards at most, however many lines were asked for
@@ -19,7 +20,9 @@ _LONGEST_TAIL = 4 << 20  # bytes read backwards at most, however many lines were
 
 @dataclass(frozen=True, slots=True, order=True)
 class LogFile:
-    rank: RankName
+    """``rank``: its name, or DAEMON."""
+
+    rank: str
     incarnation: Incarnation
     path: Path
 
@@ -29,7 +32,7 @@ def log_path(directory: Path, rank: RankName, incarnation: Incarnation) -> Path:
 
 
 def log_files(directory: Path) -> list[LogFile]:
-    """Every log file there, by rank and incarnation; files of other names are not ours and are left out."""
+    """Every log file there, the daemon's and those of ranks by incarnation; other files are left out."""
     return sorted(_parse(directory))
 
 
@@ -40,7 +43,9 @@ def _parse(directory: Path) -> Iterator[LogFile]:
         return
     for name in names:
         match = _FILE.match(name)
-        if match is not None and match["stage"] in set(Stage):
+        if name == f"{DAEMON}.log":
+            yield LogFile(DAEMON, Incarnation(1), directory / name)
+        elif match is not None and match["stage"] in set(Stage):
             rank = RankName(f"{match['stage']}/{match['place']}")
             yield LogFile(rank, Incarnation(int(match["incarnation"])), directory / name)
 

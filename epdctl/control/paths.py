@@ -116,7 +116,7 @@ class RunState:
 
     @property
     def daemon_log(self) -> Path:
-        return self.path / "daemon.log"
+        return self.logs / "daemon.log"
 
     @property
     def logs(self) -> Path:

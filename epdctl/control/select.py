@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from epdctl.control.logfiles import DAEMON
 from epdctl.errors import SelectorError
 from epdctl.ids import RankName
 
-__all__ = ["did_you_mean", "select"]
+__all__ = ["did_you_mean", "select", "select_logs"]
 
 
 def select(selectors: Sequence[str], ranks: Sequence[RankName]) -> list[RankName]:
@@ -20,6 +21,13 @@ def select(selectors: Sequence[str], ranks: Sequence[RankName]) -> list[RankName
         return list(ranks)
     wanted = {rank for selector in selectors for rank in _matches(selector, ranks)}
     return [rank for rank in ranks if rank in wanted]
+
+
+def select_logs(selectors: Sequence[str], ranks: Sequence[RankName]) -> list[str]:
+    """As ``select``; besides, "daemon" means the daemon's own log, which nothing else does."""
+    named = [selector for selector in selectors if selector != DAEMON]
+    chosen = select(named, ranks) if named or not selectors else []
+    return [DAEMON, *chosen] if DAEMON in selectors else [*chosen]
 
 
 def _matches(selector: str, ranks: Sequence[RankName]) -> list[RankName]:

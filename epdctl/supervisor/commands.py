@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-from epdctl.control.select import select
+from epdctl.control.select import select, select_logs
 from epdctl.supervisor import health
 from epdctl.supervisor.daemon import Daemon
 from epdctl.supervisor.logs import read_logs
@@ -63,7 +63,7 @@ class Commands:
             yield event
 
     def logs(self, command: FollowLogs) -> AsyncGenerator[LogLine, None]:
-        ranks = select(command.ranks, self._daemon.ranks)
+        ranks = select_logs(command.ranks, self._daemon.ranks)
         return read_logs(self._daemon.rundir.state.logs, ranks, command, lambda: self._daemon.events.closed)
 
     def events(self, command: GetEvents) -> AsyncGenerator[Event, None]:

@@ -1,4 +1,4 @@
-"""Reading the ranks' log files while they grow, several merged into one stream of lines."""
+"""Reading log files while they grow, several merged into one stream of lines."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class LogReader:
 
 
 async def read_logs(
-    directory: Path, ranks: Sequence[RankName], command: FollowLogs, ended: Callable[[], bool]
+    directory: Path, ranks: Sequence[str], command: FollowLogs, ended: Callable[[], bool]
 ) -> AsyncGenerator[LogLine, None]:
     """The lines that ``command`` asks for, rank by rank; then, following, new ones as they come until ``ended()``.
 
@@ -115,11 +115,11 @@ def _last(path: Path, size: int) -> bytes:
         return file.read(size)
 
 
-def _of(directory: Path, rank: RankName) -> list[LogFile]:
+def _of(directory: Path, rank: str) -> list[LogFile]:
     return [file for file in log_files(directory) if file.rank == rank]
 
 
-def _chosen(directory: Path, ranks: Sequence[RankName], previous: bool) -> list[LogFile]:
+def _chosen(directory: Path, ranks: Sequence[str], previous: bool) -> list[LogFile]:
     back = 2 if previous else 1
     histories = [_of(directory, rank) for rank in ranks]
     chosen = [history[-back] for history in histories if len(history) >= back]
@@ -128,7 +128,7 @@ def _chosen(directory: Path, ranks: Sequence[RankName], previous: bool) -> list[
     return chosen
 
 
-def _news(directory: Path, ranks: Sequence[RankName], readers: dict[Path, LogReader]) -> Iterator[LogLine]:
+def _news(directory: Path, ranks: Sequence[str], readers: dict[Path, LogReader]) -> Iterator[LogLine]:
     newest = {
         rank: max((r.file.incarnation for r in readers.values() if r.file.rank == rank), default=0) for rank in ranks
     }

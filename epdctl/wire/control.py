@@ -108,7 +108,7 @@ class Accepted(Message, frozen=True):
 
 
 class LogLine(Message, frozen=True):
-    rank: RankName
+    rank: str  # its name, or "daemon"
     incarnation: Incarnation
     text: str
 
@@ -196,7 +196,7 @@ class Down(Feed[Event], frozen=True):
 
 
 class FollowLogs(Feed[LogLine], frozen=True):
-    ranks: list[str] = []  # empty: all
+    ranks: list[str] = []  # empty: all; "daemon": the daemon's own
     tail: int | None = 100
     follow: bool = False
     previous: bool = False  # the incarnation before the present one

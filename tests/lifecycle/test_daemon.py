@@ -182,7 +182,23 @@ def test_logs_are_kept_by_incarnation(begin: Begin, place: dict[str, str]) -> No
     assert cluster.lines() == [(2, "second"), (2, "two"), (1, "prefill")]
     cluster.down()
     names = [(file.rank, file.incarnation) for file in last_run_logs("scripted", place)]
-    assert names == [("decode/0", 1), ("decode/0", 2), ("prefill/0", 1)]
+    assert names == [("daemon", 1), ("decode/0", 1), ("decode/0", 2), ("prefill/0", 1)]
+
+
+def test_the_daemon_s_own_log_is_read_by_name_and_by_nothing_else(begin: Begin) -> None:
+    cluster = begin({"decode/0": Script(say=["first"])})
+    cluster.until_ready()
+    ours = cluster.lines("daemon")
+    assert "decode/0: starting → ready" in ours[-1][1]
+    assert cluster.lines("daemon", tail=1) == ours[-1:]
+    assert cluster.lines("daemon", "decode") == [*ours, (1, "first")]
+    assert cluster.lines() == cluster.lines("all") == [(1, "first")]
+    with pytest.raises(UserError, match="only once"):
+        cluster.lines("daemon", previous=True)
+    followed = iter(cluster.client.logs(FollowLogs(ranks=["daemon"], tail=1, follow=True)))
+    assert next(followed).text == ours[-1][1]
+    cluster.down()
+    assert any("decode/0: ready → draining" in line.text for line in followed)
 
 
 def test_following_logs_goes_on_with_the_next_incarnation_until_the_cluster_ends(begin: Begin) -> None:
