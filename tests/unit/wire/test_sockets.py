@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
 import stat
 from pathlib import Path
 
@@ -62,6 +65,34 @@ def test_messages_and_frames_both_ways_in_order(sockets: Path) -> None:
         bench.inbox.close()
 
     run(work())
+
+
+def test_a_widened_link_has_a_larger_send_buffer_and_leaves_nothing_behind(sockets: Path) -> None:
+    wanted = 600_000  # the kernel doubles it
+
+    async def work() -> None:
+        bench = Bench(sockets)
+        link = bench.link()
+        assert wanted * 2 not in _send_buffers()
+        link.widen(wanted)
+        while wanted * 2 not in _send_buffers():
+            await asyncio.sleep(0)
+        link.send(Ping(number=1), [bytes(1 << 20)])
+        await bench.got.count(1)
+        link.close()
+        bench.inbox.close()
+
+    run(work())
+
+
+def _send_buffers() -> set[int]:
+    """Of this process's unix sockets."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as each:
+            if each.family == socket.AF_UNIX:
+                found.add(each.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
+    return found
 
 
 def test_a_link_that_opens_before_its_inbox_delivers_once_it_is_there(sockets: Path) -> None:
