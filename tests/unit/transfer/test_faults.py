@@ -3,6 +3,7 @@
     sender killed in the middle of a write      test_a_writer_killed_in_the_middle_of_a_write
     receiver killed, started again there        test_a_receiver_killed_and_started_again_at_the_same_address
     frame cut short, frame oversized            test_frames_cut_short_or_beyond_all_bounds
+    lease expired while its writer is inside    test_a_lease_that_ends_under_its_writer
     lease expired, pool full, generation used
     again, checksum broken, another cluster     test_what_the_receiver_refuses_is_told_in_words_and_the_next_write_lands
     two writers in one slot                     test_two_processes_never_write_into_one_slot
@@ -108,6 +109,23 @@ def test_a_writer_killed_in_the_middle_of_a_write(here: Play, backend: str) -> N
             await receiver.freed.wait()
         again = receiver.lease()
         receiver.release(again, other)
+
+    here(test)
+
+
+def test_a_lease_that_ends_under_its_writer(here: Play, backend: str) -> None:
+    """Nobody gets its bytes before the writer has heard of it; then it needs no death to make them free."""
+
+    async def test(receiver: Here, writer: End) -> None:
+        late, other = receiver.lease(), receiver.lease()
+        assert await writer.ask("stall", encoded(late)) == "inside"
+        receiver.pool.filled(other.lease, other.generation)
+        receiver.now = 10.0
+        assert [lease.id for lease in receiver.pool.expire()] == [late.lease]
+        assert receiver.pool.quarantined_bytes == (0 if backend == "zmq" else HALF)
+        assert "StaleGeneration" in await writer.ask("write", encoded(late), HALF, 1)
+        assert receiver.pool.quarantined_bytes == 0
+        receiver.release(receiver.lease(), other)
 
     here(test)
 
