@@ -17,7 +17,8 @@ from epdctl.topology.checkpoint import Checkpoint
 from epdctl.topology.document import Trail
 from epdctl.topology.hardware import Gpu, Hardware
 from epdctl.topology.moving import Ends, Moving, moving
-from epdctl.topology.plan import Deadlines, Plan, PlannedRank, RestartMode, RestartPolicy
+from epdctl.topology.patience import patient
+from epdctl.topology.plan import Plan, PlannedRank, RestartMode, RestartPolicy
 from epdctl.topology.pools import Pools, memory_of, size_pools
 from epdctl.topology.schema import (
     EncoderStage,
@@ -84,14 +85,15 @@ def place(
     if certain := [one for one in complaints if not topology.doubts(*_grounds(topology, one))]:
         raise PlacementError.of([topology.document.mistake(one.trail, one.problem, one.remedy) for one in certain])
     ranks = _ranks(topology, settled, seating)
+    deadlines, waits = patient(topology.file.deadlines, ranks, checkpoint.weights)
     return Plan(
         cluster=topology.cluster,
         source=topology.source,
         adapter=topology.file.adapter,
         ranks=ranks,
         restart=_restart(topology),
-        deadlines=Deadlines(**topology.file.deadlines.model_dump()),
-        notes=(*hardware.notes, *_notes(topology, settled, hardware, on_cpu), *_thread_notes(ranks, hardware)),
+        deadlines=deadlines,
+        notes=(*hardware.notes, *_notes(topology, settled, hardware, on_cpu), *waits, *_thread_notes(ranks, hardware)),
     )
 
 

@@ -266,7 +266,8 @@ class DeadlinesSection(_Section):
     dead: Seconds = Field(default=_DEADLINES.dead, description="Without a heartbeat: killed and restarted.")
     stuck: Seconds = Field(
         default=_DEADLINES.stuck,
-        description="One forward that does not end, or unhealthy without recovery: killed and restarted.",
+        description="One forward that does not end, or unhealthy without recovery: killed and restarted. "
+        "Default: more on a CPU where one step of the model may take longer.",
     )
     drain: Seconds = Field(default=_DEADLINES.drain, description="For requests in flight when a rank is to leave.")
     kill: Seconds = Field(default=_DEADLINES.kill, description="From SIGTERM to SIGKILL.")

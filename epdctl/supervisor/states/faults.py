@@ -39,7 +39,7 @@ def overdue(rank: Rank, reason: str, rules: Rules) -> Outcome:
 
 
 def start_overdue(rank: Rank, event: TimerFired, now: float, rules: Rules) -> Outcome:
-    return overdue(rank, f"not ready within {rules.deadlines.start:g} s", rules)
+    return overdue(rank, f"not ready within {rules.deadlines.start:g} s (deadlines.start)", rules)
 
 
 def dead(rank: Rank, event: TimerFired, now: float, rules: Rules) -> Outcome:
@@ -47,7 +47,7 @@ def dead(rank: Rank, event: TimerFired, now: float, rules: Rules) -> Outcome:
 
 
 def sick(rank: Rank, event: TimerFired, now: float, rules: Rules) -> Outcome:
-    return overdue(rank, f"{rank.reason}; it was unhealthy for {rules.deadlines.stuck:g} s", rules)
+    return overdue(rank, f"{rank.reason}; it was unhealthy for {rules.deadlines.stuck:g} s (deadlines.stuck)", rules)
 
 
 def dead_draining(rank: Rank, event: TimerFired, now: float, rules: Rules) -> Outcome:

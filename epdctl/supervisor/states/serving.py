@@ -55,4 +55,6 @@ def _recovery(rules: Rules) -> Arm:
 
 def _stuck(rank: Rank, event: HeartbeatSeen, rules: Rules) -> Outcome:
     """It beats, so its loop lives; its work does not."""
-    return overdue(rank, f"its work has stood still for {event.standstill:.3g} s", rules)
+    seconds = round(event.standstill, 1)
+    why = f"its work has stood still for {seconds:g} s (raise deadlines.stuck where one step may take that long)"
+    return overdue(rank, why, rules)

@@ -164,10 +164,10 @@ def test_heartbeats_do_not_prolong_a_start() -> None:
 
 def test_a_start_that_takes_too_long_is_killed_and_spends_the_budget() -> None:
     life = starting().fires(Timer.START)
-    assert (life.state, life.reason) == (RankState.STOPPING, "not ready within 600 s")
+    assert (life.state, life.reason) == (RankState.STOPPING, "not ready within 600 s (deadlines.start)")
     assert life.actions == [Disarm(Timer.START), KILL, Arm(Timer.KILL, 4.0)]
     life.crash()
-    assert (life.state, life.reason) == (RankState.BACKOFF, "not ready within 600 s")
+    assert (life.state, life.reason) == (RankState.BACKOFF, "not ready within 600 s (deadlines.start)")
     assert len(life.rank.faults) == 1
 
 
@@ -178,7 +178,7 @@ def test_a_rank_that_hangs_at_every_load_ends_failed() -> None:
     life.then(DependenciesReady()).fires(Timer.START).crash()
     assert (life.state, life.reason) == (
         RankState.FAILED,
-        "not ready within 600 s; gave up after 3 restarts in 100 s",
+        "not ready within 600 s (deadlines.start); gave up after 3 restarts in 100 s",
     )
 
 
@@ -229,7 +229,10 @@ def test_work_that_stands_still_kills_a_rank_that_beats(before: Make) -> None:
     life = before().then(HeartbeatSeen(FIRST, standstill=89.9))
     assert life.state is RankState.READY, "busy is not sick"
     life = before().then(HeartbeatSeen(FIRST, standstill=90.0))
-    assert (life.state, life.reason) == (RankState.STOPPING, "its work has stood still for 90 s")
+    assert life.state is RankState.STOPPING
+    assert life.reason == (
+        "its work has stood still for 90 s (raise deadlines.stuck where one step may take that long)"
+    )
     assert KILL in life.actions
     assert life.crash().state is RankState.BACKOFF
 
@@ -241,7 +244,10 @@ def test_a_rank_that_stays_unhealthy_by_its_own_word_is_killed_and_its_beats_do_
     assert life.then(sick).actions == [Arm(Timer.DEAD, 30.0)]
     assert Disarm(Timer.SICK) in ready().then(sick, HeartbeatSeen(FIRST)).actions, "unless it recovers"
     life.fires(Timer.SICK)
-    assert (life.state, life.reason) == (RankState.STOPPING, "the canary was wrong; it was unhealthy for 90 s")
+    assert (life.state, life.reason) == (
+        RankState.STOPPING,
+        "the canary was wrong; it was unhealthy for 90 s (deadlines.stuck)",
+    )
     assert life.crash().state is RankState.BACKOFF
 
 
@@ -548,7 +554,7 @@ GANG = replace(RULES, gang=True)
     ("life", "reason"),
     [
         (ready(GANG).crash(), "killed by SIGKILL"),
-        (starting(GANG).fires(Timer.START), "not ready within 600 s"),
+        (starting(GANG).fires(Timer.START), "not ready within 600 s (deadlines.start)"),
         (unhealthy(GANG).fires(Timer.DEAD), "no heartbeat for 30 s"),
         (starting(GANG).then(SpawnFailed("no")), "could not be started: no"),
         (ready(GANG).then(FATAL), "missing key visual.patch_embed"),
