@@ -80,7 +80,7 @@ class Cluster:
             "EPDCTL_PORT": str(self.port),
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))),
         }
         self.env.pop("EPDCTL_CLUSTER", None)
 
