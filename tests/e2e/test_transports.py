@@ -15,6 +15,7 @@ from tests.e2e.test_soak import HOLDERS, idle
 from tests.support.cluster import Cluster
 from tests.support.leaks import marked_processes, no_leaks
 from tests.support.listeners import OPEN, exposed, listeners
+from tests.support.rude_writers import of_another_cluster, without_end
 
 CASES = [eight, beyond_the_chunk, three_sizes, no_picture]
 
@@ -49,11 +50,19 @@ def test_the_same_tokens_over_every_transport(
                 answers = list(pool.map(cluster.ask, [parts for parts, _ in known]))
             assert answers == [answer for _, answer in known]
             _reached_from_this_host_alone(cluster, engines=says.startswith("mooncake"))
+            _strangers_are_refused(cluster, one_sided=says.startswith("mooncake"))
             kill_with_requests_in_flight(cluster, "prefill/0")  # embeddings come to it, and KV goes from it
             for holder in HOLDERS:
                 cluster.wait(holder, idle)
         finally:
             cluster.down()
+
+
+def _strangers_are_refused(cluster: Cluster, *, one_sided: bool) -> None:
+    for rank in HOLDERS:
+        endpoint = cluster.rank(rank)["endpoints"]["transfer"]
+        assert of_another_cluster(endpoint, one_sided=one_sided) == "refused: token"
+        assert without_end(endpoint) == "hung up on"
 
 
 def _reached_from_this_host_alone(cluster: Cluster, *, engines: bool) -> None:

@@ -25,7 +25,7 @@ from epdctl.wire.transfer import (
 )
 from tests.support.raw_wire import RawWire, connected
 
-__all__ = ["FAULTS", "Fault"]
+__all__ = ["FAULTS", "Fault", "of_another_cluster", "without_end"]
 
 TOKEN = "secret"
 NBYTES = 1000
@@ -88,8 +88,12 @@ def frame_above_a_message(lease: RemoteLease) -> str:
 
 
 def frame_without_end(lease: RemoteLease) -> str:
+    return without_end(lease.pool.endpoint)
+
+
+def without_end(endpoint: str) -> str:
     """It announces more than any socket takes."""
-    with connected(lease.pool.endpoint) as wire:
+    with connected(endpoint) as wire:
         wire.announce(1 << 40)
         return "hung up on" if wire.hung_up() else "answered"
 
@@ -116,6 +120,17 @@ def attached_twice(lease: RemoteLease) -> str:
     with connected(lease.pool.endpoint) as wire:
         _begin(wire, lease)
         return type(_attached(wire)).__name__
+
+
+def of_another_cluster(endpoint: str, *, one_sided: bool) -> str:
+    """It has everything but the token."""
+    nobody = RankName("encoder/7")
+    write = Write(write=1, pool="embeddings", lease=1, generation=1, pieces=[], token="guess")
+    hello = Attach(token="guess", rank=nobody, incarnation=Incarnation(1), pid=os.getpid())
+    with connected(endpoint) as wire:
+        wire.send(GUEST_TO_HOST.encode(hello) if one_sided else WRITER_TO_RECEIVER.encode(write))
+        answer = wire.answer()
+    return _kind(HOST_TO_GUEST.decode(answer) if one_sided else RECEIVER_TO_WRITER.decode(answer))
 
 
 def piece_beyond_its_extent(lease: RemoteLease) -> str:
