@@ -101,9 +101,8 @@ class _Peer:
         self._unanswered: dict[int, asyncio.Future[None]] = {}
         self._window = asyncio.Semaphore(WINDOW)
         self._link: Link[ReceiverToWriter, WriterToReceiver] = Link(
-            endpoint, RECEIVER_TO_WRITER, WRITER_TO_RECEIVER, self._answered
+            endpoint, RECEIVER_TO_WRITER, WRITER_TO_RECEIVER, self._answered, send_buffer=SEND_BUFFER_BYTES
         )
-        self._link.widen(SEND_BUFFER_BYTES)
 
     async def write(self, lease: RemoteLease, pieces: Sequence[Piece]) -> None:
         sent: list[asyncio.Future[None]] = []

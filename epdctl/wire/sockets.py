@@ -195,7 +195,9 @@ class Inbox(_Socket, Generic[In]):
 class Link(_Socket, Generic[In, Out]):
     """Connected to one incarnation's inbox; answers come to ``handler(message, frames)``.
 
-    Raises PeerGone when no socket can ever be at ``endpoint``: addresses come from peers.
+    ``send_buffer``: bytes that the kernel of a unix socket takes before it waits for the reader; with its own 208 KiB a
+    frame of megabytes takes the two ends hundreds of turns. Raises PeerGone when no socket can ever be at ``endpoint``:
+    addresses come from peers.
     """
 
     def __init__(
@@ -204,6 +206,8 @@ class Link(_Socket, Generic[In, Out]):
         incoming: Codec[In],
         outgoing: Codec[Out],
         handler: Callable[[In, list[memoryview]], None],
+        *,
+        send_buffer: int = 0,
     ) -> None:
         super().__init__(zmq.DEALER)
         self.endpoint = endpoint
@@ -213,6 +217,8 @@ class Link(_Socket, Generic[In, Out]):
         self._outbox: deque[list[Buffer]] = deque()
         self._monitor: zmq.Socket[bytes] | None = None
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        if send_buffer and endpoint.startswith("ipc://"):
+            self._widen(send_buffer)
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -252,15 +258,12 @@ class Link(_Socket, Generic[In, Out]):
         self._outbox.append([self._outgoing.encode(message), *frames])
         self._flush()
 
-    def widen(self, nbytes: int) -> None:
-        """Unix connections of this link get a send buffer of ``nbytes`` once they stand. In the kernel's own of 208 KiB
-        a frame of megabytes takes its two ends hundreds of turns."""
-        if self._monitor is None and self.endpoint.startswith("ipc://"):
-            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED)
-            self._loop.add_reader(self._monitor.fileno(), self._connected, self._monitor, nbytes)
+    def _widen(self, nbytes: int) -> None:
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED)
+        self._loop.add_reader(self._monitor.fileno(), self._connected, self._monitor, nbytes)
 
     def _connected(self, monitor: zmq.Socket[bytes], nbytes: int) -> None:
-        while monitor.getsockopt(zmq.EVENTS) == zmq.POLLIN:
+        while int(monitor.getsockopt(zmq.EVENTS)) & _READABLE:
             fd = parse_monitor_message(monitor.recv_multipart())["value"]
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:  # it may be gone again
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
