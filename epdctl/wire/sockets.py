@@ -261,6 +261,7 @@ class Link(_Socket, Generic[In, Out]):
     def _widen(self, nbytes: int) -> None:
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED)
         self._loop.add_reader(self._monitor.fileno(), self._connected, self._monitor, nbytes)
+        self._connected(self._monitor, nbytes)  # no edge comes before its events have been asked for once
 
     def _connected(self, monitor: zmq.Socket[bytes], nbytes: int) -> None:
         while int(monitor.getsockopt(zmq.EVENTS)) & _READABLE:
