@@ -17,12 +17,18 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask; - reads it from stdin.")],
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="FILE…", help="Pictures to look at, or sound clips to hear, before the question."),
+        typer.Argument(metavar="FILE", help="Pictures to look at, or sound clips to hear, before the question."),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer.")] = None,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="0: the likeliest words.")] = 0.0,
-    system: Annotated[str | None, typer.Option("--system", help="What the model is told beforehand.")] = None,
-    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds between two words.")] = 300.0,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", metavar="N", min=1, help="The longest answer.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", min=0, max=2, help="0: the likeliest words.")
+    ] = 0.0,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="What the model is told beforehand.")
+    ] = None,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="S", min=1, help="Seconds between two words.")] = 300.0,
     json: Annotated[bool, typer.Option("--json", help="Print the gateway's whole answer as one line of JSON.")] = False,
     cluster: options.Cluster = None,
 ) -> None:

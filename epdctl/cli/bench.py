@@ -9,21 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from epdctl.cli import options
+from epdctl.cli.help import Verb, VerbGroup
 
 if TYPE_CHECKING:
     from epdctl.bench.encoding import measure as encoding
     from epdctl.bench.supervisor import Report
     from epdctl.bench.transfer import Row
 
-app = typer.Typer(no_args_is_help=True, help="Measure.")
+app = typer.Typer(cls=VerbGroup, no_args_is_help=True, help="Measure what epdctl itself costs on this machine.")
 
 
-@app.callback()
-def bench() -> None:
-    """Measure epdctl itself."""
-
-
-@app.command()
+@app.command(cls=Verb)
 def supervisor(
     kills: Annotated[int, typer.Option(metavar="N", min=1, help="How often to kill a rank, and the daemon.")] = 20,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON there.")] = None,
@@ -46,7 +42,7 @@ def supervisor(
         _show(report)
 
 
-@app.command()
+@app.command(cls=Verb)
 def encode(
     size: Annotated[str, typer.Option(metavar="SIZE", help="Of the towers: 7b or tiny.")] = "7b",
     encoders: Annotated[int, typer.Option(metavar="N", min=1, help="Encoder ranks, each with its own GPU.")] = 1,
@@ -74,7 +70,7 @@ def encode(
         _show_encoding(report)
 
 
-@app.command()
+@app.command(cls=Verb)
 def dispatch(
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Of both, in turns.")] = 5,
     items: Annotated[int, typer.Option(metavar="N", min=1, help="One at a time, in each round.")] = 400,
@@ -130,10 +126,10 @@ def _show(report: Report) -> None:
         console.data(f"{name:<10} {figures.p50:>10.1f} {figures.max:>10.1f}")
 
 
-@app.command()
+@app.command(cls=Verb)
 def transfer(
     transports: Annotated[
-        list[str] | None, typer.Argument(metavar="[TRANSPORT]...", help="Only these; default: all that work here.")
+        list[str] | None, typer.Argument(metavar="TRANSPORT", help="Only these; default: all that work here.")
     ] = None,
     largest: Annotated[str, typer.Option(metavar="SIZE", help="Up to this size, like 64MiB.")] = "1GiB",
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw bandwidth over size, as a PNG.")] = None,

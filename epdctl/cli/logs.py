@@ -16,14 +16,19 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they write; Ctrl-C ends.")] = False,
     tail: Annotated[int, typer.Option("--tail", "-n", metavar="N", min=0, help="Only the last N of each rank.")] = 100,
     previous: Annotated[bool, typer.Option("--previous", help="Of the process before the present one.")] = False,
+    json: options.Json = False,
     cluster: options.Cluster = None,
 ) -> None:
     """Print what ranks wrote, each line with its rank's name; `daemon`: their supervisor. Of the last run when nothing
     runs."""
+    from epdctl.cli import console
     from epdctl.cli.loglines import LogPrinter, log_lines
     from epdctl.wire.control import FollowLogs
 
     wanted = FollowLogs(ranks=ranks or [], tail=tail, follow=follow, previous=previous)
     printer = LogPrinter(sys.stdout)
     for line in log_lines(options.chosen_cluster(ctx, cluster), wanted):
-        printer.print(line)
+        if json:
+            console.show_json(line)
+        else:
+            printer.print(line)

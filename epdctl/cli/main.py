@@ -8,7 +8,6 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from epdctl import __version__
 from epdctl.cli import (
@@ -29,32 +28,20 @@ from epdctl.cli import (
     version,
 )
 from epdctl.cli.console import data, hush, say, show_error
+from epdctl.cli.help import Verb, VerbGroup
 from epdctl.cli.options import LOOK, MEASURE, RUN, WRITE, Globals, complete_clusters
 from epdctl.errors import EpdError
 
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130
-SHORT_HELP = 100  # columns
 NOBODY_READS = (errno.EPIPE, errno.EIO)  # a pipe whose reader left; a terminal that was closed
 
 
-class Verbs(TyperGroup):
-    """Runs the verb; whatever it raises leaves as a message on stderr and an exit status, never as a traceback.
+class Verbs(VerbGroup):
+    """Runs the verb; whatever it raises leaves as a message on stderr and an exit status, never as a traceback."""
 
-    Help is plain text, in sections: what Rich would add costs as much time as everything else that ``--help`` does.
-    """
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for name in self.list_commands(ctx):
-            verb: Any = self.get_command(ctx, name)
-            sections.setdefault(verb.rich_help_panel, []).append((name, verb.get_short_help_str(SHORT_HELP)))
-        for title, verbs in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(verbs)
-
-    def invoke(self, ctx: Any) -> Any:  # Typer has its own copy of click: its Context has no public name
+    def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -129,7 +116,7 @@ for name, verb, panel in (
     ("doctor", doctor.doctor, MEASURE),
     ("version", version.version, MEASURE),
 ):
-    app.command(name, rich_help_panel=panel)(verb)
+    app.command(name, cls=Verb, rich_help_panel=panel)(verb)
 app.add_typer(profile.app, name="profile", rich_help_panel=MEASURE)
 app.add_typer(bench.app, name="bench", rich_help_panel=MEASURE)
 

@@ -23,6 +23,7 @@ __all__ = [
     "Globals",
     "Json",
     "Logs",
+    "Name",
     "Ranks",
     "chosen_cluster",
     "client",
@@ -75,21 +76,25 @@ Cluster = Annotated[
         "--cluster", metavar="NAME", autocompletion=complete_clusters, help="Which cluster, when several run."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the reply as one line of JSON.")]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", "--cluster", metavar="NAME", help="What to call the cluster, in place of the file's name."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one line for each reply.")]
 File = Annotated[
     Path | None,
     typer.Argument(metavar="FILE", envvar="EPDCTL_FILE", help="The topology; ./epdctl.yaml when none is named."),
 ]
 Ranks = Annotated[
     list[str] | None,
-    typer.Argument(metavar="RANK…", autocompletion=complete_ranks, help="Rank names (encoder/0) or stages; else all."),
+    typer.Argument(metavar="RANK", autocompletion=complete_ranks, help="Rank names (encoder/0) or stages; else all."),
 ]
 
 
 Logs = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="RANK…", autocompletion=complete_logs, help="Rank names, stages, or daemon; else every rank."
+        metavar="RANK", autocompletion=complete_logs, help="Rank names, stages, or daemon; else every rank."
     ),
 ]
 

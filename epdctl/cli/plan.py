@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
 from epdctl.cli import options
@@ -12,14 +10,13 @@ from epdctl.cli import options
 def plan(
     ctx: typer.Context,
     file: options.File = None,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="The cluster's name.")] = None,
+    name: options.Name = None,
     json: options.Json = False,
-    cluster: options.Cluster = None,
 ) -> None:
     """Print exactly what `up` would run. Each rank's command, environment, GPUs, threads and ports; starts nothing."""
     from epdctl.cli import console, plans
 
-    made = options.make_plan(ctx, file, name or cluster)
+    made = options.make_plan(ctx, file, name)
     if json:
         console.show_json(made)
         return

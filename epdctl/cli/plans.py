@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 from epdctl.ids import Stage
-from epdctl.topology.plan import Plan, PlannedRank
+from epdctl.topology.plan import Deadlines, Plan, PlannedRank
 
 __all__ = ["plan_lines"]
 
@@ -21,6 +22,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield f"gateway   {plan.gateway_url or '(none)'}"
     policy = plan.restart
     yield f"restart   {policy.mode}, at most {policy.budget} in {policy.window:g} s"
+    yield f"deadlines {_deadlines(plan.deadlines)}"
     shared = shared_environment(plan.ranks)
     yield "every rank"
     yield from _env_lines(shared)
@@ -66,6 +68,12 @@ def _gpus(planned: PlannedRank) -> str:
 
 
 def _ports(planned: PlannedRank) -> str:
-    if planned.stage is not Stage.GATEWAY:
-        return "none (unix sockets)"
-    return f"{planned.config.gateway.host}:{planned.config.gateway.port}"
+    config = planned.config
+    if planned.stage is Stage.GATEWAY:
+        return f"{config.gateway.host}:{config.gateway.port}"
+    surface = config.encoder.http
+    return "none (unix sockets)" if surface is None else f"{surface.host}:{surface.port}"
+
+
+def _deadlines(deadlines: Deadlines) -> str:
+    return ", ".join(f"{name} {seconds:g} s" for name, seconds in dataclasses.asdict(deadlines).items())

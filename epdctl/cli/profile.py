@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from epdctl.cli import options
+from epdctl.cli.help import Verb, VerbGroup
 
 if TYPE_CHECKING:
     from epdctl.wire.control import CaptureReply
 
-app = typer.Typer(no_args_is_help=True, help="Record what every rank does, as one Chrome trace.")
+app = typer.Typer(cls=VerbGroup, no_args_is_help=True, help="Record what every rank does, as one Chrome trace.")
 
 
-@app.command()
+@app.command(cls=Verb)
 def start(
     ctx: typer.Context,
     ranks: options.Ranks = None,
@@ -33,7 +34,7 @@ def start(
     _show(reply, json=json)
 
 
-@app.command()
+@app.command(cls=Verb)
 def stop(ctx: typer.Context, json: options.Json = False, cluster: options.Cluster = None) -> None:
     """End the recording; prints the merged trace and one file per rank, or why there is none."""
     from epdctl.cli import console

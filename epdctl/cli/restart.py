@@ -13,7 +13,7 @@ def restart(
     ctx: typer.Context,
     ranks: Annotated[
         list[str],
-        typer.Argument(metavar="RANK…", autocompletion=options.complete_ranks, help="encoder/0, a stage, or all."),
+        typer.Argument(metavar="RANK", autocompletion=options.complete_ranks, help="encoder/0, a stage, or all."),
     ],
     json: options.Json = False,
     cluster: options.Cluster = None,

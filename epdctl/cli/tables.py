@@ -80,7 +80,7 @@ def status_table(reply: StatusReply) -> Table:
         table.add_row(
             str(status.rank),
             Text(status.state, style=STATE_STYLES[status.state]),
-            Text(_one_line(status.reason), no_wrap=True, overflow="ellipsis"),
+            Text(_beyond(status.state, _one_line(status.reason)) or "-", no_wrap=True, overflow="ellipsis"),
             duration(status.since),
             _or_dash(status.pid),
             ",".join(str(gpu.index) for gpu in status.gpus) or "-",
@@ -104,7 +104,7 @@ def remarks(reply: StatusReply) -> list[str]:
     for status in reply.ranks:
         if status.state is RankState.READY:
             continue
-        lines.append(f"{status.rank} {status.state}: {plain(status.reason)}")
+        lines.append(f"{status.rank} {_with_reason(status.state, plain(status.reason))}")
         lines += tail_lines(status)
     return lines
 
@@ -155,7 +155,7 @@ def event_line(event: Event) -> str:
     clock = datetime.fromtimestamp(event.wall).strftime("%H:%M:%S.%f")[:-3]
     who = f"{event.rank}#{event.incarnation or 0}" if event.rank else "cluster"
     what = event.state or event.kind
-    return f"{clock} {who} {_with_reason(what, event.text)}"
+    return f"{clock} {who} {_with_reason(what, _one_line(event.text))}"
 
 
 def changes(before: StatusReply | None, after: StatusReply) -> Iterator[str]:
@@ -163,7 +163,7 @@ def changes(before: StatusReply | None, after: StatusReply) -> Iterator[str]:
     known = {status.rank: (status.state, status.reason) for status in before.ranks} if before else {}
     for status in after.ranks:
         if known.get(status.rank) != (status.state, status.reason):
-            yield f"{status.rank} {_with_reason(status.state, status.reason)}"
+            yield f"{status.rank} {_with_reason(status.state, _one_line(status.reason))}"
 
 
 def turns(replies: Iterable[StatusReply]) -> Iterator[StatusReply]:
@@ -176,8 +176,13 @@ def turns(replies: Iterable[StatusReply]) -> Iterator[StatusReply]:
 
 
 def _with_reason(state: str, reason: str) -> str:
-    text = _one_line(reason)
-    return f"{state}: {text}" if text not in ("", state) else state
+    text = _beyond(state, reason)
+    return f"{state}: {text}" if text else state
+
+
+def _beyond(state: str, reason: str) -> str:
+    """What ``reason`` says that ``state`` does not: of ``ready; last restart: …`` its second half."""
+    return "" if reason == state else reason.removeprefix(f"{state}; ")
 
 
 def _restarts(status: RankStatus) -> str:

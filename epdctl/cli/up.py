@@ -16,8 +16,7 @@ def up(
     wait_timeout: Annotated[
         float | None, typer.Option("--wait-timeout", metavar="S", min=1, help="Give up, and take it down, after S s.")
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="The cluster's name.")] = None,
-    cluster: options.Cluster = None,
+    name: options.Name = None,
 ) -> None:
     """Start every rank of a topology and wait until all are ready.
 
@@ -27,7 +26,7 @@ def up(
     """
     from epdctl.cli import raising
 
-    plan = options.make_plan(ctx, file, name or cluster)
+    plan = options.make_plan(ctx, file, name)
     if detach:
         raising.detached(plan, wait_timeout)
     else:

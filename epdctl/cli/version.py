@@ -15,4 +15,4 @@ def version(json: options.Json = False) -> None:
         console.show_json(found)
         return
     for name, value in found.items():
-        console.data(f"{name:<12} {value or '(not there)'}")
+        console.data(f"{name:<13} {value or '(not there)'}")

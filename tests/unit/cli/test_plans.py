@@ -44,6 +44,7 @@ def test_a_plan_shows_each_rank_and_says_once_what_all_share() -> None:
         "adapter   native",
         "gateway   http://127.0.0.1:81",
         "restart   always, at most 5 in 600 s",
+        "deadlines start 600 s, heartbeat 1 s, unhealthy 5 s, dead 30 s, stuck 120 s, drain 30 s, kill 5 s",
         "every rank",
         "  env      LANG=C",
         "",

@@ -70,6 +70,15 @@ def test_restarts_that_were_asked_for_stand_apart(restarts: int, asked: int, sho
     assert text_of(tables.status_table(one), 120).split()[-1] == shown
 
 
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [("ready", "-"), ("ready; last restart: killed by SIGKILL", "last restart: killed by SIGKILL"), ("all", "all")],
+)
+def test_a_reason_does_not_say_the_state_again(reason: str, shown: str) -> None:
+    one = reply(rank("decode/0", RankState.READY, reason))
+    assert f" ready {shown} " in text_of(tables.status_table(one), 120).splitlines()[1]
+
+
 def test_what_is_not_known_is_a_dash() -> None:
     assert text_of(tables.status_table(BROKEN), 120).splitlines()[2].split()[-6:] == ["3m20s", "-", "-", "-", "-", "0"]
 

@@ -59,6 +59,13 @@ def test_status_json_has_the_documented_fields(run: Run, base: Path) -> None:
     assert result.stderr == ""
 
 
+def test_logs_as_json_are_a_line_each(run: Run, base: Path) -> None:
+    line = LogLine(rank=RankName("encoder/0"), incarnation=Incarnation(2), text="encoded 3")
+    with running(base, Script(lines=[line])):
+        result = run("logs", "--json")
+    assert json.loads(result.stdout) == {"rank": "encoder/0", "incarnation": 2, "text": "encoded 3"}
+
+
 def test_status_is_a_table_on_stdout_and_remarks_on_stderr(run: Run, base: Path) -> None:
     with running(base, Script(watched=[BROKEN])):
         result = run("status")
