@@ -97,5 +97,5 @@ def _header(container: InputContainer, stream: VideoStream) -> VideoHeader:
     shown = None if container.duration is None else round(container.duration / _MICROSECONDS * rate)
     frames = min(filter(None, (stream.frames, shown)), default=0)  # a cut file holds more than it shows
     if frames < 1 or stream.width < 1 or stream.height < 1:
-        raise ValueError("the video does not say how long and how large it is, or it is empty")
+        raise ValueError("the video does not say how long or how large it is: write it anew (ffmpeg -i it -c copy new)")
     return VideoHeader(frames, rate, stream.width, stream.height)

@@ -97,12 +97,13 @@ class MropeLanguage(PagedLanguage):
         for item in items:
             kinds[0, item.offset : item.offset + item.rows] = _KINDS[item.modality]
         try:
-            found, delta = self.module.model.get_rope_index(
+            found, _ = self.module.model.get_rope_index(
                 torch.tensor([tokens], dtype=torch.int64), mm_token_type_ids=kinds, **_grids(items)
             )
         except (RuntimeError, StopIteration) as error:  # two items without a token between them, or a wrong length
             raise RequestError(400, f"the prompt's items do not fit its tokens: {error}") from error
-        return found[:, 0], int(delta)
+        behind = int(found[:, 0, -1].max()) + 1  # as generate goes on: a video's time may be further than all behind it
+        return found[:, 0], behind - len(tokens)
 
 
 _KINDS = {Modality.IMAGE: 1, Modality.VIDEO: 2}  # transformers' mm_token_type_ids

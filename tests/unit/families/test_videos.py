@@ -1,0 +1,124 @@
+"""Video files by their headers: every kind that is served, what is wrong with one, and lists of chosen frames."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+
+import numpy as np
+import pytest
+
+from epdctl.families import videos
+from epdctl.families.base import VideoHeader
+from epdctl.families.frames import are_frames, pack, unpack
+from epdctl.families.samples import PNG, WAV
+from epdctl.ids import Modality
+from epdctl.rank import headers
+from epdctl.rank.headers import read_header
+from epdctl.wire.config import Limits
+from tests.support.reference import picture_bytes
+from tests.support.videos import CODERS, chosen_frames, coded, sound_only, video_bytes
+
+
+@pytest.mark.parametrize("what", CODERS)
+def test_every_kind_says_how_long_and_how_large_it_is(what: str) -> None:
+    assert videos.header_of(video_bytes(1, 37, 12, (160, 96), what)) == VideoHeader(37, 12.0, 160, 96)
+
+
+def test_a_file_in_fragments_does_too() -> None:
+    fragments = coded(BLANK, 5, movflags="+frag_keyframe+empty_moov")
+    assert videos.header_of(fragments) == VideoHeader(8, 5.0, 64, 64)
+
+
+FILE = video_bytes(1)
+BLANK = np.zeros((8, 64, 64, 3), np.uint8)
+BAD = {
+    "nothing": (b"", "not a video we can read (MP4, QuickTime, WebM, Matroska, AVI)"),
+    "text": (b"what is this?", "not a video"),
+    "a picture": (PNG, "not a video"),
+    "sound": (WAV, "not a video"),
+    "a list of addresses": (b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1/a.ts\n", "not a video"),
+    "a name without a file": (b"\0\0\0\x18ftypisom" + bytes(12), "not a video"),
+    "half an MP4": (FILE[: len(FILE) // 2], "not a video"),
+    "half a WebM's head": (video_bytes(1, what="WebM")[:60], "not a video"),
+    "no picture in it": (sound_only(), "no moving picture"),
+    "coded as nobody does": (coded(BLANK, 5, "matroska", "ffv1"), "coded as ffv1; served: av1, h264"),
+    "too many frames a second": (coded(BLANK, 300), "300 frames a second; at most 240"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_with_a_file_is_said(name: str) -> None:
+    data, reason = BAD[name]
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        videos.header_of(data)
+
+
+def test_every_cut_of_a_file_is_read_or_refused() -> None:
+    for what in ("MP4", "WebM", "AVI"):
+        file = video_bytes(1, what=what)
+        for end in range(0, len(file), len(file) // 40):
+            with contextlib.suppress(ValueError):
+                assert videos.header_of(file[:end]).frames > 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "most", "reason"),
+    [
+        (Limits(max_clip_seconds=2.9), None, "3.0 s long; at most 2.9 s"),
+        (Limits(max_pixels=112 * 84 - 1), None, "112 x 84 pixels large; at most 9407"),
+        (Limits(), 30 * 112 * 84 - 1, "30 frames of 9408 pixels: too many to decode"),
+    ],
+)
+def test_bounds_are_held_before_a_frame_is_decoded(
+    limits: Limits, most: int | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if most is not None:
+        monkeypatch.setattr(headers, "MOST_DECODED", most)
+    with pytest.raises(ValueError, match=reason):
+        read_header(Modality.VIDEO, FILE, limits)
+    monkeypatch.undo()
+    generous = Limits(max_clip_seconds=3.0, max_pixels=112 * 84)
+    assert read_header(Modality.VIDEO, FILE, generous) == VideoHeader(30, 10.0, 112, 84)
+
+
+def test_frames_that_somebody_chose_are_one_medium() -> None:
+    files, medium = chosen_frames(1, 3)
+    assert unpack(medium) == files
+    assert are_frames(medium)
+    assert not are_frames(FILE)
+    assert read_header(Modality.VIDEO, medium, Limits()) == VideoHeader(3, None, 112, 84)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ([picture_bytes(1, 56, 56), picture_bytes(2, 56, 84)], "of 2 sizes"),
+        ([picture_bytes(1, 56, 56), b"what?"], "not a picture"),
+        ([], "of 0 sizes"),
+    ],
+)
+def test_frames_that_do_not_fit_are_refused(files: list[bytes], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        read_header(Modality.VIDEO, pack(files), Limits())
+
+
+def test_every_cut_of_a_list_is_refused_but_between_frames() -> None:
+    files, medium = chosen_frames(1, 2, (28, 28))
+    whole = {len(pack(files[:count])) for count in range(3)}
+    for end in range(len(pack([])), len(medium) + 1):
+        if end in whole:
+            unpack(medium[:end])
+        else:
+            with pytest.raises(ValueError, match="ends within"):
+                unpack(medium[:end])
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else object())
+    assert videos.missing() == ["torchvision"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert videos.missing() == ["torchvision", "av"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert videos.missing() == []
