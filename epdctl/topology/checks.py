@@ -87,7 +87,7 @@ def encoder_http_is_guarded(file: TopologyFile) -> Iterator[Finding]:
     elif not address.is_loopback and http.token_file is None:
         problem = f"{http.host} is reachable from other machines, and no token is asked for"
         yield Finding((*place, "host"), problem, "add token_file, or write 127.0.0.1", ((*place, "token_file"),))
-    if http.port == file.gateway.port and http.host == file.gateway.host:
+    if file.stages.fronted and (http.host, http.port) == (file.gateway.host, file.gateway.port):
         also: tuple[Trail, ...] = (("gateway", "port"),)
         yield Finding((*place, "port"), f"port {http.port} is the gateway's too", "write another port", also)
 

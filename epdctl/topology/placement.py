@@ -105,7 +105,9 @@ def _runs_on_cpu(section: StageSection, hardware: Hardware) -> bool:
 def listeners(file: TopologyFile) -> list[tuple[Trail, str, int]]:
     """Every TCP port of the topology: where it stands in the file, its address, the port."""
     http = file.stages.encoder.http if file.stages.encoder else None
-    ports: list[tuple[Trail, str, int]] = [(("gateway", "port"), file.gateway.host, file.gateway.port)]
+    ports: list[tuple[Trail, str, int]] = []
+    if file.stages.fronted:
+        ports.append((("gateway", "port"), file.gateway.host, file.gateway.port))
     if http is not None:
         ports.append((("stages", "encoder", "http", "port"), http.host, http.port))
     return ports
@@ -193,7 +195,7 @@ def _limits(section: LimitsSection, pools: Pools) -> Limits:
 
 def _ranks(topology: Topology, settled: _Settled, seating: Seating) -> tuple[PlannedRank, ...]:
     stages = list(topology.file.stages.present())
-    front = [Stage.GATEWAY] if [stage for stage, _ in stages] != [Stage.ENCODER] else []
+    front = [Stage.GATEWAY] if topology.file.stages.fronted else []
     if topology.file.stages.encoder:
         front.append(Stage.ENCODER_ROUTER)
     ranks = [PlannedRank(_front(stage, topology.file.stages.encoder, settled)) for stage in front]

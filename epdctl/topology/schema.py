@@ -200,6 +200,11 @@ class Stages(_Section):
             if section is not None:
                 yield stage, section
 
+    @property
+    def fronted(self) -> bool:
+        """There is a gateway: an encoder by itself has its readers elsewhere."""
+        return [stage for stage, _ in self.present()] != [Stage.ENCODER]
+
 
 class LimitsSection(_Section):
     """Bounds on what one request and one rank may take."""

@@ -183,6 +183,14 @@ def test_a_port_in_use_names_its_holder() -> None:
     ]
 
 
+def test_an_encoder_by_itself_asks_for_no_gateways_port() -> None:
+    alone = MODEL + "stages: {encoder: {http: {port: 8123}}}"
+    plan(alone, machine(), {8000: "in use by nginx (pid 7)"})
+    plan(alone.replace("8123", "8000"), machine())
+    (line,) = refused(alone, machine(), {8123: "in use by nginx (pid 7)"})
+    assert "stages.encoder.http.port: port 8123 of 127.0.0.1 is in use by nginx" in line
+
+
 @pytest.mark.parametrize(("gpus", "dtype", "why"), [(0, "bfloat16", "the CPU"), (2, "float32", "dtype is float32")])
 def test_varlen_attention_where_it_cannot_be(gpus: int, dtype: str, why: str) -> None:
     text = f"model: {{path: x, attention: varlen, dtype: {dtype}}}\nstages: {{encoder: {{}}, language: {{}}}}"
