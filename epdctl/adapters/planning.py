@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import TypeVar
 
 from epdctl.adapters.base import Adapter
 from epdctl.adapters.native import NativeAdapter
-from epdctl.errors import Mistake, PlacementError, TopologyError, UserError
+from epdctl.errors import Mistake, PlacementError, TopologyError
 from epdctl.topology.checkpoint import UNKNOWN, find_checkpoint
 from epdctl.topology.document import dotted
 from epdctl.topology.hardware import Hardware, probe
 from epdctl.topology.load import draft
+from epdctl.topology.names import check_name
 from epdctl.topology.placement import listeners, place
 from epdctl.topology.plan import Plan
 from epdctl.topology.ports import why_not_free
@@ -26,7 +26,6 @@ __all__ = ["ADAPTERS", "Found", "make_plan"]
 ADAPTERS: Mapping[str, Callable[[Mapping[str, str]], Adapter]] = {"native": NativeAdapter}
 
 T = TypeVar("T")
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +46,8 @@ def make_plan(path: Path, *, environ: Mapping[str, str], found: Found | None = N
     Raises TopologyError (mistakes of the file, and with them all that this machine lacks, in the file's order),
     PlacementError (this machine alone) or UserError (the name).
     """
-    if name is not None and not _NAME.fullmatch(name):
-        raise UserError(f"{name!r} is no cluster name", hint="up to 32 of a-z, 0-9, - and _, beginning with a-z or 0-9")
+    if name is not None:
+        check_name(name)
     drafted = draft(path, environ)
     if drafted.topology is None:
         raise TopologyError(drafted.mistakes)

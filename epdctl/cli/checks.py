@@ -181,10 +181,11 @@ def check_runtime_dir(path: str, mode: int | None, mine: bool) -> Check:
     return ok(subject, path)
 
 
-def check_port(port: int, taken: bool, ours: str | None = None) -> Check:
-    """``ours``: the running cluster whose gateway listens there."""
+def check_port(port: int, trouble: str | None, ours: str | None = None) -> Check:
+    """``trouble``: what is with it when it is not free. ``ours``: the running cluster that listens there."""
     if ours is not None:
-        return ok("port", f"{port} is the gateway of {ours}")
-    if not taken:
+        return ok("port", f"{port} is in use by the cluster {ours}, which is up")
+    if trouble is None:
         return ok("port", f"{port} is free")
-    return Check(Level.WARN, "port", f"{port}, the gateway's default, is in use", "gateway: {port: …} in the topology")
+    text = f"{port}, the gateway's default, is {trouble}"
+    return Check(Level.WARN, "port", text, "gateway: {port: …} in the topology")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import shutil
-import socket
 import stat
 import subprocess
 import sys
@@ -15,11 +13,13 @@ from pathlib import Path
 
 from epdctl.cli import checks
 from epdctl.cli.checks import Check
-from epdctl.cli.machine import MOONCAKE_PACKAGES, cuda_driver, gpu_names, installed
+from epdctl.cli.machine import cuda_driver, gpu_names, installed
 from epdctl.control.cluster import list_clusters
 from epdctl.control.paths import runtime_base
 from epdctl.families import videos
 from epdctl.launch.procs import probe
+from epdctl.topology.hardware import MOONCAKE_PACKAGES
+from epdctl.topology.ports import why_not_free
 from epdctl.transfer.loopback import can_keep
 
 __all__ = ["examine"]
@@ -98,16 +98,5 @@ def _runtime_dir(path: Path) -> Check:
 def _port(environ: Mapping[str, str]) -> Check:
     text = environ.get("EPDCTL_PORT", "")  # what the shipped profiles ask for
     port = int(text) if text.isdecimal() and 0 < int(text) < 65_536 else DEFAULT_PORT
-    gateways = ((found.name, found.record.gateway or "") for found in list_clusters(environ))
-    ours = next((name for name, gateway in gateways if gateway.endswith(f":{port}")), None)
-    return checks.check_port(port, _taken(port), ours)
-
-
-def _taken(port: int) -> bool:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
+    ours = next((found.name for found in list_clusters(environ) if port in found.record.ports), None)
+    return checks.check_port(port, None if ours else why_not_free("127.0.0.1", port), ours)

@@ -10,14 +10,11 @@ from typing import TypeVar
 
 import pynvml
 
-__all__ = ["MOONCAKE_PACKAGES", "cuda_driver", "gpu_names", "installed", "versions"]
+from epdctl.topology.hardware import installed_mooncake
+
+__all__ = ["cuda_driver", "gpu_names", "installed", "versions"]
 
 T = TypeVar("T")
-MOONCAKE_PACKAGES = (
-    "mooncake-transfer-engine",
-    "mooncake-transfer-engine-cuda13",
-    "mooncake-transfer-engine-non-cuda",
-)
 
 
 def installed(package: str) -> str | None:
@@ -49,7 +46,7 @@ def gpu_names() -> tuple[list[str], str | None]:
 
 def versions() -> dict[str, str | None]:
     """By name; None for what is not there."""
-    mooncake = next((package for package in MOONCAKE_PACKAGES if installed(package)), None)
+    mooncake = installed_mooncake()
     return {
         "epdctl": installed("epdctl"),
         "python": platform.python_version(),

@@ -21,7 +21,6 @@ from epdctl.control.paths import (
     ClusterDir,
     Record,
     RunState,
-    check_name,
     cluster_dirs,
     runs_of,
     runtime_base,
@@ -30,6 +29,7 @@ from epdctl.control.paths import (
 from epdctl.control.select import did_you_mean
 from epdctl.errors import AlreadyRunning, EpdError, NotRunning, SelectorError, Unreachable, UserError
 from epdctl.ids import new_run_id
+from epdctl.topology.names import check_name
 from epdctl.topology.plan import Plan
 from epdctl.wire.control import Refused
 

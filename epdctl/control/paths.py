@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,15 +11,14 @@ from typing import TypeVar
 
 import msgspec
 
-from epdctl.errors import UserError
 from epdctl.ids import RunId
+from epdctl.topology.names import check_name
 
 __all__ = [
     "ClusterDir",
     "Holder",
     "Record",
     "RunState",
-    "check_name",
     "cluster_dirs",
     "process_start",
     "runs_of",
@@ -29,7 +27,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-_NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,31}$")
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -143,16 +140,6 @@ def state_base(environ: Mapping[str, str]) -> Path:
     if state := environ.get("XDG_STATE_HOME"):
         return Path(state) / "epdctl"
     return Path(environ.get("HOME") or Path.home()) / ".local" / "state" / "epdctl"
-
-
-def check_name(name: str) -> str:
-    """Raises UserError: the name becomes a directory, so it must not be a path."""
-    if not _NAME.match(name):
-        raise UserError(
-            f"{name!r} cannot name a cluster",
-            hint="use up to 32 lower-case letters, digits, '-' and '_', beginning with a letter or digit",
-        )
-    return name
 
 
 def cluster_dirs(environ: Mapping[str, str]) -> list[ClusterDir]:

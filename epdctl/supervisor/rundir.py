@@ -14,9 +14,10 @@ from pathlib import Path
 
 import msgspec
 
-from epdctl.control.paths import ClusterDir, Holder, Record, RunState, check_name, process_start, runs_of, runtime_base
+from epdctl.control.paths import ClusterDir, Holder, Record, RunState, process_start, runs_of, runtime_base
 from epdctl.errors import AlreadyRunning, EpdError, UserError
 from epdctl.ids import RankName, RunId
+from epdctl.topology.names import check_name
 
 __all__ = ["KEPT_RUNS", "LONGEST_SOCKET_PATH", "RunDir", "claim", "prune"]
 

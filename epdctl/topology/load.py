@@ -1,4 +1,4 @@
-"""A topology file, loaded: the passes one after the other, and every mistake of all of them in one error."""
+"""A topology file, loaded: the passes one after the other, and every mistake of all of them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from epdctl.errors import Mistake, TopologyError
+from epdctl.errors import Mistake
 from epdctl.topology.checks import Finding, check
 from epdctl.topology.document import Trail
 from epdctl.topology.reading import parse, read_text
 from epdctl.topology.schema import Topology
 from epdctl.topology.validation import Validated, validate
 
-__all__ = ["Draft", "draft", "load", "loads"]
+__all__ = ["Draft", "draft", "draft_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,28 +25,13 @@ class Draft:
     mistakes: tuple[Mistake, ...]
 
 
-def load(path: Path, environ: Mapping[str, str]) -> Topology:
-    """Raises TopologyError with every mistake in the file."""
-    return _faultless(draft(path, environ))
-
-
-def loads(source: str, text: str, environ: Mapping[str, str]) -> Topology:
-    """``source``: the file's name, for messages and for the cluster's default name."""
-    return _faultless(_drafted(source, text, environ))
-
-
 def draft(path: Path, environ: Mapping[str, str]) -> Draft:
     """Raises TopologyError when the file is no YAML mapping."""
-    return _drafted(str(path), read_text(path), environ)
+    return draft_of(str(path), read_text(path), environ)
 
 
-def _faultless(made: Draft) -> Topology:
-    if made.mistakes or made.topology is None:
-        raise TopologyError(made.mistakes)
-    return made.topology
-
-
-def _drafted(source: str, text: str, environ: Mapping[str, str]) -> Draft:
+def draft_of(source: str, text: str, environ: Mapping[str, str]) -> Draft:
+    """``source``: the file's name, for messages and for the cluster's default name."""
     parsed = parse(source, text, environ)  # masks references, composes, resolves; notes duplicate keys
     validated = validate(parsed)  # the schema: unknown keys, types, bounds, words
     checked = _checked(validated)  # what must hold between fields

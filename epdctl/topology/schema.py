@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from epdctl.ids import Stage
+from epdctl.topology import names
 from epdctl.topology.document import Document, Trail
 from epdctl.topology.plan import Deadlines, RestartPolicy
 from epdctl.topology.values import ApiKey, Bytes, CacheBytes, Gpus, Seconds
@@ -284,7 +285,7 @@ class TopologyFile(_Section):
     schema_version: Literal[1] = Field(default=1, alias="schema", description="Version of this format.")
     cluster: str | None = Field(
         default=None,
-        pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$",
+        pattern=names.PATTERN,
         description="The cluster's name: up to 32 of a-z, 0-9, - and _. Default: from the file's name.",
     )
     model: ModelSection

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from epdctl.errors import Mistake
+from epdctl.topology import names
 from epdctl.topology.document import Document, Trail
 from epdctl.topology.reading import Parsed
 from epdctl.topology.schema import TopologyFile
@@ -42,7 +43,7 @@ _BOUNDS = {
     "less_than_equal": ("at most", "le"),
     "less_than": ("below", "lt"),
 }
-_PATTERNS = {"cluster": "up to 32 of a-z, 0-9, - and _, beginning with a letter or digit"}
+_PATTERNS = {"cluster": names.RULE}
 _EMPTY = {
     "string_too_short": ("should not be empty", None),
     "too_short": ("should name at least one GPU", "write auto, none, or a list like [0, 1]"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import epdctl
-from epdctl.topology.load import load
 from tests.unit.cli.test_process import VERBS
+from tests.unit.topology.support import load
 
 PACKAGE = Path(epdctl.__file__).parent
 README = (PACKAGE.parent / "README.md").read_text()

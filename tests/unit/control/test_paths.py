@@ -12,7 +12,6 @@ import pytest
 from epdctl.control.paths import (
     ClusterDir,
     Holder,
-    check_name,
     process_start,
     runs_of,
     runtime_base,
@@ -20,6 +19,7 @@ from epdctl.control.paths import (
 )
 from epdctl.errors import UserError
 from epdctl.ids import RunId
+from epdctl.topology.names import check_name
 
 
 def test_the_runtime_directory_is_chosen_the_session_s_or_a_private_one_in_tmp() -> None:

@@ -12,11 +12,11 @@ import msgspec
 import pytest
 
 from epdctl.topology.interpolation import UnresolvedError, mask, resolve
-from epdctl.topology.load import load, loads
 from epdctl.topology.plan import Deadlines, RestartPolicy
 from epdctl.topology.schema import DeadlinesSection, LimitsSection, RestartSection, TopologyFile, json_schema
 from epdctl.topology.values import parse_duration, parse_size
 from epdctl.wire.config import Limits
+from tests.unit.topology.support import load, loads
 
 MINIMAL = "model: {path: x}\nstages: {language: {}}\n"
 

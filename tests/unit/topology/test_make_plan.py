@@ -165,7 +165,7 @@ def test_the_name_given_goes_before_the_file_s(checkpoint: Path) -> None:
     environ = {"EPDCTL_MODEL": str(checkpoint)}
     made = make_plan(PROFILES / "cpu-demo.yaml", environ=environ, found=Found(machine(), {}), name="mine")
     assert made.cluster == "mine"
-    with pytest.raises(UserError, match="'My cluster' is no cluster name"):
+    with pytest.raises(UserError, match="'My cluster' cannot name a cluster"):
         make_plan(PROFILES / "cpu-demo.yaml", environ=environ, name="My cluster")
 
 

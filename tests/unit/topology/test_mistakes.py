@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from epdctl.errors import Mistake, TopologyError
-from epdctl.topology.load import load, loads
+from tests.unit.topology.support import load, loads
 
 LANGUAGE = "model: {path: x}\nstages: {language: {}}\n"
 ENCODER = "model: {path: x}\nstages:\n  language: {}\n  encoder: "
