@@ -35,7 +35,7 @@ def data_url(picture: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-Part = str | bytes  # text, or a medium's file: WAV, or else a picture
+Part = str | bytes  # text, or a medium's file: WAV, MP4, or else a picture
 
 
 def content(parts: Sequence[Part]) -> list[dict[str, Any]]:
@@ -47,6 +47,8 @@ def _as_sent(part: Part) -> dict[str, Any]:
         return {"type": "text", "text": part}
     if part[:4] == b"RIFF":
         return {"type": "input_audio", "input_audio": {"data": base64.b64encode(part).decode(), "format": "wav"}}
+    if part[4:8] == b"ftyp":
+        return {"type": "video_url", "video_url": {"url": data_url(part, "video/mp4")}}
     return {"type": "image_url", "image_url": {"url": data_url(part)}}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ def reference_generate(
     model, processor = _loaded(directory)
     text = processor.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     prompt = processor(text=[text], **_given(media), return_tensors="pt")
-    if "image_grid_thw" in prompt:
-        prompt["mm_token_type_ids"] = (prompt["input_ids"] == model.config.image_token_id).int()
+    if "image_grid_thw" in prompt or "video_grid_thw" in prompt:
+        tokens, seen = prompt["input_ids"], (model.config.image_token_id, model.config.video_token_id)
+        prompt["mm_token_type_ids"] = sum((tokens == token).int() * number for number, token in enumerate(seen, 1))
     output = model.generate(
         **prompt,
         max_new_tokens=max_new_tokens,
@@ -78,16 +80,34 @@ def reference_generate(
 
 
 def as_part(file: bytes) -> dict[str, Any]:
-    """A medium in a message, as templates know it: a sound clip where the file is WAV, else a picture."""
-    return {"type": "audio", "audio_url": ""} if _is_sound(file) else {"type": "image"}
+    """A medium in a message, as templates know it: a sound clip where the file is WAV, a video where it is MP4, else a
+    picture."""
+    if _is_sound(file):
+        return {"type": "audio", "audio_url": ""}
+    return {"type": "video" if _is_video(file) else "image"}
 
 
 def _given(media: Sequence[bytes]) -> dict[str, Any]:
     """To the processor."""
     if any(map(_is_sound, media)):
         return {"audio": [heard(file) for file in media], "sampling_rate": RATE}
-    seen = [Image.open(io.BytesIO(file)).convert("RGB") for file in media]
-    return {"images": [seen] if seen else None}
+    seen = [Image.open(io.BytesIO(file)).convert("RGB") for file in media if not _is_video(file)]
+    shown = [_shown(file) for file in media if _is_video(file)]
+    videos = {"videos": [frames for frames, _ in shown], "video_metadata": [told for _, told in shown]} if shown else {}
+    return {"images": [seen] if seen else None, **videos}
+
+
+def _shown(file: bytes) -> tuple[torch.Tensor, Any]:
+    """The frames that transformers' own reader finds, as its processor for videos chooses them: two of each second."""
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+    from transformers.video_utils import read_video_pyav
+
+    frames, told = read_video_pyav(io.BytesIO(file), partial(Qwen2VLVideoProcessor().sample_frames, fps=2))
+    return torch.from_numpy(frames).permute(0, 3, 1, 2), told
+
+
+def _is_video(file: bytes) -> bool:
+    return file[4:8] == b"ftyp"
 
 
 def _is_sound(file: bytes) -> bool:
@@ -112,24 +132,32 @@ def _loaded(directory: Path) -> tuple[Any, Any]:
 
 
 def own_processor(directory: Path) -> Any:
-    """transformers' own for this checkpoint; without the video half, which would need torchvision."""
+    """transformers' own for this checkpoint; with its video half for Qwen2.5-VL, where torchvision is there for it."""
     family = json.loads((directory / "config.json").read_text())["model_type"]
     if family == "qwen2_audio":
         return _sound_processor(directory)
     whole, images = _PROCESSORS[family]
 
-    class WithoutVideo(whole):  # type: ignore[misc, valid-type]
+    class Whole(whole):  # type: ignore[misc, valid-type]
         def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
             return type(argument)
 
     settings = directory / "processor_config.json"
-    return WithoutVideo(
+    return Whole(
         images.from_pretrained(directory),
         AutoTokenizer.from_pretrained(directory),
-        None,
+        _video_processor(directory) if family == "qwen2_5_vl" else None,
         chat_template=(directory / "chat_template.jinja").read_text(),
         **(json.loads(settings.read_text()) if settings.exists() else {}),
     )
+
+
+def _video_processor(directory: Path) -> Any:
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    return Qwen2VLVideoProcessor.from_pretrained(directory)
 
 
 def _sound_processor(directory: Path) -> Any:
