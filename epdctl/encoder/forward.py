@@ -40,6 +40,11 @@ class Forward:
         self.batches = 0
         self.made = 0  # items
 
+    @property
+    def waiting(self) -> int:
+        """Items that no batch has taken."""
+        return len(self._waiting)
+
     async def encode(self, prepared: Prepared) -> torch.Tensor:
         """[rows, width]. Cancelling the wait takes the item out, unless its forward has begun."""
         result: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()

@@ -20,6 +20,7 @@ from epdctl.engine.api import Prepared
 from epdctl.errors import EpdError
 from epdctl.rank.tasks import Tasks
 from epdctl.wire.encode import FailureKind, MediaItem, Source
+from epdctl.wire.lifecycle import Embeddings
 
 __all__ = ["Makings", "Reading", "Refused", "Size"]
 
@@ -82,12 +83,19 @@ class Makings:
         self._encode = encode
         self._tasks = tasks
         self.cache: Cache[tuple[Size, torch.Tensor]] = Cache(cache_bytes)
+        self.counts = dict.fromkeys(Source, 0)  # of readings, by where their embeddings come from
         self._flights: dict[EmbeddingKey, _Making] = {}
+
+    @property
+    def figures(self) -> Embeddings:
+        made, shared, cached = (self.counts[source] for source in (Source.MADE, Source.SHARED, Source.CACHED))
+        return Embeddings(made=made, shared=shared, cached=cached, kept_bytes=self.cache.bytes)
 
     @contextlib.contextmanager
     def open(self, media: memoryview, item: MediaItem) -> Iterator[Reading]:
         """What it takes to make it goes on until every reader has left."""
         reading = self._find(media, item)
+        self.counts[reading.source] += 1
         making = reading.making
         making.readers += 1
         try:

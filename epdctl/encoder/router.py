@@ -282,7 +282,7 @@ class RouterService:
             self._arm(deadline)
 
     def pulse(self) -> Pulse:
-        return Pulse(inflight=len(self._dispatcher), completed=self._completed)
+        return Pulse(inflight=len(self._dispatcher), waiting=self.waiting, completed=self._completed)
 
     async def until_idle(self) -> None:
         await self._idle.wait()

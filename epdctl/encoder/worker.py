@@ -352,11 +352,15 @@ class EncoderService:
             log.info("the router left before its answer: %s", error)
 
     def pulse(self) -> Pulse:
+        if self._loaded is None:
+            return Pulse(standstill=self._compute.job_seconds)
         return Pulse(
             inflight=len(self._items),
+            waiting=self._loaded.forward.waiting,
             completed=self._completed,
             standstill=self._compute.job_seconds,
-            unhealthy=None if self._loaded is None else self._loaded.watch.reason,
+            unhealthy=self._loaded.watch.reason,
+            embeddings=self._loaded.makings.figures,
         )
 
     async def until_idle(self) -> None:

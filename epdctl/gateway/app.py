@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -62,6 +62,7 @@ class Desk:
     pool: Executor  # for what would hold up the loop: parsing, tokenising, reading headers of media
     fetcher: Fetcher
     config: GatewayConfig
+    rank_metrics: Callable[[], Awaitable[bytes]]  # of the whole cluster, in the exposition format
 
 
 def create_app(desk: Desk) -> ASGIApp:
@@ -106,7 +107,7 @@ def _add_reports(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(desk.meters.text(), media_type=CONTENT_TYPE)
+        return Response(desk.meters.text() + await desk.rank_metrics(), media_type=CONTENT_TYPE)
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

@@ -65,6 +65,11 @@ class Pipeline:
     def meters(self) -> GatewayMeters:
         return self._meters
 
+    @property
+    def waiting(self) -> int:
+        """Requests without a route."""
+        return len(self._waiting)
+
     def now(self) -> float:
         return self._loop.time()
 

@@ -7,15 +7,17 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from epdctl.errors import DeadlineExceeded
 from epdctl.gateway.app import Desk, create_app
 from epdctl.gateway.budget import Door
 from epdctl.gateway.intake import Intake
 from epdctl.gateway.pipeline import Pipeline
 from epdctl.gateway.remote import Fetcher
-from epdctl.rank.service import Progress, Pulse
+from epdctl.rank.service import Ask, Progress, Pulse
 from epdctl.rank.web import HttpServer, address_of, bind
 from epdctl.telemetry.hops import Hops
 from epdctl.telemetry.metrics import GatewayMeters
+from epdctl.telemetry.ranks import rank_text
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import Absent, Endpoints, Peer
 
@@ -39,6 +41,7 @@ class GatewayService:
         self._pipeline = Pipeline(self._meters, config.gateway.stages, wait_seconds=config.limits.wait_seconds)
         self._pool = ThreadPoolExecutor(max(1, min(MOST_THREADS, config.threads)), thread_name_prefix="intake")
         self._server: HttpServer | None = None
+        self._ask: Ask | None = None
 
     async def start(self, progress: Progress) -> Endpoints:
         """Raises LoadError, and OSError for an address that cannot be bound."""
@@ -54,7 +57,7 @@ class GatewayService:
             raise
         gateway = self._config.gateway
         fetcher = Fetcher(gateway.media_hosts, seconds=gateway.media_seconds, limit=self._config.limits.max_body_bytes)
-        desk = Desk(intake, self._pipeline, self._door, self._meters, self._pool, fetcher, gateway)
+        desk = Desk(intake, self._pipeline, self._door, self._meters, self._pool, fetcher, gateway, self._rank_metrics)
         self._server = HttpServer(create_app(desk), listener)
         await self._server.start()
         return Endpoints(http=address_of(listener))
@@ -69,7 +72,25 @@ class GatewayService:
         unhealthy = None
         if self._server is not None and self._server.ended and self._door.closed is None:
             unhealthy = "the HTTP server has ended"
-        return Pulse(inflight=self._door.open_tickets, completed=self._pipeline.completed, unhealthy=unhealthy)
+        return Pulse(
+            inflight=self._door.open_tickets,
+            waiting=self._pipeline.waiting,
+            completed=self._pipeline.completed,
+            unhealthy=unhealthy,
+        )
+
+    def take_source(self, ask: Ask) -> None:
+        self._ask = ask
+
+    async def _rank_metrics(self) -> bytes:
+        """Empty where nobody can be asked."""
+        if self._ask is None:
+            return b""
+        try:
+            return rank_text(await self._ask())
+        except DeadlineExceeded as error:
+            log.warning("metrics without the ranks': %s", error)
+            return rank_text(None)
 
     async def until_idle(self) -> None:
         await self._door.idle.wait()

@@ -77,11 +77,14 @@ class MonoService:
     def pulse(self) -> Pulse:
         """A request and each of its pictures are a piece of work each, as on ranks of their own."""
         language, router = self._language.pulse(), self._router.pulse()
+        tower = Pulse() if self._encoder is None else self._encoder.pulse()
         return replace(
             language,
             inflight=language.inflight + router.inflight,
+            waiting=language.waiting + router.waiting,
             completed=language.completed + router.completed,
-            unhealthy=None if self._encoder is None else self._encoder.pulse().unhealthy,
+            unhealthy=tower.unhealthy,
+            embeddings=tower.embeddings,
         )
 
     async def until_idle(self) -> None:

@@ -169,6 +169,7 @@ class LanguageRank(ABC, Generic[S, In]):
         pages = self._machine.pages
         return Pulse(
             inflight=len(self._stays),
+            waiting=len(self._line),
             completed=self._completed,
             free_pages=pages.free,
             total_pages=pages.total,

@@ -19,7 +19,8 @@ from typing import Any, assert_never
 from epdctl.errors import BadMessage, EpdError, IncompatiblePeer, UserError, WireError
 from epdctl.rank.capture import Capture, clock_of
 from epdctl.rank.fatal import Departure, fatal, status_of
-from epdctl.rank.service import BecomesIdle, Factual, HearsAbsent, Service
+from epdctl.rank.figures import Enquiry
+from epdctl.rank.service import BecomesIdle, Factual, HearsAbsent, Service, TellsOfAll
 from epdctl.rank.tasks import Tasks
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import (
@@ -31,6 +32,7 @@ from epdctl.wire.lifecycle import (
     Drained,
     Endpoints,
     Fatal,
+    Figures,
     Heartbeat,
     Hello,
     Loading,
@@ -82,6 +84,7 @@ class RankProcess:
         self._capture: Capture | None = None  # once it is ready
         self._peers: PeersChanged | None = None
         self._loading = Loads(self._post)
+        self._enquiry = Enquiry(self._post)
 
     async def live(self) -> Departure:
         self._loop.set_exception_handler(self._unhandled)
@@ -150,6 +153,8 @@ class RankProcess:
     async def _serve(self) -> None:
         factory = await _in_thread(lambda: self._find_service(self._spec.config.service))
         self._service = factory(self._spec)
+        if isinstance(self._service, TellsOfAll):
+            self._service.take_source(self._enquiry.ask)
         endpoints = await self._service.start(self._report)
         self._ready = True
         self._up.set()
@@ -216,6 +221,8 @@ class RankProcess:
             leases=pulse.leases,
             unhealthy=pulse.unhealthy,
             standstill_s=pulse.standstill,
+            waiting=pulse.waiting,
+            embeddings=pulse.embeddings,
         )
 
     async def _stream_out(self, message: RankToSupervisor) -> None:
@@ -253,6 +260,8 @@ class RankProcess:
                     self._capture.stop()
             case TellClock():
                 self._tell_clock(message)
+            case Figures():
+                self._enquiry.told(message)
             case Unfit(text=text):
                 self._leave(fatal(IncompatiblePeer(text), serving=False))
             case _:

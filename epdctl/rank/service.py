@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from epdctl.telemetry.hops import Hops
-from epdctl.wire.lifecycle import Absent, Endpoints, Facts, Peer
+from epdctl.wire.lifecycle import Absent, Embeddings, Endpoints, Facts, Peer, RankFigures
 
 __all__ = [
+    "Ask",
     "BecomesIdle",
     "Factual",
     "HasHops",
@@ -19,6 +20,7 @@ __all__ = [
     "Pulse",
     "Recorded",
     "Service",
+    "TellsOfAll",
     "Written",
 ]
 
@@ -30,12 +32,14 @@ class Pulse:
     """What a heartbeat carries; read from the event loop, so it must be cheap."""
 
     inflight: int = 0
+    waiting: int = 0  # of them: for memory, for a batch, for a rank
     completed: int = 0
     free_pages: int = 0
     total_pages: int = 0
     leases: int = 0  # live ones of pools that peers write to, quarantined slots among them
     unhealthy: str | None = None
     standstill: float = 0.0  # seconds that the piece of work under way has run without an end
+    embeddings: Embeddings | None = None  # of a rank with a tower
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,18 @@ class Profilable(Protocol):
         ...
 
     def stop_capture(self) -> None: ...
+
+
+Ask = Callable[[], Awaitable[Sequence[RankFigures]]]  # raises DeadlineExceeded
+
+
+@runtime_checkable
+class TellsOfAll(Protocol):
+    """A Service that tells people of every rank of the cluster."""
+
+    def take_source(self, ask: Ask) -> None:
+        """``ask`` gives every rank's figures; called once, before ``start``."""
+        ...
 
 
 @runtime_checkable

@@ -156,7 +156,13 @@ class Captures:
 
     # -- what ranks say --
 
-    def written(self, rank: RankName, incarnation: Incarnation, message: CaptureWritten) -> None:
+    def hear(self, rank: RankName, incarnation: Incarnation, message: CaptureWritten | ClockTold) -> None:
+        if isinstance(message, CaptureWritten):
+            self._written(rank, incarnation, message)
+        elif self._recording is not None:
+            self._recording.clocks.told(rank, incarnation, message)
+
+    def _written(self, rank: RankName, incarnation: Incarnation, message: CaptureWritten) -> None:
         recording = self._recording
         if recording is None or message.capture != recording.capture:
             return  # of a capture that was given up
@@ -170,10 +176,6 @@ class Captures:
             note=message.note,
         )
         self._settle(recording, word)
-
-    def clock_told(self, rank: RankName, incarnation: Incarnation, message: ClockTold) -> None:
-        if self._recording is not None:
-            self._recording.clocks.told(rank, incarnation, message)
 
     def died(self, rank: RankName, incarnation: Incarnation) -> None:
         recording = self._recording

@@ -25,6 +25,7 @@ from epdctl.supervisor.captures import Captures
 from epdctl.supervisor.compatibility import misfit
 from epdctl.supervisor.effects import Effects
 from epdctl.supervisor.eventlog import EventLog
+from epdctl.supervisor.figures import figures_of
 from epdctl.supervisor.gang import Changed, Faulted, Gang, may_start
 from epdctl.supervisor.member import Life, Member, RankStream
 from epdctl.supervisor.merging import run_merge
@@ -49,6 +50,7 @@ from epdctl.supervisor.states.table import step
 from epdctl.topology.plan import Deadlines, Plan
 from epdctl.wire.control import RankState, StatusReply
 from epdctl.wire.lifecycle import (
+    AskFigures,
     CaptureWritten,
     ClockTold,
     Drained,
@@ -197,10 +199,10 @@ class Daemon:
                 self._post(member, HeartbeatSeen(number, message.unhealthy, message.standstill_s))
             case Drained():
                 self._post(member, DrainedReported(number))
-            case CaptureWritten():
-                self.captures.written(member.name, number, message)
-            case ClockTold():
-                self.captures.clock_told(member.name, number, message)
+            case CaptureWritten() | ClockTold():
+                self.captures.hear(member.name, number, message)
+            case AskFigures():
+                self._effects.tell(member, figures_of(self.members.values()))
             case Fatal():
                 self._post(member, FatalReported(number, _last_words(message), message.restartable))
             case Hello():

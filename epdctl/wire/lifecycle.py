@@ -16,19 +16,23 @@ __all__ = [
     "SPEC",
     "SUPERVISOR_TO_RANK",
     "Absent",
+    "AskFigures",
     "CaptureWritten",
     "ClockTold",
     "Drain",
     "Drained",
+    "Embeddings",
     "Endpoints",
     "Facts",
     "Fatal",
     "FatalKind",
+    "Figures",
     "Heartbeat",
     "Hello",
     "Loading",
     "Peer",
     "PeersChanged",
+    "RankFigures",
     "RankToSupervisor",
     "Ready",
     "StartCapture",
@@ -128,16 +132,27 @@ class Ready(Message, frozen=True):
     transfer: str | None = None  # its transport's own word, for people: "mooncake nvlink, 1930.4 GB/s to itself"
 
 
+class Embeddings(Part, frozen=True):
+    """What became of an encoder's items: their embeddings were made, shared with one in flight, or remembered."""
+
+    made: int = 0
+    shared: int = 0
+    cached: int = 0
+    kept_bytes: int = 0  # of those that are remembered now
+
+
 class Heartbeat(Message, frozen=True):
     """``completed`` advances with work done: liveness is progress, not an answer to a ping."""
 
     inflight: int = 0
+    waiting: int = 0  # of them: for memory, for a batch, for a rank
     completed: int = 0
     free_pages: int = 0
     total_pages: int = 0
     leases: int = 0  # on memory that peers write to; an idle rank has none
     unhealthy: str | None = None  # the rank's own reason, if it knows one
     standstill_s: float = 0.0  # how long the piece of work under way has run without an end
+    embeddings: Embeddings | None = None  # of a rank with a tower
 
 
 class Drained(Message, frozen=True):
@@ -158,6 +173,10 @@ class ClockTold(Message, frozen=True):
     asked: int  # the question's own
     heard: int
     told: int
+
+
+class AskFigures(Message, frozen=True):
+    """Of every rank; a gateway's metrics tell them."""
 
 
 class Fatal(Message, frozen=True):
@@ -195,14 +214,29 @@ class TellClock(Message, frozen=True):
     asked: int  # nanoseconds of unix time, on the supervisor's clock
 
 
+class RankFigures(Part, frozen=True):
+    """One rank as the supervisor knows it. ``beat``: its last; None before its first."""
+
+    rank: RankName
+    stage: Stage
+    ready: bool
+    restarts: int
+    rss_bytes: int | None = None
+    beat: Heartbeat | None = None
+
+
+class Figures(Message, frozen=True):
+    ranks: list[RankFigures]
+
+
 class Unfit(Message, frozen=True):
     """What this rank said at Ready is not what the others said: it must not serve, and a restart does not help."""
 
     text: str
 
 
-RankToSupervisor = Hello | Loading | Ready | Heartbeat | Drained | CaptureWritten | ClockTold | Fatal
-SupervisorToRank = Drain | PeersChanged | StartCapture | StopCapture | TellClock | Unfit
+RankToSupervisor = Hello | Loading | Ready | Heartbeat | Drained | CaptureWritten | ClockTold | AskFigures | Fatal
+SupervisorToRank = Drain | PeersChanged | StartCapture | StopCapture | TellClock | Figures | Unfit
 
 RANK_TO_SUPERVISOR: Codec[RankToSupervisor] = Codec(RankToSupervisor)
 SUPERVISOR_TO_RANK: Codec[SupervisorToRank] = Codec(SupervisorToRank)

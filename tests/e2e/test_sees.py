@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from epdctl.adapters import make_plan
 from epdctl.bench.clusters import await_ready
@@ -131,6 +133,41 @@ def test_every_answer_is_the_one_that_transformers_gives(sees: Cluster) -> None:
     done = [rank["completed"] for rank in sees.status()["ranks"] if rank["stage"] == "encoder"]
     assert len(done) == 2
     assert all(done), "both encoders had a part in it"
+
+
+def test_one_scrape_shows_every_rank(sees: Cluster) -> None:
+    composer = Composer(TRAINED, SEED)
+    question = ask(Task.COLOUR, composer, composer.size())
+    ranks = {(rank["rank"], rank["stage"]) for rank in sees.status()["ranks"]}
+    before = cached(scraped(sees))
+    ask_all(sees, [question, question])
+    deadline = time.monotonic() + GUARD_SECONDS
+    while cached(found := scraped(sees)) == before:  # heartbeats bring it
+        assert time.monotonic() < deadline, "the second one's embedding was not remembered"
+    assert {(labels["rank"], labels["stage"]): ready for labels, ready in found["epdctl_rank_ready"]} == dict.fromkeys(
+        ranks, 1
+    )
+    assert {labels["rank"] for labels, _ in found["epdctl_rank_kv_pages_free"]} == {"prefill/0", "decode/0"}
+    assert {(labels["rank"], labels["stage"]) for labels, _ in found["epdctl_rank_in_flight"]} == ranks
+    assert sum(value for _, value in found["epdctl_rank_cache_bytes"]) > 0
+    assert found["epdctl_supervisor_up"] == [({}, 1)]
+
+
+Samples = dict[str, list[tuple[dict[str, str], float]]]
+
+
+def scraped(cluster: Cluster) -> Samples:
+    text = httpx.get(f"{cluster.url}/metrics", timeout=GUARD_SECONDS).text
+    found: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return found
+
+
+def cached(found: Samples) -> float:
+    """Embeddings that were not made again, or not twice."""
+    return sum(value for labels, value in found["epdctl_rank_embeddings_total"] if labels["source"] != "made")
 
 
 def test_a_cluster_that_answers_rightly_is_healthy(sees: Cluster) -> None:

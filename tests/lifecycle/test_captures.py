@@ -76,10 +76,10 @@ def test_what_another_incarnation_or_another_capture_wrote_does_not_count(tmp_pa
         reply = asyncio.create_task(captures.stop())
         await asyncio.sleep(0)
         written = CaptureWritten(capture=studio.capture(), path="/trace")
-        captures.written(ENCODER, Incarnation(2), written)
+        captures.hear(ENCODER, Incarnation(2), written)
         captures.died(ENCODER, Incarnation(2))
-        captures.written(ENCODER, FIRST, CaptureWritten(capture="another", path="/trace"))
-        captures.written(DECODE, FIRST, written)
+        captures.hear(ENCODER, FIRST, CaptureWritten(capture="another", path="/trace"))
+        captures.hear(DECODE, FIRST, written)
         await asyncio.sleep(0)
         assert not reply.done()
         captures.died(ENCODER, FIRST)
@@ -94,7 +94,7 @@ def test_the_results_of_a_capture_that_ended_by_itself_are_told_once_at_stop(tmp
         studio = Studio()
         captures = studio.captures(tmp_path)
         captures.start(StartCaptures(), [DECODE])
-        captures.written(DECODE, FIRST, CaptureWritten(capture=studio.capture(), path="/trace"))
+        captures.hear(DECODE, FIRST, CaptureWritten(capture=studio.capture(), path="/trace"))
         assert [result.path for result in (await captures.stop()).results] == ["/trace"]
 
     asyncio.run(scenario())
@@ -107,9 +107,9 @@ def test_a_rank_without_a_model_records_until_those_that_count_are_done(tmp_path
         captures.start(StartCaptures(steps=1), [DECODE, GATEWAY])
         planned = {rank: order for rank, order in studio.told if isinstance(order, StartCapture)}
         assert (planned[GATEWAY].path, planned[GATEWAY].steps) == (None, None)
-        captures.written(DECODE, FIRST, CaptureWritten(capture=studio.capture(), path="/t", hops="/d"))
+        captures.hear(DECODE, FIRST, CaptureWritten(capture=studio.capture(), path="/t", hops="/d"))
         assert studio.orders(GATEWAY) == ["StartCapture", "StopCapture"]
-        captures.written(GATEWAY, FIRST, CaptureWritten(capture=studio.capture(), hops="/g"))
+        captures.hear(GATEWAY, FIRST, CaptureWritten(capture=studio.capture(), hops="/g"))
         reply = await captures.stop()
         assert reply.merged == str(tmp_path / reply.capture / "trace.json.gz")
         (order,) = studio.merges
@@ -128,7 +128,7 @@ def test_a_share_that_cannot_be_merged_is_its_rank_s_error_and_nobody_else_s(tmp
         captures = studio.captures(tmp_path)
         captures.start(StartCaptures(), [DECODE, ENCODER])
         for rank in (DECODE, ENCODER):
-            captures.written(rank, FIRST, CaptureWritten(capture=studio.capture(), path="/t"))
+            captures.hear(rank, FIRST, CaptureWritten(capture=studio.capture(), path="/t"))
         reply = await captures.stop()
         assert [(result.path, result.error) for result in reply.results] == [("/t", None), ("/t", "broken")]
         assert (reply.merged is not None, reply.merge_error) == (True, None)
@@ -147,13 +147,13 @@ def test_each_rank_s_clock_is_asked_at_the_start_and_at_the_end(tmp_path: Path) 
             if isinstance(message, TellClock):
                 heard = message.asked + ahead
                 answer = ClockTold(asked=message.asked, heard=heard, told=heard)
-                asyncio.get_running_loop().call_soon(self.asked.clock_told, rank, FIRST, answer)
+                asyncio.get_running_loop().call_soon(self.asked.hear, rank, FIRST, answer)
 
     async def scenario() -> None:
         studio = Answering()
         captures = studio.asked = studio.captures(tmp_path, Deadlines())
         captures.start(StartCaptures(), [DECODE])
-        captures.written(DECODE, FIRST, CaptureWritten(capture=studio.capture(), path="/t"))
+        captures.hear(DECODE, FIRST, CaptureWritten(capture=studio.capture(), path="/t"))
         (result,) = (await captures.stop()).results
         assert result.clock_offset_us is not None
         assert result.clock_uncertainty_us is not None
