@@ -44,11 +44,11 @@ class Here:
 
     def __init__(self, backend: str, sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if backend == "mooncake":
-            from epdctl.transfer import mooncake
+            from epdctl.transfer import mooncake_engine
 
-            quick = mooncake.PROTOCOLS["tcp"]
+            quick = mooncake_engine.PROTOCOLS["tcp"]
             fields = {name: getattr(quick, name) for name in quick.__dataclass_fields__} | {"settle_seconds": 0.01}
-            monkeypatch.setitem(mooncake.PROTOCOLS, "tcp", mooncake.Way(**fields))
+            monkeypatch.setitem(mooncake_engine.PROTOCOLS, "tcp", mooncake_engine.Way(**fields))
         self.now = 0.0
         self.sockets = sockets
         self.transport: Transport = open_at(backend, f"ipc://{sockets}/here", "prefill/0")

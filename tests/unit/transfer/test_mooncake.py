@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from epdctl.errors import RegistrationFailed, TransferError, UserError
-from epdctl.transfer import mooncake
-from epdctl.transfer.mooncake import PROTOCOLS, Engine, MooncakeMover, engine_of, probe, rdma_devices
+from epdctl.transfer import mooncake, mooncake_engine
+from epdctl.transfer.mooncake import MooncakeMover
+from epdctl.transfer.mooncake_engine import PROTOCOLS, Engine, engine_of, probe, rdma_devices
 from epdctl.transfer.movers import Put
 from epdctl.wire.transfer import PoolLocation
 
@@ -125,7 +126,7 @@ def test_errors_of_the_engine_are_ours() -> None:
     with pytest.raises(RegistrationFailed, match="does not take 8 bytes on cpu"):
         refusing.register(torch.zeros(8, dtype=torch.uint8))
     with pytest.raises(TransferError, match=r"did not deliver 8 bytes to 127\.0\.0\.1:7"):
-        refusing.write("127.0.0.1:7", [mooncake.Run(0, 0, 8)])
+        refusing.write("127.0.0.1:7", [mooncake_engine.Run(0, 0, 8)])
 
 
 def test_the_probe_believes_bytes_and_not_words() -> None:
@@ -135,7 +136,7 @@ def test_the_probe_believes_bytes_and_not_words() -> None:
 
 def test_a_protocol_that_fell_to_a_slower_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {name: getattr(PROTOCOLS["nvlink"], name) for name in PROTOCOLS["nvlink"].__dataclass_fields__}
-    way = mooncake.Way(**quick | {"probe_bytes": 1 << 16, "least_gb_per_s": 1e9})
+    way = mooncake_engine.Way(**quick | {"probe_bytes": 1 << 16, "least_gb_per_s": 1e9})
     monkeypatch.setitem(PROTOCOLS, "nvlink", way)
     with pytest.raises(UserError, match="it fell to another protocol"):
         probe(Engine(Pretender(), "nvlink"), CPU)
@@ -145,7 +146,7 @@ def test_rdma_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert rdma_devices(tmp_path / "none") == []
     (tmp_path / "mlx5_0").mkdir()
     assert rdma_devices(tmp_path) == ["mlx5_0"]
-    monkeypatch.setattr(mooncake, "rdma_devices", list)
+    monkeypatch.setattr(mooncake_engine, "rdma_devices", list)
     engine_of.cache_clear()
     with pytest.raises(UserError, match="no RDMA device"):
         engine_of("rdma")
@@ -162,7 +163,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
             return 0
 
     monkeypatch.setitem(sys.modules, "mooncake.engine", SimpleNamespace(TransferEngine=Listening))
-    monkeypatch.delenv(mooncake.NVLINK_VARIABLE, raising=False)
+    monkeypatch.delenv(mooncake_engine.NVLINK_VARIABLE, raising=False)
     engine_of.cache_clear()
     with server:
         yield server
@@ -179,17 +180,17 @@ def test_ports_that_stay_open_are_told_in_the_status(opened: socket.socket, monk
     def forbid(_: frozenset[int]) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(mooncake, "keep_on_loopback", forbid)
+    monkeypatch.setattr(mooncake_engine, "keep_on_loopback", forbid)
     assert not engine_of("tcp").private
     assert MooncakeMover("tcp", CPU).note.endswith("; its ports are open to other machines")
 
 
 def test_nvlink_and_its_variable_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     engine_of.cache_clear()
-    monkeypatch.delenv(mooncake.NVLINK_VARIABLE, raising=False)
+    monkeypatch.delenv(mooncake_engine.NVLINK_VARIABLE, raising=False)
     with pytest.raises(UserError, match="do not agree"):
         engine_of("nvlink")
-    monkeypatch.setenv(mooncake.NVLINK_VARIABLE, "1")
+    monkeypatch.setenv(mooncake_engine.NVLINK_VARIABLE, "1")
     with pytest.raises(UserError, match="do not agree"):
         engine_of("tcp")
 
