@@ -70,7 +70,7 @@ def _compared(name: str, size: str, device: torch.device, pictures: tuple[int, i
     patches = grids[0][1] * grids[0][2]
     pixels = torch.randn(count * patches, tower.patch_embed.proj.weight[0].numel(), device=device).to(dtype)
     parts = list(torch.split(pixels, patches))
-    fast = fast_tower(tower, ops=kernels_for(device, dtype) or PlainOps())
+    fast = fast_tower(tower, ops=kernels_for(device, dtype) or PlainOps(), wide=dtype.itemsize == 2)
     fast_ms = _timed(lambda: fast.encode(parts, grids), device, repeats=9)
     library_ms = _timed(lambda: _theirs(tower, pixels, grids), device, repeats=3)
     found, theirs = fast.encode(parts, grids), _theirs(tower, pixels, grids)
@@ -92,7 +92,8 @@ def packed(size: str, device: torch.device, pictures: Sequence[tuple[int, int]],
     """Qwen2.5-VL's tower over each (count, side)."""
     dtype = _dtype(device)
     tower = qwen2_5_vl_tower(size, device, dtype)
-    fast = fast_tower(tower, torch.randn(3, 256), ops=kernels_for(device, dtype) or PlainOps())
+    ops = kernels_for(device, dtype) or PlainOps()
+    fast = fast_tower(tower, torch.randn(3, 256), ops=ops, wide=dtype.itemsize == 2)
     measured = [_packed(fast, count, side) for count, side in pictures]
     for each in measured:
         say(f"one forward of {each.pictures} × {each.side}²: {each.ms} ms, {each.rate:.0f} pictures/s")
