@@ -20,6 +20,7 @@ from epdctl.errors import BadMessage, EpdError, IncompatiblePeer, UserError, Wir
 from epdctl.rank.capture import Capture, clock_of
 from epdctl.rank.fatal import Departure, fatal, status_of
 from epdctl.rank.figures import Enquiry
+from epdctl.rank.loading import Loads, in_thread
 from epdctl.rank.service import BecomesIdle, Factual, HearsAbsent, Service, TellsOfAll
 from epdctl.rank.tasks import Tasks
 from epdctl.wire.config import RankSpec
@@ -35,7 +36,6 @@ from epdctl.wire.lifecycle import (
     Figures,
     Heartbeat,
     Hello,
-    Loading,
     PeersChanged,
     RankToSupervisor,
     Ready,
@@ -55,7 +55,6 @@ log = logging.getLogger(__name__)
 ServiceFactory = Callable[[RankSpec], Service]
 CLOSE_SECONDS = 0.6  # within the grace that the guard gives after SIGTERM
 LAST_WORDS_SECONDS = 1.0
-LOADING_SECONDS = 0.2  # between two reports of one phase: a report per tensor would flood the stream
 
 
 async def run(spec: RankSpec) -> Departure:
@@ -151,7 +150,7 @@ class RankProcess:
             log.exception("closing failed")
 
     async def _serve(self) -> None:
-        factory = await _in_thread(lambda: self._find_service(self._spec.config.service))
+        factory = await in_thread(lambda: self._find_service(self._spec.config.service))
         self._service = factory(self._spec)
         if isinstance(self._service, TellsOfAll):
             self._service.take_source(self._enquiry.ask)
@@ -306,42 +305,3 @@ def _tell(service: Service, peers: PeersChanged) -> None:
     if isinstance(service, HearsAbsent):
         service.absent_changed(peers.absent)
     service.peers_changed(peers.peers)
-
-
-class Loads:
-    """Thins out reports of loading: every phase, its end, and in between a few a second."""
-
-    def __init__(self, post: Callable[[Loading], None]) -> None:
-        self._post = post
-        self._phase = ""
-        self._at = 0.0
-
-    def report(self, phase: str, done: int, total: int, now: float) -> None:
-        if phase == self._phase and done < total and now - self._at < LOADING_SECONDS:
-            return
-        self._phase, self._at = phase, now
-        self._post(Loading(phase=phase, done=done, total=total))
-
-
-async def _in_thread(work: Callable[[], ServiceFactory]) -> ServiceFactory:
-    """Like asyncio.to_thread, on a thread that cannot keep the process from leaving."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[ServiceFactory] = loop.create_future()
-
-    def settle(result: ServiceFactory | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        elif result is not None:
-            future.set_result(result)
-
-    def target() -> None:
-        try:
-            outcome: tuple[ServiceFactory | None, BaseException | None] = (work(), None)
-        except BaseException as error:  # an import may raise anything; it is raised again where it is awaited
-            outcome = (None, error)
-        loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=target, name="imports", daemon=True).start()
-    return await future

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import json
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
 
 from epdctl.errors import UserError
+from epdctl.ids import RankName, RunId
+from epdctl.supervisor.merging import run_merge
+from epdctl.supervisor.sweep import find
 from epdctl.wire.control import CaptureReply, RankState
-from epdctl.wire.trace import Kind
+from epdctl.wire.trace import Kind, MergeOrder, TraceSource
 from tests.lifecycle.conftest import Begin
 from tests.support.scripted_rank import Script
 
 READY = RankState.READY
+RUN = RunId("0123456789abcdef")
 
 
 def errors_of(reply: CaptureReply) -> dict[str, str | None]:
@@ -101,3 +109,38 @@ def processes_of(pid: int) -> list[str]:
         with contextlib.suppress(psutil.Error):
             lines.append(" ".join(child.cmdline()))
     return lines
+
+
+def order_of(path: Path, *traces: Path) -> MergeOrder:
+    sources = [TraceSource(rank=RankName(f"decode/{at}"), trace=str(trace)) for at, trace in enumerate(traces)]
+    return MergeOrder(capture="c", cluster="k", began=0, path=str(path), sources=sources)
+
+
+def test_a_merge_that_cannot_be_written_or_takes_too_long_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    async def scene() -> None:
+        nowhere = await run_merge(RUN, order_of(tmp_path / "no" / "trace.json.gz"), 60)
+        assert "cannot be written" in str(nowhere.error)
+        slow = await run_merge(RUN, order_of(tmp_path / "trace.json.gz", fifo), 1.0)
+        assert slow.error == "the merge took longer than 1 s"
+
+    asyncio.run(scene())
+    assert os.listdir(tmp_path) == ["fifo"]
+    assert find(RUN) == []
+
+
+def test_a_merge_that_dies_is_an_error(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    async def scene() -> None:
+        merging = asyncio.create_task(run_merge(RUN, order_of(tmp_path / "trace.json.gz", fifo), 60))
+        with await asyncio.to_thread(fifo.open, "w"):  # it reads: it has begun
+            (process,) = find(RUN)
+            os.kill(process.pid, signal.SIGKILL)
+            assert "ended with status -9" in str((await merging).error)
+
+    asyncio.run(scene())
+    assert os.listdir(tmp_path) == ["fifo"]

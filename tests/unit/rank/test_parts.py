@@ -12,8 +12,8 @@ import pytest
 from epdctl.errors import PeerGone
 from epdctl.ids import RankName, Stage
 from epdctl.rank.compute import ComputeThread
+from epdctl.rank.loading import Loads
 from epdctl.rank.peers import Changes, Links, PeerTable
-from epdctl.rank.process import Loads
 from epdctl.rank.tasks import Tasks
 from epdctl.wire.lifecycle import Endpoints, Loading, Peer
 from epdctl.wire.sockets import Inbox
