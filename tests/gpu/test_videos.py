@@ -145,7 +145,7 @@ def test_the_encoders_own_surface_takes_videos_and_lists_of_frames(cluster: Clus
     tower, made = load_tower(model_config(model), torch.device("cpu")), load(reply.content)
     for n, film in enumerate((video_bytes(1), medium)):
         (right,) = tower.encode([tower.prepare(film, promised(model, film))])
-        torch.testing.assert_close(made[str(n)], right, atol=1e-4, rtol=1e-4)
+        assert float((made[str(n)] - right).norm() / right.norm()) < 2e-3  # a GPU's convolutions round to 10 bits
 
 
 def promised(directory: Path, file: bytes) -> MediaItem:
