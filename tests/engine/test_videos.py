@@ -32,7 +32,7 @@ from epdctl.wire.serve import Sampling
 from tests.engine.harness import Question, Run, ask, media_item
 from tests.support.checkpoints import model_config
 from tests.support.reference import SMALLEST_GAP, Reference, picture_bytes
-from tests.support.videos import chosen_frames, decoded, video_bytes
+from tests.support.videos import chosen_frames, decoded, promised, video_bytes
 
 CPU = torch.device("cpu")
 TOKENS = 16
@@ -210,11 +210,6 @@ def test_8_bit_pictures_and_videos_share_a_batch(
 
 
 # -- the frames --
-
-
-def promised(directory: Path, file: bytes) -> MediaItem:
-    span = open_family(directory).span(read_header(Modality.VIDEO, file, Limits()), 1)
-    return MediaItem(index=0, modality=Modality.VIDEO, content_hash="", of=1, grid=list(span.grid), rows=span.rows)
 
 
 @pytest.mark.parametrize("what", ["MP4", "WebM", "AVI"])

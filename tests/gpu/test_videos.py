@@ -1,6 +1,6 @@
-"""Videos through a cluster, token for token what ``generate`` says of transformers' own frames; and on the kernels.
+"""Videos through a cluster, token for token what ``generate`` says of transformers' own frames.
 
-Without a GPU, where there is torchvision, the cluster's part runs on the CPU: pytest -m gpu tests/gpu/test_videos.py
+Without a GPU, where there is torchvision, it runs on the CPU: pytest -m gpu tests/gpu/test_videos.py
 """
 
 from __future__ import annotations
@@ -15,28 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from epdctl.engine.api import Tower
-from epdctl.engine.families.videos import Videos
 from epdctl.engine.loading import load_tower
-from epdctl.families import open_family
-from epdctl.families.qwen2_5_vl import Qwen25VL
-from epdctl.ids import Modality
-from epdctl.rank.headers import read_header
-from epdctl.wire.config import Limits
-from epdctl.wire.encode import MediaItem
 from tests.e2e.conftest import CHUNK, running
 from tests.e2e.test_parity import WORDS, Case, Truth
-from tests.engine.harness import media_item
 from tests.support.checkpoints import model_config, tiny_checkpoint
 from tests.support.cluster import EPD, GUARD_SECONDS, Answer, Cluster, Part, data_url, free_port
 from tests.support.reference import picture_bytes
-from tests.support.videos import chosen_frames, video_bytes
+from tests.support.videos import chosen_frames, promised, video_bytes
 
 pytest.importorskip("torchvision", reason="transformers' video processors need torchvision")
 
 pytestmark = pytest.mark.gpu
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 ON_ONE_GPU = """
 model: {{path: {model}, name: tiny}}
@@ -146,28 +135,3 @@ def test_the_encoders_own_surface_takes_videos_and_lists_of_frames(cluster: Clus
     for n, film in enumerate((video_bytes(1), medium)):
         (right,) = tower.encode([tower.prepare(film, promised(model, film))])
         assert float((made[str(n)] - right).norm() / right.norm()) < 2e-3  # a GPU's convolutions round to 10 bits
-
-
-def promised(directory: Path, file: bytes) -> MediaItem:
-    span = open_family(directory).span(read_header(Modality.VIDEO, file, Limits()), 1)
-    return MediaItem(index=0, modality=Modality.VIDEO, content_hash="", of=1, grid=list(span.grid), rows=span.rows)
-
-
-@needs_gpu
-def test_the_kernels_take_videos_beside_pictures(model: Path) -> None:
-    """In one batch, in 16 bits; no further from float32 than transformers' own 16-bit forward is."""
-    gpu = torch.device("cuda", 0)
-    film, picture = video_bytes(5, 90, 30, (168, 112)), picture_bytes(5, 140, 84)
-    prepared = Videos(model_config(model), Qwen25VL(model)).prepare(film, promised(model, film))
-
-    def encoded(tower: Tower) -> list[torch.Tensor]:
-        seen = tower.prepare(picture, media_item(model, picture, 0, 1))
-        return [each.float().cpu() for each in tower.encode([prepared, seen, prepared])]
-
-    exact = encoded(load_tower(model_config(model), torch.device("cpu")))
-    usual = encoded(load_tower(model_config(model, dtype="bfloat16", optimize="off"), gpu))
-    quick = encoded(load_tower(model_config(model, dtype="bfloat16"), gpu))
-    for found, plain, due in zip(quick, usual, exact, strict=True):
-        noise = float((plain - due).norm() / due.norm())
-        assert float((found - due).norm() / due.norm()) < 1.5 * noise
-        assert noise < 0.1

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import io
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
+from epdctl.families import open_family
 from epdctl.families.frames import pack
+from epdctl.ids import Modality
+from epdctl.rank.headers import read_header
+from epdctl.wire.config import Limits
+from epdctl.wire.encode import MediaItem
 from tests.support.reference import picture_bytes
 
-__all__ = ["CODERS", "chosen_frames", "coded", "decoded", "sound_only", "video_bytes"]
+__all__ = ["CODERS", "chosen_frames", "coded", "decoded", "promised", "sound_only", "video_bytes"]
 
 # container → what FFmpeg calls it, and a coder of what it usually holds
 CODERS = {
@@ -71,3 +77,8 @@ def chosen_frames(seed: int, count: int, size: tuple[int, int] = (112, 84)) -> t
     """JPEGs, and the one medium that they are."""
     files = [picture_bytes(1000 * seed + number, *size, "JPEG") for number in range(count)]
     return files, pack(files)
+
+
+def promised(directory: Path, file: bytes) -> MediaItem:
+    span = open_family(directory).span(read_header(Modality.VIDEO, file, Limits()), 1)
+    return MediaItem(index=0, modality=Modality.VIDEO, content_hash="", of=1, grid=list(span.grid), rows=span.rows)
