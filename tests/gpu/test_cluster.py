@@ -49,7 +49,8 @@ def test_twenty_requests_over_nvlink_are_answered_as_over_zmq(
     pytest.importorskip("mooncake.engine", reason="Mooncake is an extra")
     with _cluster(tmp_path, checkpoint, "{backend: mooncake, protocol: nvlink}", "mooncake nvlink, ") as cluster:
         found = _answers(cluster)
-        print(cluster.run("status", "--cluster", cluster.name).stdout)
+        shown = cluster.run("status", "--cluster", cluster.name)
+        print(shown.stdout, shown.stderr)
     assert found == over_zmq
     assert len({answer.token_ids for answer in found}) > len(found) // 2  # the pictures matter
 

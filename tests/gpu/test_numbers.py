@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
 from epdctl.engine.attention import PagedBatch, Span, paged_attention
 from epdctl.engine.kv import KvPool
 from epdctl.engine.wide import product
+from epdctl.ids import LocalGpu, RankName
+from epdctl.rank.device import prepare_device
+from epdctl.wire.config import ModelConfig, RankConfig
 from epdctl.wire.serve import KvLayout
 
 pytestmark = [
@@ -46,6 +50,19 @@ def test_a_row_sees_itself_and_all_before_it(start: int, count: int) -> None:
     assert found.dtype == torch.bfloat16
     difference = found.float() - due[:, :, start:].transpose(1, 2)
     assert float(difference.norm() / due[:, :, start:].norm()) < 0.01
+
+
+def test_no_attention_is_planned_for_every_length() -> None:
+    """A plan of cuDNN's takes 54 ms, and an answer has as many lengths of keys as it has tokens."""
+    model = ModelConfig(path="", name="", family="qwen2_5_vl")
+    name = RankName("decode/0")
+    prepare_device(RankConfig(rank=name, stage=name.stage, service="", model=model, devices=[LocalGpu(0)]))
+    query, keys = draw(1, HEADS, 1, WIDTH), draw(1, SHARED, 77, WIDTH)
+    with profile(activities=[ProfilerActivity.CPU]) as recording:
+        functional.scaled_dot_product_attention(query, keys, keys, enable_gqa=True)
+    called = {event.key for event in recording.key_averages()}
+    assert any("flash" in key for key in called)
+    assert not any("cudnn" in key for key in called)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 2048])
