@@ -212,11 +212,15 @@ class LimitsSection(_Section):
 
     inflight: int = Field(default=_LIMITS.inflight, ge=1, description="Items or sequences a rank works on at once.")
     queue: int = Field(default=_LIMITS.queue, ge=0, description="Waiting beyond that; full is answered with 429.")
-    max_pixels: int = Field(default=_LIMITS.max_pixels, ge=1, description="Of one picture, read from its header.")
-    max_clip_seconds: Seconds = Field(
-        default=_LIMITS.max_clip_seconds, description="Of one sound clip, read from its header, like 10m."
+    max_pixels: int = Field(
+        default=_LIMITS.max_pixels, ge=1, description="Of a picture or frame, read from its header."
     )
-    max_media: int = Field(default=_LIMITS.max_media, ge=0, description="Pictures and sound clips of one request.")
+    max_clip_seconds: Seconds = Field(
+        default=_LIMITS.max_clip_seconds, description="Of one sound clip or video, read from its header, like 10m."
+    )
+    max_media: int = Field(
+        default=_LIMITS.max_media, ge=0, description="Pictures, sound clips and videos of one request."
+    )
     max_body_bytes: Bytes = Field(default=_LIMITS.max_body_bytes, description="One HTTP body, like 64MiB.")
     max_context: int = Field(default=_LIMITS.max_context, ge=2, description="Prompt and answer together, in tokens.")
     media_bytes: Bytes = Field(

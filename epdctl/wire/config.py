@@ -39,9 +39,9 @@ class Limits(Part, frozen=True):
 
     inflight: int = 64  # items or sequences a rank works on at once
     queue: int = 256  # waiting beyond those in flight, before each rank and before all of them; full is 429
-    max_pixels: int = 16_777_216  # of one picture, from its header
+    max_pixels: int = 16_777_216  # of one picture or frame, from its header
     max_media: int = 16  # pictures, clips, … of one request
-    max_clip_seconds: float = 600.0  # of one sound clip, from its header
+    max_clip_seconds: float = 600.0  # of one sound clip or video, from its header
     max_body_bytes: int = 64 << 20
     max_context: int = 32_768  # prompt + answer, tokens
     media_bytes: int = 512 << 20  # media the gateway keeps until their requests end
