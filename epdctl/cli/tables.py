@@ -154,6 +154,8 @@ def event_line(event: Event) -> str:
     """``12:00:01.250 encoder/0#2 ready: …``; an event of the cluster itself names no rank."""
     clock = datetime.fromtimestamp(event.wall).strftime("%H:%M:%S.%f")[:-3]
     who = f"{event.rank}#{event.incarnation or 0}" if event.rank else "cluster"
+    if event.kind == "exit":  # its text is a sentence: "killed by SIGKILL"
+        return f"{clock} {who} {_one_line(event.text)}"
     what = event.state or event.kind
     return f"{clock} {who} {_with_reason(what, _one_line(event.text))}"
 

@@ -17,6 +17,7 @@ from epdctl.supervisor.logs import drop_old
 from epdctl.supervisor.member import Life, Member
 from epdctl.supervisor.rundir import RunDir
 from epdctl.supervisor.states.actions import Arm, Disarm, DisarmAll, SendDrain, Signal, Spawn
+from epdctl.supervisor.states.endings import how_it_went
 from epdctl.supervisor.states.events import Event, Exited, SpawnFailed, Timer, TimerFired
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import SPEC, Drain, SupervisorToRank
@@ -109,7 +110,7 @@ class Effects:
     def _ended(self, member: Member, life: Life, exit_: Exit) -> None:
         """Called by the launcher. What the process said before may still lie unread in its connection."""
         life.exit = exit_
-        text = f"code {exit_.code}, by {exit_.by}"
+        text = how_it_went(exit_.code, exit_.by)
         self._events.record("exit", text, rank=member.name, incarnation=life.incarnation)
         if life.greeted and life.stream is None:
             self._bury(member, life, exit_)

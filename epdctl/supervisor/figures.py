@@ -17,13 +17,12 @@ def figures_of(members: Iterable[Member]) -> Figures:
 
 
 def _of(member: Member) -> RankFigures:
-    life = member.life
-    pid = None if life is None or life.handle is None or life.exit is not None else life.handle.pid
     return RankFigures(
         rank=member.name,
         stage=member.planned.stage,
         ready=member.rank.state is RankState.READY,
         restarts=member.rank.restarts,
-        rss_bytes=None if pid is None else rss(pid),
-        beat=None if life is None else life.beat,
+        restarts_asked=member.rank.restarts_asked,
+        rss_bytes=rss(member.pid),
+        beat=None if member.life is None else member.life.beat,
     )

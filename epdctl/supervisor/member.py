@@ -58,5 +58,11 @@ class Member:
         return self.planned.config.gang
 
     @property
+    def pid(self) -> int | None:
+        """Of its process; None when there is none, or no longer one."""
+        life = self.life
+        return life.handle.pid if life is not None and life.handle is not None and life.exit is None else None
+
+    @property
     def stream(self) -> RankStream | None:
         return self.life.stream if self.life is not None else None

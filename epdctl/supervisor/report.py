@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import psutil
 
 from epdctl.ids import RunId
-from epdctl.supervisor.member import Life, Member
+from epdctl.supervisor.member import Member
 from epdctl.topology.plan import Plan
 from epdctl.wire.control import RankState, RankStatus, StatusReply
 from epdctl.wire.lifecycle import Endpoints, Loading
@@ -30,7 +30,6 @@ def status_reply(plan: Plan, run: RunId, members: Iterable[Member], now: float, 
 
 def rank_status(member: Member, now: float) -> RankStatus:
     life = member.life
-    pid = _pid(life)
     beat = life.beat if life is not None else None
     return RankStatus(
         rank=member.name,
@@ -38,12 +37,12 @@ def rank_status(member: Member, now: float) -> RankStatus:
         state=member.rank.state,
         reason=reason(member),
         since=now - member.since,
-        pid=pid,
+        pid=member.pid,
         incarnation=member.rank.incarnation,
         restarts=member.rank.restarts,
         restarts_asked=member.rank.restarts_asked,
         gpus=list(member.planned.gpus),
-        rss_bytes=None if pid is None else rss(pid),
+        rss_bytes=rss(member.pid),
         inflight=beat.inflight if beat is not None else None,
         completed=beat.completed if beat is not None else None,
         endpoints=life.endpoints if life is not None else Endpoints(),
@@ -63,17 +62,16 @@ def reason(member: Member) -> str:
     return member.rank.reason
 
 
-def rss(pid: int) -> int | None:
+def rss(pid: int | None) -> int | None:
     """Resident bytes of the process ``pid``; None when it is gone."""
+    if pid is None:
+        return None
     try:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return None
 
 
-def _pid(life: Life | None) -> int | None:
-    return life.handle.pid if life is not None and life.handle is not None and life.exit is None else None
-
-
 def _progress(loading: Loading) -> str:
-    return f"{loading.phase} {loading.done}/{loading.total}" if loading.total else loading.phase
+    """How far it is, where there is more than one piece."""
+    return f"{loading.phase} {loading.done}/{loading.total}" if loading.total > 1 else loading.phase

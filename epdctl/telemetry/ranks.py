@@ -27,6 +27,11 @@ OF_BEATS: Sequence[tuple[str, str, bool, Read]] = (
     ("cache_bytes", "Embeddings that an encoder remembers", False, lambda beat: _kept_bytes(beat)),
 )
 
+RESTARTS: Sequence[tuple[str, str, Callable[[RankFigures], int]]] = (
+    ("restarts", "Restarts that a fault made necessary", lambda rank: rank.restarts),
+    ("restarts_asked", "All other restarts: somebody asked for them", lambda rank: rank.restarts_asked),
+)
+
 
 def _kept_bytes(beat: Heartbeat) -> int | None:
     return None if beat.embeddings is None else beat.embeddings.kept_bytes
@@ -58,7 +63,8 @@ class _Ranks(Collector):
 def _families(ranks: Sequence[RankFigures]) -> Iterator[Metric]:
     yield _family("ready", "1 when requests may come to the rank", ranks, lambda rank: int(rank.ready))
     yield _family("resident_bytes", "Resident memory of its process", ranks, lambda rank: rank.rss_bytes)
-    yield _family("restarts", "Processes of the rank after its first", ranks, lambda rank: rank.restarts, counter=True)
+    for name, text, restarts in RESTARTS:
+        yield _family(name, text, ranks, restarts, counter=True)
     for name, text, counter, read in OF_BEATS:
         yield _family(name, text, ranks, _from_beat(read), counter=counter)
     yield _embeddings(ranks)

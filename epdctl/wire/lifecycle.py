@@ -220,7 +220,8 @@ class RankFigures(Part, frozen=True):
     rank: RankName
     stage: Stage
     ready: bool
-    restarts: int
+    restarts: int  # that a fault made necessary
+    restarts_asked: int = 0
     rss_bytes: int | None = None
     beat: Heartbeat | None = None
 

@@ -224,7 +224,7 @@ def test_a_rank_that_dies_before_it_connects_holds_nobody_up_and_comes_again(up:
     with_client(cluster, test)
     exits = [event.text for event in cluster.events("exit") if event.rank == "encoder/0"]
     assert exits, "the first life of encoder/0 was not seen to end"
-    assert "code 0" not in exits[0], "a crash must not look like a clean end"
+    assert "status 0" not in exits[0], "a crash must not look like a clean end"
 
 
 def test_a_rank_with_a_stuck_kernel_beats_is_found_and_its_item_goes_to_another(up: Begin) -> None:

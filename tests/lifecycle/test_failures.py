@@ -183,8 +183,9 @@ def test_a_rank_that_stays_unhealthy_is_killed_and_restarted(begin: Begin) -> No
 
 
 def test_a_rank_that_does_not_read_is_killed_rather_than_buffered_for(begin: Begin) -> None:
-    """Each restart of the other one tells everybody a table with its very long endpoint."""
-    cluster = begin({"encoder/0": [Script(deaf=True), Script()], "encoder/1": Script(endpoint_bytes=900_000)})
+    """Each restart of the other one tells everybody two tables with its very long endpoint: seven of them are more
+    than may lie unread, and the few that a slow reader has before it are not."""
+    cluster = begin({"encoder/0": [Script(deaf=True), Script()], "encoder/1": Script(endpoint_bytes=250_000)})
     cluster.until_ready()
     for incarnation in (2, 3, 4):
         cluster.client.restart(["encoder/1"])

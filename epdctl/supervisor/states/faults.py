@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from epdctl.supervisor.backoff import delay
 from epdctl.supervisor.states.actions import Action, Arm, TellGang
+from epdctl.supervisor.states.endings import ending
 from epdctl.supervisor.states.events import Exited, FatalReported, PeerLost, Timer, TimerFired
 from epdctl.supervisor.states.moves import Outcome, end, move, wait
-from epdctl.supervisor.states.rank import LastWords, Rank, Rules, ending
+from epdctl.supervisor.states.rank import LastWords, Rank, Rules
 from epdctl.topology.plan import RestartMode
 from epdctl.wire.control import RankState
 

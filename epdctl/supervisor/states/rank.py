@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
 
 from epdctl.errors import EpdError
 from epdctl.ids import Incarnation, RankName
-from epdctl.supervisor.states.events import Event, Exited
+from epdctl.supervisor.states.events import Event
 from epdctl.topology.plan import Deadlines, RestartPolicy
 from epdctl.wire.control import RankState
 
@@ -21,7 +20,6 @@ __all__ = [
     "Rank",
     "Rules",
     "check",
-    "ending",
     "initial",
     "recalling",
 ]
@@ -98,29 +96,6 @@ def check(rank: Rank) -> None:
     assert not rank.faulted or rank.state is RankState.STOPPING, f"{rank.name} is {rank.state} with a fault still open"
     assert rank.state not in ALIVE or rank.incarnation > 0, f"{rank.name} is {rank.state} without a process"
     assert rank.reason, f"{rank.name} is {rank.state} without a reason"
-
-
-def _how(code: int) -> str:
-    if code < 0:
-        return f"killed by {_signal_name(-code)}"
-    return f"exited with status {code}" + (" while it was needed" if code == 0 else "")
-
-
-def _how_the_guard(code: int) -> str:
-    return f"its guard was killed by {_signal_name(-code)}" if code < 0 else f"its guard exited with status {code}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal has no name
-        return f"signal {number}"
-
-
-def ending(rank: Rank, event: Exited) -> str:
-    """Why the process ended, for a person: how it went, then its last words."""
-    how = event.reason_text or (_how_the_guard(event.code) if event.by == "guard" else _how(event.code))
-    return f"{how}: {rank.fatal.text}" if rank.fatal else how
 
 
 def recalling(rank: Rank, text: str) -> str:

@@ -79,6 +79,13 @@ def test_a_reason_does_not_say_the_state_again(reason: str, shown: str) -> None:
     assert f" ready {shown} " in text_of(tables.status_table(one), 120).splitlines()[1]
 
 
+def test_an_exit_says_how_it_went() -> None:
+    gone = Event(
+        at=1.0, wall=1.0, kind="exit", rank=RankName("decode/0"), incarnation=Incarnation(2), text="killed by SIGKILL"
+    )
+    assert tables.event_line(gone).endswith(" decode/0#2 killed by SIGKILL")
+
+
 def test_what_is_not_known_is_a_dash() -> None:
     assert text_of(tables.status_table(BROKEN), 120).splitlines()[2].split()[-6:] == ["3m20s", "-", "-", "-", "-", "0"]
 

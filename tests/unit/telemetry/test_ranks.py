@@ -40,7 +40,7 @@ def test_each_rank_tells_what_it_has_and_nothing_else() -> None:
                     restarts=0,
                     beat=Heartbeat(free_pages=7, total_pages=9, leases=1),
                 ),
-                RankFigures(rank=RankName("prefill/0"), stage=Stage.PREFILL, ready=False, restarts=5),
+                RankFigures(rank=RankName("prefill/0"), stage=Stage.PREFILL, ready=False, restarts=5, restarts_asked=1),
             ]
         )
     )
@@ -56,6 +56,7 @@ def test_each_rank_tells_what_it_has_and_nothing_else() -> None:
     assert of["decode/0"] == {
         "epdctl_rank_ready": 0,
         "epdctl_rank_restarts_total": 0,
+        "epdctl_rank_restarts_asked_total": 0,
         "epdctl_rank_in_flight": 0,
         "epdctl_rank_waiting": 0,
         "epdctl_rank_completed_total": 0,
@@ -63,7 +64,11 @@ def test_each_rank_tells_what_it_has_and_nothing_else() -> None:
         "epdctl_rank_kv_pages": 9,
         "epdctl_rank_kv_pages_free": 7,
     }
-    assert of["prefill/0"] == {"epdctl_rank_ready": 0, "epdctl_rank_restarts_total": 5}, "it has not said anything yet"
+    assert of["prefill/0"] == {
+        "epdctl_rank_ready": 0,
+        "epdctl_rank_restarts_total": 5,
+        "epdctl_rank_restarts_asked_total": 1,
+    }, "it has not said anything yet"
     assert found[("epdctl_supervisor_up",)] == 1
 
 
