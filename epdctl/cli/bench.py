@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -12,10 +12,12 @@ from epdctl.cli import options
 from epdctl.cli.help import Verb, VerbGroup
 
 if TYPE_CHECKING:
+    from epdctl.bench.dispatching import measure as dispatching
     from epdctl.bench.encoding import measure as encoding
     from epdctl.bench.supervisor import Report
     from epdctl.bench.transfer import Row
 
+R = TypeVar("R")
 app = typer.Typer(cls=VerbGroup, no_args_is_help=True, help="Measure what epdctl itself costs on this machine.")
 
 
@@ -31,15 +33,9 @@ def supervisor(
     """
     from epdctl.bench.supervisor import measure
     from epdctl.cli import console
-    from epdctl.wire.message import to_json
 
     report = measure(kills, console.say)
-    if output is not None:
-        output.write_bytes(to_json(report) + b"\n")
-    if json:
-        console.show_json(report)
-    else:
-        _show(report)
+    _deliver(report, _show, output, json=json)
 
 
 @app.command(cls=Verb)
@@ -58,16 +54,10 @@ def encode(
     """
     from epdctl.bench.encoding.measure import Job, measure
     from epdctl.cli import console
-    from epdctl.wire.message import to_json
 
     job = Job(size=size, gpu=not cpu, encoders=encoders, seconds=seconds, towers=not flows_only)
     report = measure(job, console.say)
-    if output is not None:
-        output.write_bytes(to_json(report) + b"\n")
-    if json:
-        console.show_json(report)
-    else:
-        _show_encoding(report)
+    _deliver(report, _show_encoding, output, json=json)
 
 
 @app.command(cls=Verb)
@@ -83,17 +73,30 @@ def dispatch(
     """
     from epdctl.bench.dispatching.measure import measure
     from epdctl.cli import console
-    from epdctl.wire.message import to_json
 
     report = measure(rounds, items, console.say)
+    _deliver(report, _show_dispatching, output, json=json)
+
+
+def _deliver(report: R, show: Callable[[R], None], output: Path | None, *, json: bool) -> None:
+    """To the file that was named, and to stdout: for a machine, or for a person."""
+    from epdctl.cli import console
+    from epdctl.wire.message import to_json
+
     if output is not None:
         output.write_bytes(to_json(report) + b"\n")
     if json:
         console.show_json(report)
     else:
-        console.data(f"{'':<14} {'baseline':>10} {'epdctl':>10} {'ratio':>7}")
-        console.data(f"{'p50, µs':<14} {report.base_p50_us:>10.1f} {report.p50_us:>10.1f} {report.ratio_p50:>7.2f}")
-        console.data(f"{'64 under way':<14} {report.base_rate:>8.0f}/s {report.rate:>8.0f}/s {report.ratio_rate:>7.2f}")
+        show(report)
+
+
+def _show_dispatching(report: dispatching.Report) -> None:
+    from epdctl.cli import console
+
+    console.data(f"{'':<14} {'baseline':>10} {'epdctl':>10} {'ratio':>7}")
+    console.data(f"{'p50, µs':<14} {report.base_p50_us:>10.1f} {report.p50_us:>10.1f} {report.ratio_p50:>7.2f}")
+    console.data(f"{'64 under way':<14} {report.base_rate:>8.0f}/s {report.rate:>8.0f}/s {report.ratio_rate:>7.2f}")
 
 
 def _show_encoding(report: encoding.Report) -> None:
@@ -145,19 +148,13 @@ def transfer(
 
     from epdctl.bench.transfer import run
     from epdctl.cli import console
-    from epdctl.wire.message import to_json
 
     rows = run(transports or [], largest, os.environ, console.say)
-    if output is not None:
-        output.write_bytes(to_json(rows) + b"\n")
+    _deliver(rows, _show_transfer, output, json=json)
     if plot is not None:
         from epdctl.bench.plot import draw
 
         draw(_lines(rows), "epdctl bench transfer: until the receiver may read", plot)
-    if json:
-        console.show_json(rows)
-    else:
-        _show_transfer(rows)
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:

@@ -52,8 +52,6 @@ def scripted_plan(
             service="none:none",
             model=_MODEL,
             gang="gang" if name in gang else None,
-            gang_rank=gang.index(name) if name in gang else 0,
-            gang_size=len(gang) if name in gang else 1,
             gateway=GatewayConfig(port=port),
             heartbeat_seconds=deadlines.heartbeat,
         )
