@@ -145,9 +145,11 @@ def _size_kv(given: _Given, stage: Stage, section: LanguageStage, pools: Pools) 
         return
     token = weights.kv * given.item
     fitting = _whole_pages(max(0, total.left) // token, page)
-    pools.kv_tokens[stage] = fitting if said is None else _whole_pages(said, page)
+    usable = _whole_pages(given.file.limits.inflight * given.file.limits.max_context + page - 1, page)
+    pools.kv_tokens[stage] = min(fitting, usable) if said is None else _whole_pages(said, page)
     if said is None:
-        pools.notes.append(f"{stage.value}: kv_tokens → {fitting} (of {total})")
+        why = f"of {total}" if fitting <= usable else "limits.inflight times max_context: more is never used"
+        pools.notes.append(f"{stage.value}: kv_tokens → {pools.kv_tokens[stage]} ({why})")
     if said is not None and said > fitting:
         left = max(0, total.left) / GIB
         problem = f"{said} tokens take {said * token / GIB:.1f} GiB, and {left:.1f} GiB are left: {total}"

@@ -58,6 +58,14 @@ def test_a_pool_that_nobody_sized_takes_what_the_share_leaves_to_the_page(share:
     assert note.startswith(f"decode: kv_tokens → {tokens} (of {budget / GIB:.1f} GiB less weights 14.2, embeddings 0.0")
 
 
+def test_a_small_models_pool_is_no_larger_than_a_rank_can_use() -> None:
+    small = replace(SEVEN, weights=replace(WEIGHTS, language=1_000_000, kv=128))
+    text = epd() + "limits: {inflight: 3, max_context: 1000}\n"
+    found = plan(text, machine(3), checkpoint=small)
+    assert kv(found, "decode/0") == 3008  # whole pages of 16
+    assert "decode: kv_tokens → 3008 (limits.inflight times max_context: more is never used)" in found.notes
+
+
 def test_prefill_makes_room_for_embeddings_and_mono_for_both_halves() -> None:
     found = made(epd(prefill="share: 0.4", decode="share: 0.4"))
     token, page = WEIGHTS.kv * 2, 16
