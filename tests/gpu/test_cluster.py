@@ -26,7 +26,7 @@ gateway: {{port: ${{EPDCTL_PORT}}}}
 stages:
   encoder: {{gpus: [0], share: 0.3}}
   prefill: {{gpus: [0], share: 0.3, kv_tokens: 8192, chunk_tokens: 64}}
-  decode: {{gpus: [1], kv_tokens: 8192}}
+  decode: {{gpus: [1]}}  # its KV pool by what the GPU has
 transfer: {transfer}
 """
 ASKED: list[list[Part]] = [(one, three_sizes, eight)[number % 3](100 + 10 * number) for number in range(20)]
