@@ -26,6 +26,7 @@ from epdctl.wire.trace import MergeOrder, MergeReport, TraceSource
 __all__ = ["MERGED_NAME", "Captures", "Deadlines", "Merge", "Studio"]
 
 MERGED_NAME = "trace.json.gz"
+NO_CLOCK = "its clock was not told, so its times are as it wrote them"
 
 Merge = Callable[[MergeOrder, float], Awaitable[MergeReport]]  # within so many seconds
 
@@ -253,9 +254,12 @@ class Captures:
         await recording.clocks.settle(self._deadlines.clocks)
         for rank, incarnation in recording.incarnations.items():
             offset = recording.clocks.offset(rank, incarnation)
-            if offset is not None:
+            result = recording.results[rank]
+            if offset is None:
+                recording.results[rank] = msgspec.structs.replace(result, note=_joined(result.note, NO_CLOCK))
+            else:
                 recording.results[rank] = msgspec.structs.replace(
-                    recording.results[rank], clock_offset_us=offset.us, clock_uncertainty_us=offset.uncertainty_us
+                    result, clock_offset_us=offset.us, clock_uncertainty_us=offset.uncertainty_us
                 )
 
     def _source(self, result: CaptureResult) -> TraceSource:
@@ -280,9 +284,13 @@ class Captures:
         for merged in report.sources:
             result = recording.results[merged.rank]
             recording.results[merged.rank] = msgspec.structs.replace(
-                result, error=merged.error or result.error, note=merged.note or result.note
+                result, error=merged.error or result.error, note=_joined(result.note, merged.note)
             )
         self._studio.note(f"capture {recording.capture}: {report.error or recording.merged}")
+
+
+def _joined(*notes: str | None) -> str | None:
+    return "; ".join(filter(None, notes)) or None
 
 
 def _place(result: CaptureResult) -> tuple[int, int, int]:

@@ -35,7 +35,7 @@ class Share:
         self.hops = HopList(until=0, hops=[])
         self.error: str | None = None
         self._events = 0
-        self._note: str | None = None
+        self._notes: list[str] = []
         self._new_tid = tid
         self._threads: dict[tuple[str, str], int] = {}  # pid and tid as they were → tid
         self._names: dict[tuple[str, str], str] = {}
@@ -63,7 +63,7 @@ class Share:
             hops=len(self.hops.hops),
             left_out=self.hops.left_out,
             error=self.error,
-            note=self._note,
+            note="; ".join(self._notes) or None,
         )
 
     def placed(self) -> list[Placed]:
@@ -93,7 +93,7 @@ class Share:
                     elif self._move(event, shift):
                         yield event
                 if trace.gpus and not kernels:
-                    self._note = NO_KERNELS
+                    self._notes.append(NO_KERNELS)
         except (OSError, BrokenTrace) as error:
             self._fail(f"its trace cannot be read to the end: {error}")
 
@@ -112,6 +112,8 @@ class Share:
             if path.stat().st_size > LONGEST_HOPS:
                 raise BadMessage(f"{path} is longer than {LONGEST_HOPS} bytes")
             self.hops = HOP_LIST.decode(path.read_bytes())
+            if self.hops.left_out:
+                self._notes.append(f"{self.hops.left_out} hops beyond what a rank keeps are left out")
         except (OSError, msgspec.DecodeError, BadMessage) as error:
             self._fail(f"its hops cannot be read: {error}")
 

@@ -197,6 +197,7 @@ def test_slices_of_one_thread_nest(tmp_path: Path) -> None:
     (last,) = (event for event in slices(found) if "open" in event["args"])
     assert last["dur"] == 810_000, "to the end of the recording"
     assert report.sources[0].left_out == 3
+    assert report.sources[0].note == "3 hops beyond what a rank keeps are left out"
 
 
 def test_arrows_begin_and_end_inside_the_slices_they_join(tmp_path: Path) -> None:
