@@ -5,60 +5,24 @@ What a rank's command and environment are is the adapter's business.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-
-import msgspec
 
 from epdctl.errors import PlacementError
-from epdctl.ids import LocalGpu, RankName, Stage
+from epdctl.ids import Stage
 from epdctl.topology.checkpoint import Checkpoint
+from epdctl.topology.configs import ranks_of
 from epdctl.topology.document import Trail
-from epdctl.topology.hardware import Gpu, Hardware
-from epdctl.topology.moving import Ends, Moving, moving
+from epdctl.topology.hardware import Hardware
 from epdctl.topology.patience import patient
 from epdctl.topology.plan import Plan, PlannedRank, RestartMode, RestartPolicy
-from epdctl.topology.pools import Pools, memory_of, size_pools
-from epdctl.topology.schema import (
-    EncoderStage,
-    LanguageStage,
-    LimitsSection,
-    RoutedEncoderStage,
-    StageSection,
-    Topology,
-    TopologyFile,
-)
-from epdctl.topology.seating import Complaint, Seating, seat, wishes_of
-from epdctl.wire.config import (
-    EncoderConfig,
-    EncoderHttp,
-    EngineConfig,
-    GatewayConfig,
-    Limits,
-    ModelConfig,
-    RankConfig,
-)
+from epdctl.topology.schema import StageSection, Topology, TopologyFile
+from epdctl.topology.seating import Complaint, seat, wishes_of
+from epdctl.topology.settled import Settled, settle
+from epdctl.wire.config import ModelConfig
 
 __all__ = ["listeners", "place"]
 
-_MAX_GPU_THREADS = 4  # beside a GPU the CPU only launches kernels
-_MAX_PREPROCESS_THREADS = 8
 _SEATED_BY = ("gpus", "share", "replicas", "dp")
-_ANSWERING = frozenset({Stage.DECODE, Stage.LANGUAGE, Stage.MONO})
-
-
-@dataclass(frozen=True, slots=True)
-class _Settled:
-    """What is the same for every rank, with nothing left at "auto"."""
-
-    model: ModelConfig
-    limits: Limits
-    moving: Moving
-    pools: Pools
-    gateway: GatewayConfig
-    heartbeat: float
-    spare: int  # threads for each model rank, if all get the same
 
 
 def place(
@@ -74,7 +38,7 @@ def place(
         for wish in wishes_of(stage, section)
     ]
     seating = seat(wishes, hardware.gpus)
-    settled = _settle(topology, checkpoint, hardware, seating)
+    settled = settle(topology, checkpoint, hardware, seating)
     complaints = [
         *seating.complaints,
         *settled.moving.complaints,
@@ -84,7 +48,7 @@ def place(
     ]
     if certain := [one for one in complaints if not topology.doubts(*_grounds(topology, one))]:
         raise PlacementError.of([topology.document.mistake(one.trail, one.problem, one.remedy) for one in certain])
-    ranks = _ranks(topology, settled, seating)
+    ranks = ranks_of(topology, settled, seating)
     deadlines, waits = patient(topology.file.deadlines, ranks, checkpoint.weights)
     return Plan(
         cluster=topology.cluster,
@@ -139,166 +103,12 @@ def _grounds(topology: Topology, complaint: Complaint) -> list[Trail]:
     return [complaint.trail, *(("stages", stage, field) for stage in stages for field in _SEATED_BY)]
 
 
-def _settle(topology: Topology, checkpoint: Checkpoint, hardware: Hardware, seating: Seating) -> _Settled:
-    file = topology.file
-    ranks = sum(section.ranks for _, section in file.stages.present())
-    model = _model(topology, checkpoint, all_on_gpu=len(seating.seats) == ranks)
-    pools = size_pools(file, checkpoint, model.dtype, seating.seats)
-    return _Settled(
-        model=model,
-        limits=_limits(file.limits, pools),
-        pools=pools,
-        moving=moving(
-            file.transfer, Ends(ranks, tuple(seating.seats.values()), file.stages.mono is not None), hardware
-        ),
-        gateway=_gateway(file),
-        heartbeat=file.deadlines.heartbeat,
-        spare=max(1, hardware.cores // ranks),
-    )
-
-
-def _gateway(file: TopologyFile) -> GatewayConfig:
-    section = file.gateway
-    return GatewayConfig(
-        host=section.host,
-        port=section.port,
-        stages=[stage for stage, _ in file.stages.present()],
-        answering=sum(stage.ranks for name, stage in file.stages.present() if name in _ANSWERING),
-        api_key=section.api_key,
-        strict=section.strict,
-        media_hosts=section.media_hosts,
-        media_seconds=section.media_timeout,
-    )
-
-
-def _model(topology: Topology, checkpoint: Checkpoint, *, all_on_gpu: bool) -> ModelConfig:
-    model = topology.file.model
-    natural = (checkpoint.dtype or "bfloat16") if all_on_gpu else "float32"
-    return ModelConfig(
-        path=str(checkpoint.directory),
-        name=model.name or checkpoint.name,
-        family=checkpoint.family,
-        dtype=natural if model.dtype == "auto" else model.dtype,
-        attention=model.attention,
-        residual=model.residual,
-        image_processor="pil" if model.image_processor == "auto" else model.image_processor,
-        revision=model.revision,
-    )
-
-
-def _limits(section: LimitsSection, pools: Pools) -> Limits:
-    """No request may be longer than the smallest KV pool: it would wait for pages that never come free."""
-    limits = section.model_dump()
-    limits["max_context"] = min([section.max_context, *pools.kv_tokens.values()])
-    return Limits(**limits)
-
-
-def _ranks(topology: Topology, settled: _Settled, seating: Seating) -> tuple[PlannedRank, ...]:
-    stages = list(topology.file.stages.present())
-    front = [Stage.GATEWAY] if topology.file.stages.fronted else []
-    if topology.file.stages.encoder:
-        front.append(Stage.ENCODER_ROUTER)
-    ranks = [PlannedRank(_front(stage, topology.file.stages.encoder, settled)) for stage in front]
-    for stage, section in stages:
-        for index in range(section.ranks):
-            name = RankName.of(stage, index)
-            ranks.append(_model_rank(name, section, settled, seating.seats.get(name)))
-    return tuple(ranks)
-
-
-def _front(stage: Stage, encoder: RoutedEncoderStage | None, settled: _Settled) -> RankConfig:
-    config = _config(RankName.of(stage, 0), settled)
-    if stage is not Stage.ENCODER_ROUTER or encoder is None:
-        return config
-    return msgspec.structs.replace(config, encoder=_routed(encoder, settled.spare))
-
-
-def _routed(section: RoutedEncoderStage, spare: int) -> EncoderConfig:
-    """What the router has to know of the ranks behind it."""
-    http = section.http
-    surface = (
-        None
-        if http is None
-        else EncoderHttp(
-            port=http.port,
-            host=http.host,
-            token_file=_absolute(http.token_file),
-            strict=http.strict,
-            profiles=_absolute(http.profiles),
-            held_bytes=http.held,
-        )
-    )
-    return msgspec.structs.replace(_encoder(section, spare), ranks=section.ranks, http=surface)
-
-
-def _absolute(path: str | None) -> str | None:
-    """Seen from where epdctl is run: ranks are run from elsewhere."""
-    return None if path is None else os.path.abspath(os.path.expanduser(path))
-
-
-def _config(name: RankName, settled: _Settled) -> RankConfig:
-    return RankConfig(
-        rank=name,
-        stage=name.stage,
-        service="",
-        model=settled.model,
-        limits=settled.limits,
-        transfer=msgspec.structs.replace(settled.moving.config, embedding_bytes=settled.pools.embedding_bytes),
-        gateway=settled.gateway,
-        heartbeat_seconds=settled.heartbeat,
-    )
-
-
-def _model_rank(name: RankName, section: StageSection, settled: _Settled, gpu: Gpu | None) -> PlannedRank:
-    default = settled.spare if gpu is None else min(settled.spare, _MAX_GPU_THREADS)
-    shared = _config(name, settled)
-    config = msgspec.structs.replace(
-        shared,
-        model=_optimized(shared.model, section),
-        threads=section.threads or default,
-        devices=[] if gpu is None else [LocalGpu(0)],
-        share=section.share or 1.0,
-        memory_bytes=0 if gpu is None or section.share is None else memory_of(gpu, section.share),
-        engine=_engine(section, settled.pools.kv_tokens.get(name.stage)),
-        encoder=_encoder(section, settled.spare),
-    )
-    return PlannedRank(config, gpus=() if gpu is None else (gpu.physical,))
-
-
-def _optimized(model: ModelConfig, section: StageSection) -> ModelConfig:
-    return msgspec.structs.replace(model, optimize=section.optimize) if isinstance(section, EncoderStage) else model
-
-
-def _engine(section: StageSection, kv_tokens: int | None) -> EngineConfig:
-    if not isinstance(section, LanguageStage) or kv_tokens is None:
-        return EngineConfig()
-    return EngineConfig(
-        page_size=section.page_size,
-        kv_tokens=kv_tokens,
-        chunk_tokens=section.chunk_tokens,
-        max_batch=section.max_batch,
-    )
-
-
-def _encoder(section: StageSection, spare: int) -> EncoderConfig:
-    if not isinstance(section, EncoderStage):
-        return EncoderConfig()
-    threads = section.preprocess_threads or min(spare, _MAX_PREPROCESS_THREADS)
-    return EncoderConfig(
-        batch_patches=section.batch_patches,
-        preprocess_threads=threads,
-        cache_bytes=section.cache,
-        canary_seconds=section.canary,
-        canary_deadline=section.canary_deadline,
-    )
-
-
 def _restart(topology: Topology) -> RestartPolicy:
     values = topology.file.restart.model_dump()
     return RestartPolicy(**values | {"mode": RestartMode(values["mode"])})
 
 
-def _notes(topology: Topology, settled: _Settled, hardware: Hardware, on_cpu: set[Stage]) -> list[str]:
+def _notes(topology: Topology, settled: Settled, hardware: Hardware, on_cpu: set[Stage]) -> list[str]:
     """Every choice made on the user's behalf."""
     file = topology.file
     unsaid = [(stage, section) for stage, section in file.stages.present() if section.gpus is None]
