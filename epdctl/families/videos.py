@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from epdctl.families.base import VideoHeader
 
 if TYPE_CHECKING:
+    from av.codec.context import CodecContext
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
@@ -56,7 +57,9 @@ def opened(data: bytes) -> Iterator[Video]:
     import av  # 100 ms that most processes never need
 
     try:
-        with av.open(io.BytesIO(data), "r", format=_demuxer(data), io_open=_refuse) as container:
+        with av.open(
+            io.BytesIO(data), "r", format=_demuxer(data), metadata_errors="replace", io_open=_refuse
+        ) as container:
             stream = _stream(container)
             yield Video(container, stream, _header(container, stream))
     except av.FFmpegError as error:  # many of them are OSError too; their words tell of our objects
@@ -83,7 +86,8 @@ def _stream(container: InputContainer) -> VideoStream:
     if not container.streams.video:
         raise ValueError("the file has no moving picture")
     stream = container.streams.video[0]
-    codec = stream.codec_context.codec.canonical_name
+    context: CodecContext | None = stream.codec_context  # None where FFmpeg knows no decoder, which is not declared
+    codec = "what nobody decodes" if context is None else context.codec.canonical_name
     if codec not in CODECS:
         raise ValueError(f"the video is coded as {codec}; served: {', '.join(sorted(CODECS))}")
     stream.codec_context.thread_count = 1  # ranks share cores, and preprocess several items at once

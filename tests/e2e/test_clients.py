@@ -325,6 +325,7 @@ BAD: dict[str, Bad] = {
     "a bomb": seen(data_url(bomb())),
     "an SVG": seen(data_url(b'<svg xmlns="http://www.w3.org/2000/svg"/>', "image/svg+xml")),
     "a ribbon": seen(data_url(picture_bytes(1, 4000, 4))),
+    "a text as video": chat(parts=[{"type": "video_url", "video_url": {"url": data_url(b"hello there", "video/mp4")}}]),
     "nine pictures": chat(parts=[{"type": "image_url", "image_url": {"url": data_url(RED)}}] * 9),
     "a local file": seen("file:///etc/passwd"),
     "a host that is not allowed": seen("https://example.com/a.png"),

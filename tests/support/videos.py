@@ -32,10 +32,13 @@ CODERS = {
 }
 
 
-def coded(frames: NDArray[np.uint8], rate: int, kind: str = "mp4", coder: str = "libx264", **options: str) -> bytes:
+def coded(
+    frames: NDArray[np.uint8], rate: int, kind: str = "mp4", coder: str = "libx264", title: str = "", **options: str
+) -> bytes:
     """``frames``: [frames, height, width, 3]. ``options``: of the container."""
     file = io.BytesIO()
     with av.open(file, "w", format=kind, options=options) as container:
+        container.metadata["title"] = title
         stream: Any = container.add_stream(coder, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

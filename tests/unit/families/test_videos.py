@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import random
 import re
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -61,6 +63,25 @@ def test_every_cut_of_a_file_is_read_or_refused() -> None:
         for end in range(0, len(file), len(file) // 40):
             with contextlib.suppress(ValueError):
                 assert videos.header_of(file[:end]).frames > 0
+
+
+def test_files_with_any_bytes_changed_are_read_or_refused() -> None:
+    draw = random.Random(11)
+    files = [video_bytes(1, 12, 10, (64, 48), what) for what in CODERS]
+    for _ in range(300):
+        file = bytearray(draw.choice(files))
+        for _ in range(draw.choice([1, 2, 8, 40])):
+            place = draw.randrange(min(1200, len(file)))  # near an end: there the headers are
+            file[draw.choice([place, -1 - place])] = draw.randrange(256)
+        with contextlib.suppress(ValueError), videos.opened(bytes(file)) as video:
+            for frame in islice(video.container.decode(video.stream), 3):
+                assert frame.width > 0
+
+
+def test_a_title_in_another_alphabet_is_no_fault() -> None:
+    titled = coded(BLANK, 5, "matroska", title="B\u00fccher")
+    assert titled.count("B\u00fccher".encode()) == 1
+    assert videos.header_of(titled.replace("B\u00fccher".encode(), b"B\xfc\xfccher")).frames == 8
 
 
 @pytest.mark.parametrize(
