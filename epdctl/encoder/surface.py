@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -29,7 +29,7 @@ from epdctl.errors import LoadError, RequestError
 from epdctl.families import open_family
 from epdctl.families.base import Span
 from epdctl.ids import RankName
-from epdctl.rank.media import Medium, Source, read, span_of
+from epdctl.rank.media import Medium, Source, invalid, read, span_of
 from epdctl.rank.web import HttpServer, HungUp, address_of, bind, unless_hung_up
 from epdctl.telemetry.encoder import EncoderMeters
 from epdctl.telemetry.metrics import CONTENT_TYPE
@@ -216,8 +216,15 @@ class HttpSurface:
         sources = [Source(body.kind, f"mm_items[{at}]", url) for at, url in enumerate(body.mm_items)]
         media = [read(source, self._limits) for source in sources]
         spans = [span_of(self._family, *each, of) for each in zip(sources, (m.header for m in media), strict=True)]
+        self._check_rows(sources, spans)
         items = [_item(at, medium, spans[at], of) for at, medium in enumerate(media)]
         return body, [(item, medium.data) for item, medium in zip(items, media, strict=True)]
+
+    def _check_rows(self, sources: Sequence[Source], spans: Sequence[Span]) -> None:
+        """What no prompt has room for is not encoded: a long video would be gigabytes."""
+        for source, span in zip(sources, spans, strict=True):
+            if span.rows > self._limits.max_context:
+                raise invalid(source, f"it makes {span.rows} rows; limits.max_context is {self._limits.max_context}")
 
     async def _health(self, _: Request) -> Response:
         """Answers at once, from what is known: it waits for no rank."""

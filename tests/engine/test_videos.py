@@ -310,6 +310,8 @@ def test_chosen_frames_become_what_transformers_makes_of_them(checkpoint: Path) 
     values = Qwen2VLVideoProcessor.from_pretrained(checkpoint)(videos=[frames], return_tensors="pt")
     assert [list(prepared.grid)] == values["video_grid_thw"].tolist() == [[7, 6, 8]]
     assert torch.equal(prepared.pixels, values["pixel_values_videos"])
+    half = Videos(model_config(checkpoint, dtype="bfloat16"), Qwen25VL(checkpoint))
+    assert torch.equal(half.prepare(medium, promised(checkpoint, medium)).pixels, prepared.pixels.bfloat16())
 
 
 def test_what_is_not_as_promised_or_breaks_off_is_a_400(checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from epdctl.engine.api import Prepared
-from epdctl.engine.families.halves import load_refusals
+from epdctl.engine.families.halves import load_refusals, torch_dtype
 from epdctl.engine.families.pictures import check_grid, open_frame
 from epdctl.errors import LoadError, RequestError
 from epdctl.families.base import VideoHeader
@@ -46,10 +46,11 @@ class Videos:
 
     def __init__(self, model: ModelConfig, family: Qwen25VL) -> None:
         self._family = family
+        self._dtype = torch_dtype(model)
         self._processor, self._fault = _load(model, family)
 
     def prepare(self, media: bytes | memoryview, item: MediaItem) -> Prepared:
-        """``pixels``: [patches, values of a patch]. Raises RequestError (400)."""
+        """``pixels``: [patches, values of a patch], in the tower's own numbers. Raises RequestError (400)."""
         if self._processor is None:
             raise RequestError(400, f"video {item.index}: {self._fault}", code="unsupported_modality")
         try:
@@ -106,7 +107,7 @@ class Videos:
             **({"cap_pixels_per_frame": False} if hasattr(self._processor, "cap_pixels_per_frame") else {}),
         )
         patches: torch.Tensor = values["pixel_values_videos"]
-        return patches
+        return patches.to(self._dtype)
 
 
 def _load(model: ModelConfig, family: Qwen25VL) -> tuple[Any, str | None]:

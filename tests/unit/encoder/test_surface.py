@@ -204,6 +204,7 @@ def test_in_two_phases_the_size_is_told_before_the_forward_and_send_delivers(soc
         ({"mm_items": ["http://metadata/"]}, "data: URL"),
         ({"mm_items": ["data:image/png;base64,AAAA"]}, "not a picture"),
         ({"mm_items": [url(1, side=2000)]}, "pixels"),
+        ({"mm_items": [url(1), url(1, side=900)]}, "mm_items[1]: it makes 1024 rows; limits.max_context is 1000"),
         ({"mm_items": [url(1)] * 17}, "at most 16"),
         ({"modality": "VIDEO"}, "modality video is not served"),
         ({"modality": "SMELL"}, "modality"),
@@ -221,7 +222,7 @@ def test_what_is_wrong_with_a_request_is_a_400_that_says_it(
         assert (reply.status_code, reply.json()["status"]) == (400, "error"), reply.text
         assert words in reply.json()["message"]
 
-    at_site(sockets, tmp_path, test, limits=Limits(max_pixels=1_000_000))
+    at_site(sockets, tmp_path, test, limits=Limits(max_pixels=1_000_000, max_context=1000))
 
 
 def test_the_ranks_word_becomes_the_status(sockets: Path, tmp_path: Path) -> None:
