@@ -77,3 +77,12 @@ def test_mooncake_is_one_package_that_imports(found: Mooncake, level: Level, sai
 def test_levels_and_a_remedy_for_whatever_is_not_well(check: Check, level: Level) -> None:
     assert check.level is level
     assert (check.remedy is None) == (level is Level.OK)
+
+
+def test_what_videos_need_is_named_and_nothing_to_be_mended() -> None:
+    assert checks.check_video([], "pip install x").level is Level.OK
+    found = checks.check_video(["torchvision", "av"], "pip install x")
+    assert (found.level, found.finding) == (
+        Level.OK,
+        "torchvision and av not installed; only videos need it: pip install x",
+    )
