@@ -5,12 +5,13 @@ answer or the end of that process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from epdctl.errors import PeerGone, TransferError
+from epdctl.errors import EpdError, PeerGone, TransferError
 from epdctl.transfer.landing import Owner, refused
 from epdctl.wire.sockets import Link
 from epdctl.wire.transfer import (
@@ -42,7 +43,7 @@ class Calls:
     """
 
     def __init__(self, endpoint: str, owner: Owner) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._owner = owner
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[HostToGuest]] = {}
@@ -70,7 +71,7 @@ class Calls:
         number = next(self._numbers)
         pool, generation = lease.pool.pool, lease.generation
         begin = Begin(write=number, session=session, pool=pool, lease=lease.lease, generation=generation)
-        match await self._ask(number, begin):
+        match await self._begun(number, begin):
             case Admitted(extents=extents):
                 return number, extents
             case Landed():
@@ -78,10 +79,19 @@ class Calls:
             case Rejected() as answer:
                 if answer.kind == "stranger":
                     self.broken = True
-                    raise PeerGone(f"another process listens at {self._endpoint} by now")
+                    raise PeerGone(f"another process listens at {self.endpoint} by now")
                 raise refused(answer)
             case Attached():
-                raise TransferError(f"{self._endpoint} answered a write with something else")
+                raise TransferError(f"{self.endpoint} answered a write with something else")
+
+    async def _begun(self, number: int, begin: Begin) -> HostToGuest:
+        """A peer that was given up before it answered may still let us in: then it sees us leave again."""
+        try:
+            return await self._ask(number, begin)
+        except EpdError:
+            with contextlib.suppress(EpdError):
+                await self.end(number, landed=False, sums=[])
+            raise
 
     async def end(self, number: int, *, landed: bool, sums: list[PieceHeader]) -> HostToGuest:
         return await self._ask(number, End(write=number, landed=landed, pieces=sums), last=True)

@@ -6,6 +6,7 @@ How bytes get there is a Mover's business.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ from epdctl.wire.transfer import Extent, HostToGuest, PieceHeader, Rejected, Rem
 
 __all__ = ["Host"]
 
-RETIRE_SECONDS = 30.0  # for bytes under way to a peer that was withdrawn, before its link is closed
+log = logging.getLogger(__name__)
+
+RETIRE_SECONDS = 600.0  # for what was begun at a peer that was withdrawn to end, before its link is closed
 
 
 class Host:
@@ -50,7 +53,12 @@ class Host:
         """Another process answers there by now, or it will not have us."""
         return self._calls.broken
 
-    def worked(self, task: asyncio.Future[Any]) -> None:
+    def work(self, task: asyncio.Future[Any]) -> None:
+        """It must end before this can be closed in order."""
+        self.working.add(task)
+        task.add_done_callback(self._worked)
+
+    def _worked(self, task: asyncio.Future[Any]) -> None:
         self.working.discard(task)
         if not task.cancelled():
             task.exception()  # seen: its writer may have given up
@@ -62,6 +70,8 @@ class Host:
         async with Turn(self._slots, lease.generation) as slot:
             if stop.is_set():
                 return
+            if self.gone.done():
+                self.gone.result()
             if slot.opened is None and not await self._begin(lease, slot):
                 return
             landed, sums = False, list[PieceHeader]()
@@ -118,18 +128,21 @@ class Host:
             view = remote.view(extent.offset, extent.nbytes)
             if stop.is_set() or not await self._begin(lease, slot):
                 return None
-            slot.keep()
+            self.work(slot.keep())
             if stop.is_set():
                 self.drop_slot(lease)
             return view
+
+    def keeps(self, lease: RemoteLease) -> bool:
+        """Its slot was opened here, and is to be ended here."""
+        slot = self._slots.get(lease.generation)
+        return slot is not None and slot.kept is not None
 
     def drop_slot(self, lease: RemoteLease) -> None:
         slot = self._slots.get(lease.generation)
         if slot is None or slot.opened is None:
             return
-        task = asyncio.ensure_future(self._drop(lease.generation))
-        self.working.add(task)
-        task.add_done_callback(self.worked)
+        self.work(asyncio.ensure_future(self._drop(lease.generation)))
 
     async def _drop(self, generation: int) -> None:
         async with Turn(self._slots, generation) as slot:
@@ -155,11 +168,14 @@ class Host:
     # -- the end --
 
     async def retire(self, error: PeerGone, seconds: float = RETIRE_SECONDS) -> None:
-        """Fail what waits at once; close when what is being written has been ended in order, or cannot be."""
+        """Fail what waits at once; close when what was begun has been ended in order, or cannot be."""
         self._calls.hang_up(error)
         try:
-            if self.working:
-                await asyncio.wait(self.working, timeout=seconds)
+            async with asyncio.timeout(seconds):
+                while self.working:
+                    await asyncio.wait(self.working)
+        except TimeoutError:
+            log.warning("%s was left with %d writes that have not ended", self._calls.endpoint, len(self.working))
         finally:
             self._close()
 

@@ -38,7 +38,7 @@ class OneSidedTransport:
         self._mover = mover
         self._guests = Guests(endpoint, owner, mover.settle_seconds)
         self._peers: dict[str, Host] = {}
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retiring: dict[Host, asyncio.Task[None]] = {}
 
     @property
     def endpoint(self) -> str:
@@ -55,7 +55,7 @@ class OneSidedTransport:
         return self._guests.register(pool, self._mover.locate(pool.name, pool.memory), self._mover.backend)
 
     async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
-        peer, stop = self._peer(lease.pool), threading.Event()
+        peer, stop = self._keeper(lease) or self._peer(lease.pool), threading.Event()
         await _until(peer, peer.write(lease, pieces, stop), _Bound(lease, seconds, stop))
 
     async def open_slot(self, lease: RemoteLease, *, seconds: float) -> torch.Tensor | None:
@@ -63,8 +63,12 @@ class OneSidedTransport:
         return await _until(peer, peer.open_slot(lease, stop), _Bound(lease, seconds, stop))
 
     def drop_slot(self, lease: RemoteLease) -> None:
-        if (peer := self._peers.get(lease.pool.endpoint)) is not None:
+        if (peer := self._keeper(lease) or self._peers.get(lease.pool.endpoint)) is not None:
             peer.drop_slot(lease)
+
+    def _keeper(self, lease: RemoteLease) -> Host | None:
+        """The peer that was withdrawn since the slot was opened there."""
+        return next((peer for peer in self._retiring if peer.keeps(lease)), None)
 
     def _peer(self, pool: PoolAddress) -> Host:
         peer = self._peers.get(pool.endpoint)
@@ -78,15 +82,15 @@ class OneSidedTransport:
     def withdraw(self, endpoint: str) -> None:
         if (peer := self._peers.pop(endpoint, None)) is not None:
             task = asyncio.get_running_loop().create_task(peer.retire(PeerGone(f"{endpoint} was withdrawn")))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            self._retiring[peer] = task
+            task.add_done_callback(lambda _: self._retiring.pop(peer))
 
     async def close(self) -> None:
         gone = PeerGone("this transport was closed")
-        for task in self._retiring:
+        for task in self._retiring.values():
             task.cancel()
         retiring = [peer.retire(gone, CLOSE_SECONDS) for peer in self._peers.values()]
-        await asyncio.gather(*retiring, *self._retiring, return_exceptions=True)
+        await asyncio.gather(*retiring, *self._retiring.values(), return_exceptions=True)
         self._peers.clear()
         self._guests.close()
         self._mover.close()
@@ -104,8 +108,7 @@ class _Bound:
 async def _until(peer: Host, work: Awaitable[T], bound: _Bound) -> T:
     """The result of ``work``, unless its peer goes or its time ends; then it goes on by itself to an orderly end."""
     task = asyncio.ensure_future(work)
-    peer.working.add(task)
-    task.add_done_callback(peer.worked)
+    peer.work(task)
     try:
         either: set[asyncio.Future[Any]] = {task, peer.gone}
         await asyncio.wait(either, timeout=bound.seconds, return_when=asyncio.FIRST_COMPLETED)

@@ -18,19 +18,24 @@ class Slot:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     users: int = 0
     opened: int | None = None  # the number of the write that has begun
-    kept: bool = False  # it was begun by ``open_slot``, which counts as a user until it is ended
+    kept: asyncio.Future[None] | None = None  # ``open_slot`` began it, which counts as a user until it is ended
     extents: Sequence[Extent] = ()
 
-    def keep(self) -> None:
-        self.kept = True
+    def keep(self) -> asyncio.Future[None]:
+        """Done when what was opened is ended."""
         self.users += 1
+        self.kept = asyncio.get_running_loop().create_future()
+        return self.kept
 
     def end(self) -> int:
         """The number of the write that ends here."""
         assert self.opened is not None, "a write that has not begun"
         number, self.opened = self.opened, None
-        self.users -= self.kept
-        self.kept = False
+        if self.kept is not None:
+            self.users -= 1
+            if not self.kept.done():
+                self.kept.set_result(None)
+            self.kept = None
         return number
 
 

@@ -48,6 +48,7 @@ from epdctl.wire.transfer import (
     Attach,
     Begin,
     End,
+    Extent,
     GuestToHost,
     HostToGuest,
     Landed,
@@ -523,6 +524,58 @@ def test_a_slot_that_was_dropped_or_given_up_comes_back(sockets: Path) -> None:
         await writer.write(dropped, [Piece(rubbish(1000), 0)], seconds=30)
 
     between(lambda: OverShm(sockets), test)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_slot_opened_at_a_peer_that_was_withdrawn_comes_back(
+    make_one_sided: Callable[[], Fabric], written: bool
+) -> None:
+    """The peer may live on: what its slots are quarantined for must reach it."""
+
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        lease, freed = receiver.lease(1000), asyncio.Event()
+        receiver.pool.freed = freed.set
+        await writer.open_slot(lease, seconds=30)
+        writer.withdraw(receiver.address.endpoint)
+        receiver.pool.release(lease.lease)
+        assert receiver.pool.quarantined_bytes == 1000
+        if written:
+            with pytest.raises(PeerGone):
+                await writer.write(lease, [Piece(rubbish(1000), 0)], seconds=30)
+        writer.drop_slot(lease)
+        await freed.wait()
+        again = receiver.lease(1000)
+        await writer.write(again, [Piece(rubbish(1000), 0)], seconds=30)
+
+    between(make_one_sided, test)
+
+
+def test_who_is_let_in_after_its_peer_was_withdrawn_leaves_again(
+    make_one_sided: Callable[[], Fabric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asked, the peer was slow, and was given up: the answer finds nobody who would write."""
+
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        early, late = receiver.lease(1000), receiver.lease(1000)
+        await writer.write(early, [Piece(rubbish(1000), 0)], seconds=30)
+        pool, enter, left = receiver.pool, receiver.pool.enter, asyncio.Event()
+
+        def enter_late(*words: Any) -> Sequence[Extent]:
+            writer.withdraw(receiver.address.endpoint)
+            return enter(*words)
+
+        def leave(*words: Any) -> None:
+            Pool.leave(pool, *words)
+            left.set()
+
+        monkeypatch.setattr(pool, "enter", enter_late)
+        monkeypatch.setattr(pool, "leave", leave)
+        with pytest.raises(PeerGone):
+            await writer.write(late, [Piece(rubbish(1000), 0)], seconds=30)
+        await left.wait()
+        pool.filled(late.lease, late.generation)
+
+    between(make_one_sided, test)
 
 
 def test_where_bytes_travel_there_is_no_slot_to_open(make_messaging: Callable[[], Messaging]) -> None:
