@@ -8,11 +8,13 @@ that of MPEG-1 and MPEG-2 layer III and of the LAME encoder's Info tag.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 __all__ = ["with_length"]
 
 MPEG1, MPEG2, MPEG25 = 3, 2, 0
 LAYER_III = 1
+HEADER_BYTES = 4
 RATES = {MPEG1: (44_100, 48_000, 32_000), MPEG2: (22_050, 24_000, 16_000), MPEG25: (11_025, 12_000, 8_000)}  # Hz
 KBITS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # a second; 0: not said in the header
 KBITS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
@@ -63,20 +65,27 @@ def _after_id3(data: bytes) -> int:
 
 
 def _walk(data: bytes, at: int) -> tuple[int, int]:
-    """(frames, where they end)."""
-    count = 0
-    while (frame := _frame(data, at)) is not None:
-        at += frame.nbytes
+    """(frames, where they end). A body may hold millions: each costs a look at its header, and nothing is built."""
+    count, last = 0, len(data) - HEADER_BYTES
+    while at <= last and data[at] == 0xFF and (nbytes := _nbytes(data[at + 1], data[at + 2])):
+        at += nbytes
         count += 1
         if at > len(data):
             raise ValueError("the sound clip ends within a frame: its end is missing")
     return count, at
 
 
+@cache
+def _nbytes(kind: int, rates: int) -> int:
+    """Of a frame with these two bytes in its header, from it on; 0 where they are none of layer III."""
+    frame = _frame(bytes([0xFF, kind, rates, 0]), 0)
+    return 0 if frame is None else frame.nbytes
+
+
 def _frame(data: bytes, at: int) -> _Frame | None:
     """None for what is not the header of a layer III frame whose size it says."""
-    head = data[at : at + 4]
-    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+    head = data[at : at + HEADER_BYTES]
+    if len(head) < HEADER_BYTES or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return None
     version, layer = head[1] >> 3 & 3, head[1] >> 1 & 3
     bits, rate = head[2] >> 4, head[2] >> 2 & 3

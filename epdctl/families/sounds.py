@@ -18,6 +18,7 @@ __all__ = ["KINDS", "header_of", "opened"]
 KINDS = ("WAV", "FLAC", "OGG", "MP3")  # by content: libsndfile knows more, and what it does not know it may guess
 MOST_CHANNELS = 16
 RATES = range(1_000, 384_001)  # Hz
+UNTOLD = (1 << 63) - 1  # frames: libsndfile's word for a FLAC whose header leaves them out
 STREAMED = 0x7FFF_0000  # sizes from here on are what programs write that do not know the length yet
 
 _FORMATS = frozenset({"WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"})  # libsndfile's names for them
@@ -75,6 +76,8 @@ def _check_last_page(data: bytes) -> None:
 def _check(file: SoundFile) -> None:
     if file.format not in _FORMATS:
         raise ValueError(_UNREADABLE)
+    if file.frames == UNTOLD:
+        raise ValueError("the sound clip's header does not say how long it is: it was written as a stream")
     if file.frames < 1:
         raise ValueError("the sound clip is empty: it has no samples")
     if file.samplerate not in RATES or not 1 <= file.channels <= MOST_CHANNELS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from epdctl.families import mp3
 from epdctl.families.base import SoundHeader
 from epdctl.families.mp3 import with_length
 from epdctl.families.samples import WAV
@@ -76,6 +78,14 @@ def test_a_wav_that_was_written_before_its_length_was_known_is_as_long_as_it_is(
     assert header_of(bytes(data)) == SoundHeader(RATE // 2, RATE)
 
 
+def test_a_flac_that_was_written_as_a_stream_is_refused_with_the_reason() -> None:
+    data = bytearray(clip("FLAC"))
+    data[21] &= 0xF0  # the last 36 of these 64 bits are the number of samples
+    data[22:26] = bytes(4)
+    with pytest.raises(ValueError, match="does not say how long it is"):
+        header_of(bytes(data))
+
+
 def untagged(data: bytes) -> bytes:
     """An MP3 without the frame that says how long it is."""
     tag = min(at for name in (b"Xing", b"Info") if (at := data.find(name)) >= 0)
@@ -96,6 +106,17 @@ def test_an_mp3_that_does_not_say_how_long_it_is_is_counted(rate: int) -> None:
     assert abs(guessed - 9 * rate) > rate, "the library has learned to count"
     with opened(bare) as file:
         assert len(file.read()) == found
+
+
+def test_millions_of_frames_of_an_mp3_are_counted_without_building_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body of 64 MB holds as many, and whoever sends it pays nothing."""
+    head = b"\xff\xf3\x14\xc4"  # 8 kbit/s at 24 kHz: 24 bytes
+    built = Mock(wraps=mp3._frame)
+    monkeypatch.setattr(mp3, "_frame", built)
+    mp3._nbytes.cache_clear()
+    data = with_length((head + bytes(20)) * 100_000)
+    assert built.call_count < 10
+    assert int.from_bytes(data[(at := data.index(b"Info") + 8) : at + 4], "big") == 100_000
 
 
 def test_an_mp3_that_ends_within_a_frame_is_damaged() -> None:
