@@ -30,9 +30,8 @@ def prepare_device(config: RankConfig) -> torch.device:
     device = torch.device("cuda", config.devices[0])
     torch.cuda.set_device(device)
     keep_within(torch.cuda, device, config.memory_bytes)
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # it plans anew for every length of keys: each token of an answer has one
+    # It plans anew for every length of keys, and each token of an answer makes one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

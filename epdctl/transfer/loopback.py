@@ -52,6 +52,9 @@ def _listens(fd: int) -> bool:
 
 @contextlib.contextmanager
 def _view(fd: int) -> Iterator[socket.socket]:
-    """The same socket under another number, so that closing the view leaves its owner's open."""
-    with socket.socket(fileno=os.dup(fd)) as view:
+    """Left open for its owner."""
+    view = socket.socket(fileno=fd)
+    try:
         yield view
+    finally:
+        view.detach()

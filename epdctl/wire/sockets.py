@@ -266,8 +266,12 @@ class Link(_Socket, Generic[In, Out]):
     def _connected(self, monitor: zmq.Socket[bytes], nbytes: int) -> None:
         while int(monitor.getsockopt(zmq.EVENTS)) & _READABLE:
             fd = parse_monitor_message(monitor.recv_multipart())["value"]
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:  # it may be gone again
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
+            with contextlib.suppress(OSError):  # it may be gone again
+                connection = socket.socket(fileno=fd)
+                try:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
+                finally:
+                    connection.detach()  # it stays ZMQ's
 
     def close(self) -> None:
         self._outbox.clear()
