@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ KV = 650 * KV_PAGE  # 10,400 tokens
 GPU_SIZES = (EMBEDDING, KV)
 ROUND_BYTES = 1 << 30  # about so many in all for one figure
 END_SECONDS = 20.0
+ANSWER_SECONDS = 600.0  # of one order: up to 100 writes, each seen to the end
 Say = Callable[[str], None]
 
 
@@ -178,13 +180,15 @@ class _End:
         self._words = words
 
     def ask(self, **order: Any) -> dict[str, Any]:
-        """Raises EpdError with its last words when it ends instead of answering."""
+        """Raises EpdError when it ends instead of answering, with its last words, or does not answer at all."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        if not select.select([self._process.stdout], [], [], ANSWER_SECONDS)[0]:
+            raise EpdError(f"no answer to {order['do']} within {ANSWER_SECONDS:g} s")
+        line = self._process.stdout.readline()  # each answer is one, and nothing comes unasked
         if not line:
             self._process.wait()
             raise EpdError(self._last_words())

@@ -59,6 +59,18 @@ def test_a_transport_that_does_not_work_is_said_and_left_out(
     assert capsys.readouterr().out == "broken: does not work here: it fell to another protocol\n"
 
 
+def test_an_end_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(transfer, "ANSWER_SECONDS", 0.01)
+    deaf = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    process = subprocess.Popen(deaf, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with (tmp_path / "words").open("w+") as words:
+        end = transfer._End(process, words)
+        with pytest.raises(EpdError, match="no answer to receive within"):
+            end.ask(do="receive")
+        end.close()
+    assert process.returncode == 0
+
+
 def test_the_command_measures_between_two_processes_and_draws(tmp_path: Path) -> None:
     plot, output = tmp_path / "plot.png", tmp_path / "rows.json"
     words = ["bench", "transfer", "shm", "--largest", "64KiB", "--plot", str(plot), "--output", str(output), "--json"]
