@@ -63,7 +63,7 @@ class Lease:
     """A right to write into ``extents``, as the pool's owner knows it.
 
     ``owner``: the request or peer it was granted to, with its incarnation (0 for a request). ``expires_at``: on the
-    table's clock.
+    table's clock; from then on no byte lands, and to release it stays its owner's business.
     """
 
     id: int
@@ -143,11 +143,6 @@ class LeaseTable:
     def live(self, *states: SlotState) -> list[Lease]:
         """Every lease, or those in one of ``states``, oldest first."""
         return [lease for lease in self._leases.values() if not states or self._states[lease.id] in states]
-
-    def overdue(self) -> list[Lease]:
-        """Those whose time to be written is over."""
-        now = self._clock()
-        return [lease for lease in self.live(*OPEN) if now >= lease.expires_at]
 
     def check(self) -> None:
         """Raises AssertionError when two live leases share a byte or a record is incomplete."""

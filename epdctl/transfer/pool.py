@@ -122,13 +122,6 @@ class Pool:
         if self.leases.move(lease, event) is SlotState.FREE:
             self.allocator.give(extents)
 
-    def expire(self) -> list[Lease]:
-        """Release what nobody filled in time; returns those leases."""
-        overdue = self.leases.overdue()
-        for lease in overdue:
-            self.release(lease.id)
-        return overdue
-
     def bound_quarantine(self) -> None:
         """Raises QuarantineFull when too much of the pool waits for writers that were lost."""
         waiting = self.quarantined_bytes

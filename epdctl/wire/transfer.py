@@ -41,7 +41,6 @@ class TensorSpec(Part, frozen=True):
     dtype: str  # torch's name: "float32", "bfloat16"
     shape: list[int]
     nbytes: int
-    checksum: int | None = None
 
 
 class PoolAddress(Part, frozen=True):
@@ -96,8 +95,10 @@ class Landed(Message, frozen=True):
 
 
 class Rejected(Message, frozen=True):
-    write: int
-    kind: str  # "stale", "expired", "bounds", "frames", "token", "busy", "checksum", "stranger"
+    write: int  # 0: the writer itself is not let in
+    kind: (
+        str  # "stale", "expired", "busy", "bounds", "frames", "checksum", "token", "stranger", "full", "gone", "failed"
+    )
     text: str
 
 

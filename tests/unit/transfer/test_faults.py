@@ -121,7 +121,7 @@ def test_a_lease_that_ends_under_its_writer(here: Play, backend: str) -> None:
         assert await writer.ask("stall", encoded(late)) == "inside"
         receiver.pool.filled(other.lease, other.generation)
         receiver.now = 10.0
-        assert [lease.id for lease in receiver.pool.expire()] == [late.lease]
+        receiver.release(late)
         assert receiver.pool.quarantined_bytes == (0 if backend == "zmq" else HALF)
         assert "StaleGeneration" in await writer.ask("write", encoded(late), HALF, 1)
         assert receiver.pool.quarantined_bytes == 0
