@@ -39,8 +39,8 @@ class SoundHeader:
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader:
-    """``frames`` of ``width`` x ``height`` pixels, ``rate`` of them in a second. ``rate`` is None for frames that
-    somebody has chosen already: all of them are shown."""
+    """``frames`` of ``width`` x ``height`` pixels, upright, ``rate`` of them in a second. ``rate`` is None for frames
+    that somebody has chosen already: all of them are shown."""
 
     modality: ClassVar[Modality] = Modality.VIDEO
 

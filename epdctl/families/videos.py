@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from epdctl.families.base import VideoHeader
+from epdctl.families.turns import quarter_turns
 
 if TYPE_CHECKING:
     from av.codec.context import CodecContext
@@ -37,11 +38,13 @@ def missing() -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """An open file, and its one stream that is shown."""
+    """An open file, and its one stream that is shown. ``turns``: quarters against the clock that make its pictures
+    upright, as ``header`` has them."""
 
     container: InputContainer
     stream: VideoStream
     header: VideoHeader
+    turns: int
 
 
 def header_of(data: bytes) -> VideoHeader:
@@ -56,12 +59,12 @@ def opened(data: bytes) -> Iterator[Video]:
     turns out to be damaged while it is open."""
     import av  # 100 ms that most processes never need
 
+    demuxer = _demuxer(data)
     try:
-        with av.open(
-            io.BytesIO(data), "r", format=_demuxer(data), metadata_errors="replace", io_open=_refuse
-        ) as container:
+        with av.open(io.BytesIO(data), "r", format=demuxer, metadata_errors="replace", io_open=_refuse) as container:
             stream = _stream(container)
-            yield Video(container, stream, _header(container, stream))
+            turns = quarter_turns(data, stream.id) if demuxer == "mov" else 0
+            yield Video(container, stream, _header(container, stream, turns), turns)
     except av.FFmpegError as error:  # many of them are OSError too; their words tell of our objects
         raise ValueError(_UNREADABLE) from error
 
@@ -94,7 +97,7 @@ def _stream(container: InputContainer) -> VideoStream:
     return stream
 
 
-def _header(container: InputContainer, stream: VideoStream) -> VideoHeader:
+def _header(container: InputContainer, stream: VideoStream, turns: int) -> VideoHeader:
     rate = float(stream.average_rate or 0)
     if not 0 < rate <= MOST_RATE:
         raise ValueError(f"the video shows {rate:g} frames a second; at most {MOST_RATE:g} are served")
@@ -102,4 +105,5 @@ def _header(container: InputContainer, stream: VideoStream) -> VideoHeader:
     frames = min(filter(None, (stream.frames, shown)), default=0)  # a cut file holds more than it shows
     if frames < 1 or stream.width < 1 or stream.height < 1:
         raise ValueError("the video does not say how long or how large it is: write it anew (ffmpeg -i it -c copy new)")
-    return VideoHeader(frames, rate, stream.width, stream.height)
+    width, height = (stream.height, stream.width) if turns % 2 else (stream.width, stream.height)
+    return VideoHeader(frames, rate, width, height)

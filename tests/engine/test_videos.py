@@ -32,7 +32,7 @@ from epdctl.wire.serve import Sampling
 from tests.engine.harness import Question, Run, ask, media_item
 from tests.support.checkpoints import model_config
 from tests.support.reference import SMALLEST_GAP, Reference, picture_bytes
-from tests.support.videos import chosen_frames, decoded, promised, video_bytes
+from tests.support.videos import chosen_frames, coded, decoded, promised, video_bytes
 
 CPU = torch.device("cpu")
 TOKENS = 16
@@ -219,6 +219,16 @@ def test_the_frames_that_are_asked_for_are_shown(what: str, places: list[int]) -
     with opened(file) as video:
         shown = list(_shown(video, places))
     assert np.array_equal(np.stack(shown), decoded(file)[places])
+
+
+@pytest.mark.parametrize("turn", [90, 180, 270])
+def test_a_video_that_lies_on_its_side_is_shown_upright(turn: int) -> None:
+    draw = np.random.default_rng(1).integers(0, 256, (6, 4, 8, 3), dtype=np.uint8)
+    file = coded(draw.repeat(12, axis=1).repeat(12, axis=2), 5, turn=turn)
+    with opened(file) as video:
+        shown = np.stack(list(_shown(video, [0, 5])))
+        assert shown.shape[1:3] == (video.header.height, video.header.width)
+    assert np.array_equal(shown, np.rot90(decoded(file)[[0, 5]], turn // 90, axes=(1, 2)))
 
 
 def test_a_header_may_promise_a_few_frames_too_many_and_no_more() -> None:

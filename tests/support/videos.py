@@ -32,16 +32,15 @@ CODERS = {
 }
 
 
-def coded(
-    frames: NDArray[np.uint8], rate: int, kind: str = "mp4", coder: str = "libx264", title: str = "", **options: str
-) -> bytes:
-    """``frames``: [frames, height, width, 3]. ``options``: of the container."""
+def coded(frames: NDArray[np.uint8], rate: int, kind: str = "mp4", coder: str = "libx264", **more: Any) -> bytes:
+    """``frames``: [frames, height, width, 3]. ``more``: title; turn, in degrees against the clock; options."""
     file = io.BytesIO()
-    with av.open(file, "w", format=kind, options=options) as container:
-        container.metadata["title"] = title
+    with av.open(file, "w", format=kind, options=more.get("options", {})) as container:
+        container.metadata["title"] = more.get("title", "")
         stream: Any = container.add_stream(coder, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        stream.set_display_rotation(more.get("turn", 0))
         stream.codec_context.thread_count = 1
         pictures = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
         for picture in (*pictures, None):

@@ -128,21 +128,22 @@ def _shown(video: Video, indices: Sequence[int]) -> Iterator[Frame]:
     """In the order of ``indices``, which ascend. The last frame of a file stands for those that are not there: how many
     it has is an estimate in some kinds. Raises ValueError for one that breaks off."""
     header, waiting, found, last = video.header, list(reversed(indices)), 0, None
+    size = (header.height, header.width) if video.turns % 2 else (header.width, header.height)
     for last in video.container.decode(video.stream):
-        if (last.width, last.height) != (header.width, header.height):
+        if (last.width, last.height) != size:
             raise ValueError("its frames are of another size than its header says")
         while waiting and waiting[-1] == found:
             waiting.pop()
-            yield _rgb(last)
+            yield _upright(last, video.turns)
         if not waiting:
             return
         found += 1
     if last is None or found < THERE * header.frames:
         raise ValueError(f"it ends after {found} of {header.frames} frames: it is damaged")
     for _ in waiting:
-        yield _rgb(last)
+        yield _upright(last, video.turns)
 
 
-def _rgb(frame: VideoFrame) -> Frame:
-    """As transformers' own reader of this library has it."""
-    return numpy.asarray(frame.to_ndarray(format="rgb24"), dtype=numpy.uint8)
+def _upright(frame: VideoFrame, turns: int) -> Frame:
+    """As transformers' own reader of this library has it, and turned as the file says."""
+    return numpy.rot90(numpy.asarray(frame.to_ndarray(format="rgb24"), dtype=numpy.uint8), turns)

@@ -15,6 +15,7 @@ from epdctl.families import videos
 from epdctl.families.base import VideoHeader
 from epdctl.families.frames import are_frames, pack, unpack
 from epdctl.families.samples import PNG, WAV
+from epdctl.families.turns import quarter_turns
 from epdctl.ids import Modality
 from epdctl.rank import headers
 from epdctl.rank.headers import read_header
@@ -29,12 +30,13 @@ def test_every_kind_says_how_long_and_how_large_it_is(what: str) -> None:
 
 
 def test_a_file_in_fragments_does_too() -> None:
-    fragments = coded(BLANK, 5, movflags="+frag_keyframe+empty_moov")
+    fragments = coded(BLANK, 5, options=FRAGMENTS)
     assert videos.header_of(fragments) == VideoHeader(8, 5.0, 64, 64)
 
 
 FILE = video_bytes(1)
 BLANK = np.zeros((8, 64, 64, 3), np.uint8)
+FRAGMENTS = {"movflags": "+frag_keyframe+empty_moov"}
 BAD = {
     "nothing": (b"", "not a video we can read (MP4, QuickTime, WebM, Matroska, AVI)"),
     "text": (b"what is this?", "not a video"),
@@ -76,6 +78,29 @@ def test_files_with_any_bytes_changed_are_read_or_refused() -> None:
         with contextlib.suppress(ValueError), videos.opened(bytes(file)) as video:
             for frame in islice(video.container.decode(video.stream), 3):
                 assert frame.width > 0
+
+
+@pytest.mark.parametrize("turn", [0, 90, 180, 270])
+@pytest.mark.parametrize("kind", ["mp4", "mov"])
+@pytest.mark.parametrize("options", [{}, FRAGMENTS], ids=["whole", "in fragments"])
+def test_a_video_that_lies_on_its_side_is_measured_as_it_stands(kind: str, turn: int, options: dict[str, str]) -> None:
+    wide = coded(np.zeros((4, 48, 64, 3), np.uint8), 5, kind, turn=turn, options=options)
+    with videos.opened(wide) as video:
+        assert (video.header.width, video.header.height) == ((48, 64) if turn % 180 else (64, 48))
+        assert 90 * video.turns == next(video.container.decode(video.stream)).rotation % 360  # FFmpeg's own word
+
+
+def test_damaged_boxes_turn_nothing() -> None:
+    file = coded(BLANK, 5, turn=90)
+    assert quarter_turns(file, 1) == 1
+    assert quarter_turns(file, 2) == 0
+    assert {quarter_turns(file[:end], 1) for end in range(0, len(file), 7)} <= {0, 1}
+    at = file.index(b"tkhd") + 4
+    for version in range(256):
+        quarter_turns(file[:at] + bytes([version]) + file[at + 1 :], 1)
+    for size in (0, 1, 2, 7, 8, 1 << 31):
+        box = file.index(b"moov") - 4
+        quarter_turns(file[:box] + size.to_bytes(4) + file[box + 4 :], 1)
 
 
 def test_a_title_in_another_alphabet_is_no_fault() -> None:
