@@ -22,6 +22,7 @@ from epdctl.engine.loading import load_tower
 from epdctl.errors import RequestError
 from epdctl.families import open_family, videos
 from epdctl.families.base import PictureHeader, Prompt, VideoHeader
+from epdctl.families.frames import pack
 from epdctl.families.qwen2_5_vl import Qwen25VL
 from epdctl.families.videos import opened
 from epdctl.ids import Modality
@@ -331,5 +332,9 @@ def test_what_is_not_as_promised_or_breaks_off_is_a_400(checkpoint: Path) -> Non
     with pytest.raises(RequestError, match="was sized for") as caught:
         subject.prepare(file, promised(checkpoint, other))
     assert (caught.value.status, caught.value.code) == (400, "invalid_video")
+    (narrow, _), (wide, even) = chosen_frames(1, 16, (56, 84)), chosen_frames(1, 16)
+    for count in (3, 8):  # in one go through the processor, and in two
+        with pytest.raises(RequestError, match="of several sizes"):
+            subject.prepare(pack([*wide[:count], *narrow[count:]]), promised(checkpoint, even))
     with pytest.raises(RequestError, match="it is damaged"):
         subject.prepare(file[: len(file) // 2], promised(checkpoint, file))

@@ -6,6 +6,7 @@ A few steps of time go through the processor at once: no more decoded frames tha
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -58,6 +59,8 @@ class Videos:
                 self._check(header, item)
                 scale = self._family.video.scaled(self._family.video.shown(header))
                 pixels = torch.cat([self._patches(some, scale) for some in self._together(frames)])
+                if len(pixels) != math.prod(item.grid):
+                    raise ValueError("its frames are of several sizes")
         except ValueError as error:
             raise RequestError(400, f"video {item.index}: {error}", code="invalid_video") from error
         time, height, width = item.grid
