@@ -133,7 +133,7 @@ class Guests:
         guest = _Guest(f"{message.rank}.{message.incarnation}")
         try:
             guest.watch = DeathWatch(message.pid, lambda: self._died(sender))
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             return Rejected(write=0, kind="gone", text=f"there is no process {message.pid} here")
         self._guests[sender] = guest
         return Attached(session=self._session, pools=list(self._locations))

@@ -744,5 +744,22 @@ def test_a_stranger_is_told_nothing_and_let_in_nowhere(make_one_sided: Callable[
     between(make_one_sided, test)
 
 
+@pytest.mark.parametrize("pid", [-1, 0, 1 << 22, 1 << 40])
+def test_a_writer_whose_process_is_none_is_not_let_in(make_one_sided: Callable[[], Fabric], pid: int) -> None:
+    """Its death could not be seen. No process has a number as high as 1 << 22."""
+
+    async def test(_: Fabric, receiver: Receiver, __: Transport) -> None:
+        answers = Facts()
+        link: Link[HostToGuest, GuestToHost] = Link(
+            receiver.address.endpoint, HOST_TO_GUEST, GUEST_TO_HOST, lambda answer, _: answers.add(answer)
+        )
+        link.send(Attach(token="secret", rank=RankName("encoder/0"), incarnation=Incarnation(1), pid=pid))
+        (answer,) = await answers.count(1)
+        assert answer.kind == "gone"
+        link.close()
+
+    between(make_one_sided, test)
+
+
 def begin(lease: RemoteLease, session: int) -> Begin:
     return Begin(write=1, session=session, pool=lease.pool.pool, lease=lease.lease, generation=lease.generation)
