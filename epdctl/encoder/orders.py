@@ -90,7 +90,8 @@ def target_of(body: _Body, *, anywhere: bool) -> Destination | None:
             raise RequestError(400, "embedding_port without deliver_to: write prefill or caller", param="deliver_to")
         return None
     if body.deliver_to == "mooncake":
-        raise RequestError(400, "deliver_to mooncake comes with the transfer backend", param="deliver_to")
+        text = "Mooncake writes only between ranks of one cluster; deliver_to: prefill, caller or inline"
+        raise RequestError(400, text, param="deliver_to")
     if body.deliver_to == "inline":
         if body.ports:
             raise RequestError(400, "inline is the answer itself: it takes no embedding_port", param="embedding_port")

@@ -189,7 +189,7 @@ def test_in_two_phases_the_size_is_told_before_the_forward_and_send_delivers(soc
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"deliver_to": "mooncake"}, "comes with the transfer backend"),
+        ({"deliver_to": "mooncake"}, "only between ranks of one cluster"),
         ({"deliver_to": "prefill"}, "needs an embedding_port"),
         ({"deliver_to": "caller"}, "needs an embedding_port"),
         ({"deliver_to": "caller", "embedding_port": [1, 2]}, "has one embedding_port"),
