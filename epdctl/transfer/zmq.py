@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,7 @@ from epdctl.wire.sockets import Buffer, Inbox, Link, Sender
 from epdctl.wire.transfer import (
     RECEIVER_TO_WRITER,
     WRITER_TO_RECEIVER,
+    PieceHeader,
     PoolAddress,
     ReceiverToWriter,
     Rejected,
@@ -108,9 +110,9 @@ class _Peer:
         sent: list[asyncio.Future[None]] = []
         try:
             for parcel in cut(pieces):
-                frames = await _frames(parcel)
+                packed = await _packed(parcel, checksum=self._owner.checksum)
                 await self._window.acquire()
-                sent.append(self._send(lease, parcel, frames))
+                sent.append(self._send(lease, packed))
                 for answered in [future for future in sent if future.done()]:
                     answered.result()
             await asyncio.gather(*sent)
@@ -118,7 +120,7 @@ class _Peer:
             for future in sent:
                 future.cancel()
 
-    def _send(self, lease: RemoteLease, parcel: Parcel, frames: list[memoryview]) -> asyncio.Future[None]:
+    def _send(self, lease: RemoteLease, packed: _Packed) -> asyncio.Future[None]:
         number = next(self._numbers)
         future = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda done: self._settled(number, done))
@@ -128,11 +130,11 @@ class _Peer:
             pool=lease.pool.pool,
             lease=lease.lease,
             generation=lease.generation,
-            pieces=parcel.headers(checksum=self._owner.checksum),
+            pieces=packed.headers,
             token=self._owner.token,
         )
         try:
-            self._link.send(write, frames)
+            self._link.send(write, packed.frames)
         except PeerGone as error:
             future.set_exception(error)
         return future
@@ -159,12 +161,18 @@ class _Peer:
                 future.set_exception(error)
 
 
-async def _frames(parcel: Parcel) -> list[memoryview]:
-    """On a GPU this waits for the kernels that make the data; not on the loop."""
+class _Packed(NamedTuple):
+    headers: list[PieceHeader]
+    frames: list[memoryview]
 
-    def views() -> list[memoryview]:
-        return [payload(piece.data) for piece in parcel.pieces]
 
-    if any(piece.data.is_cuda for piece in parcel.pieces):
-        return await asyncio.to_thread(views)
-    return views()
+async def _packed(parcel: Parcel, *, checksum: bool) -> _Packed:
+    """On a GPU this waits for the kernels that make the data, and checksums take about 1 s for each GB; not on the
+    loop."""
+
+    def pack() -> _Packed:
+        return _Packed(parcel.headers(checksum=checksum), [payload(piece.data) for piece in parcel.pieces])
+
+    if checksum or any(piece.data.is_cuda for piece in parcel.pieces):
+        return await asyncio.to_thread(pack)
+    return pack()

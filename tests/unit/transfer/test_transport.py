@@ -618,6 +618,29 @@ def test_a_checksum_goes_along_and_is_verified(
     between(make_fabric, test)
 
 
+@pytest.mark.parametrize("kind", [OverZmq, OverShm])
+def test_a_checksum_is_computed_beside_the_loop(
+    kind: Callable[[Path], Fabric], sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work: list[threading.Thread] = []
+    real = landing.sums_of
+
+    def seen(pieces: Sequence[Piece]) -> list[int]:
+        at_work.append(threading.current_thread())
+        return real(pieces)
+
+    monkeypatch.setattr(landing, "sums_of", seen)
+
+    async def test(fabric: Fabric, receiver: Receiver, _: Transport) -> None:
+        careful = fabric.open("encoder/1", checksum=True)
+        await careful.write(receiver.lease(1000), [Piece(rubbish(1000), 0)], seconds=30)
+        await careful.close()
+        assert at_work
+        assert threading.current_thread() not in at_work
+
+    between(lambda: kind(sockets), test)
+
+
 class Slow:
     """A verifier that takes until it is let go."""
 
