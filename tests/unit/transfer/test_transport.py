@@ -506,6 +506,8 @@ def test_an_embedding_may_be_made_in_its_slot(sockets: Path) -> None:
             receiver.pool.filled(lease.lease, lease.generation)
         await writer.write(lease, [Piece(slot, 0)], seconds=30)
         receiver.pool.filled(lease.lease, lease.generation)
+        assert isinstance(writer, OneSidedTransport)
+        assert writer.moved.nbytes == 0, "and were not copied onto themselves"
 
     between(lambda: OverShm(sockets), test)
 
