@@ -188,7 +188,7 @@ def place_of(header: PieceHeader, extents: Sequence[Extent]) -> int:
     if not 0 <= header.extent < len(extents):
         raise Refusal("bounds", f"extent {header.extent} of {len(extents)}")
     extent = extents[header.extent]
-    if header.offset < 0 or header.offset + header.nbytes > extent.nbytes:
+    if min(header.offset, header.nbytes) < 0 or header.offset + header.nbytes > extent.nbytes:
         end = header.offset + header.nbytes
         raise Refusal("bounds", f"bytes {header.offset} to {end} of an extent of {extent.nbytes}")
     return extent.offset + header.offset

@@ -135,10 +135,18 @@ def of_another_cluster(endpoint: str, *, one_sided: bool) -> str:
 
 def piece_beyond_its_extent(lease: RemoteLease) -> str:
     """The end of a write says the checksum of bytes that are not its own."""
+    return _ended(lease, PieceHeader(extent=0, offset=0, nbytes=1 << 40, checksum=1))
+
+
+def piece_of_less_than_nothing(lease: RemoteLease) -> str:
+    """And so of all from there to the pool's end."""
+    return _ended(lease, PieceHeader(extent=0, offset=0, nbytes=-1, checksum=1))
+
+
+def _ended(lease: RemoteLease, piece: PieceHeader) -> str:
     with connected(lease.pool.endpoint) as wire:
         _begin(wire, lease)
-        far = PieceHeader(extent=0, offset=0, nbytes=1 << 40, checksum=1)
-        wire.send(GUEST_TO_HOST.encode(End(write=1, landed=True, pieces=[far])))
+        wire.send(GUEST_TO_HOST.encode(End(write=1, landed=True, pieces=[piece])))
         return _kind(HOST_TO_GUEST.decode(wire.answer()))
 
 
@@ -151,6 +159,7 @@ _ONE_SIDED: tuple[Fault, ...] = (
     message_cut_short,
     message_without_its_end,
     piece_beyond_its_extent,
+    piece_of_less_than_nothing,
     attached_twice,
     frame_without_end,
 )

@@ -138,6 +138,7 @@ COMES_OF_IT = {
     "message_cut_short": "Admitted",
     "message_without_its_end": "Attached",
     "piece_beyond_its_extent": "refused: bounds",
+    "piece_of_less_than_nothing": "refused: bounds",
     "attached_twice": "Attached",
 }
 

@@ -580,6 +580,48 @@ def test_who_is_let_in_after_its_peer_was_withdrawn_leaves_again(
     between(make_one_sided, test)
 
 
+def test_writers_beyond_those_that_may_be_attached_are_refused_while_all_of_these_write(
+    make_one_sided: Callable[[], Fabric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guests, "MAX_GUESTS", 1)
+
+    async def test(fabric: Fabric, receiver: Receiver, writer: Transport) -> None:
+        mine, other, late = receiver.lease(1000), receiver.lease(1000), fabric.open("encoder/1")
+        await writer.open_slot(mine, seconds=30)
+        with pytest.raises(TransferError, match="1 writers are attached already"):
+            await late.write(other, [Piece(rubbish(1000), 0)], seconds=30)
+        await writer.write(mine, [Piece(rubbish(1000), 0)], seconds=30)
+        await late.write(other, [Piece(rubbish(1000), 0)], seconds=30)
+        with pytest.raises(PeerGone):  # it was idle, and is forgotten
+            await writer.write(mine, [Piece(rubbish(1000), 0)], seconds=30)
+        await writer.write(mine, [Piece(rubbish(1000), 0)], seconds=30)
+        await late.close()
+
+    between(make_one_sided, test)
+
+
+def test_bytes_of_a_dead_writer_may_still_be_on_their_way(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a transport says for how long, its slot is nobody's until then."""
+    monkeypatch.setattr(ShmMover, "settle_seconds", 3600.0)
+
+    async def work() -> None:
+        fabric = OverShm(sockets)
+        receiver, writer = Receiver(fabric), fabric.open("encoder/0")
+        assert isinstance(receiver.transport, OneSidedTransport)
+        guests, lease = receiver.transport._guests, receiver.lease(1000)
+        await writer.open_slot(lease, seconds=30)
+        receiver.pool.release(lease.lease)
+        (sender,) = guests._guests
+        guests._died(sender)
+        (timer,) = guests._timers
+        assert timer.when() > asyncio.get_running_loop().time() + 3000
+        assert receiver.pool.quarantined_bytes == 1000
+        await writer.close()
+        await receiver.transport.close()
+
+    run(work())
+
+
 def test_where_bytes_travel_there_is_no_slot_to_open(make_messaging: Callable[[], Messaging]) -> None:
     async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
         lease = receiver.lease(8)
