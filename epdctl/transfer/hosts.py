@@ -41,6 +41,7 @@ class Host:
         self._slots: dict[int, Slot] = {}  # by generation
         self._remotes: dict[str, Remote] = {}
         self._calls = Calls(endpoint, owner)
+        self._closed = False
         self.working: set[asyncio.Future[Any]] = set()
 
     @property
@@ -180,6 +181,9 @@ class Host:
             self._close()
 
     def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         for task in list(self.working):
             task.cancel()
         self._calls.close()

@@ -87,10 +87,12 @@ class OneSidedTransport:
 
     async def close(self) -> None:
         gone = PeerGone("this transport was closed")
-        for task in self._retiring.values():
+        before = list(self._retiring.values())
+        for task in before:
             task.cancel()
-        retiring = [peer.retire(gone, CLOSE_SECONDS) for peer in self._peers.values()]
-        await asyncio.gather(*retiring, *self._retiring.values(), return_exceptions=True)
+        # those too whose task was cancelled before it began
+        retiring = [peer.retire(gone, CLOSE_SECONDS) for peer in [*self._retiring, *self._peers.values()]]
+        await asyncio.gather(*before, *retiring, return_exceptions=True)
         self._peers.clear()
         self._guests.close()
         self._mover.close()

@@ -467,6 +467,18 @@ def test_a_closed_transport_ends_its_writes(make_fabric: Callable[[], Fabric]) -
     between(make_fabric, test)
 
 
+def test_a_peer_that_was_withdrawn_just_before_the_end_is_closed_too(make_one_sided: Callable[[], Fabric]) -> None:
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        await writer.write(receiver.lease(8), [Piece(rubbish(8), 0)], seconds=30)
+        assert isinstance(writer, OneSidedTransport)
+        (peer,) = writer._peers.values()
+        writer.withdraw(receiver.address.endpoint)
+        await writer.close()
+        assert peer._calls._link.closed
+
+    between(make_one_sided, test)
+
+
 def test_a_pool_is_registered_once(make_fabric: Callable[[], Fabric]) -> None:
     async def test(_: Fabric, receiver: Receiver, __: Transport) -> None:
         assert receiver.address.endpoint == receiver.transport.endpoint
