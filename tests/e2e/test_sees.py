@@ -40,7 +40,8 @@ SEED = 4_000_037  # neither training's nor the examination's
 AT_ONCE = 16
 BATCH = 50
 FEW, MANY = 40, 200
-LEARNT = [(Task.COLOUR, 1), (Task.PLACE, 1), (Task.SHAPE, 1), (Task.COLOURS, 4), (Task.COLOURS, 8), (Task.SAME, 2)]
+LEARNT = [(Task.COLOUR, 1), (Task.PLACE, 1), (Task.SHAPE, 1), (Task.COUNT, 1), (Task.COLOURS, 4), (Task.COLOURS, 8)]
+LEARNT += [(Task.WHICH, 4), (Task.SAME, 2), (Task.SHAPES, 4)]
 COLOURS = 8  # there are
 
 # The rank's own canary, which compares norms, is made to wait: here the answer alone has to tell.

@@ -61,6 +61,7 @@ EXAMS = (
     Exam(Task.COLOURS, 8, 0.85),
     Exam(Task.WHICH, 4, 0.90),
     Exam(Task.SAME, 2, 0.90),
+    Exam(Task.SHAPES, 4, 0.95),
 )
 
 

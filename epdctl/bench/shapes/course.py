@@ -12,7 +12,8 @@ from epdctl.bench.shapes.questions import MOST_PICTURES, Task
 __all__ = ["COURSE", "Course", "Progress", "Stage"]
 
 MEMORY = 0.97  # of the running average
-LEVELS: Mapping[Task, tuple[int, ...]] = {Task.COLOURS: (2, 4, MOST_PICTURES), Task.WHICH: (2, 4)}
+LONG = 4  # pictures
+LEVELS: Mapping[Task, tuple[int, ...]] = {Task.COLOURS: (2, 4, MOST_PICTURES), Task.SHAPES: (2, 4), Task.WHICH: (2, 4)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Course:
     weight_decay: float = 0.02
     longest_gradient: float = 1.0
     lessons: int = 2  # per step
-    sequences: int = 24  # per lesson
+    sequences: int = 24  # per lesson of up to ``LONG`` pictures, half as many for more: their answers are longer
     lookout: int = 32  # pictures per step while the tower learns alone
     describing: float = 0.5  # weight of the tower's own losses beside an answer's
     average: float = 0.995  # of the weights, per step: what is kept is their running average
@@ -45,6 +46,9 @@ class Course:
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    def sequences_of(self, pictures: int) -> int:
+        return self.sequences if pictures <= LONG else self.sequences // 2
 
     def stage(self, step: int) -> tuple[Stage, float]:
         """The stage of a step, and the learning rate."""
@@ -69,11 +73,12 @@ class Progress:
         self.right[key] = MEMORY * self.right.get(key, 0.0) + (1 - MEMORY) * right
 
     def pictures(self, task: Task, learnt: float, rng: np.random.Generator) -> int:
-        """Half of the questions have as many as the task has come to, the others fewer."""
+        """Two of ``level`` questions have as many as the task has come to, the others fewer: each length has to be
+        learnt, and the longer the list the more there are."""
         if task not in LEVELS:
             return 2 if task is Task.SAME else 1
         level = self._level(task, learnt)
-        return level if rng.random() < 0.5 else int(rng.integers(2, level + 1))
+        return level if rng.random() < 2 / level else int(rng.integers(2, level + 1))
 
     def _level(self, task: Task, learnt: float) -> int:
         levels = LEVELS[task]
@@ -81,45 +86,23 @@ class Progress:
         return next(ahead, levels[-1])
 
 
-FIRST = {Task.COLOUR: 1.0, Task.PLACE: 0.5, Task.COLOURS: 3.0}
-ALL = {
-    Task.COLOUR: 1.0,
-    Task.SHAPE: 1.0,
-    Task.COUNT: 1.5,
-    Task.PLACE: 1.0,
-    Task.COLOURS: 3.0,
-    Task.WHICH: 2.0,
-    Task.SAME: 2.0,
-}
-LONGER = {**ALL, Task.COLOUR: 0.5, Task.SHAPE: 0.7, Task.COLOURS: 4.0}
-SLOW = {  # what the others leave behind gets the time
-    Task.COLOUR: 0.3,
+FIRST = {Task.COLOUR: 1.0, Task.SHAPE: 1.0, Task.PLACE: 0.5, Task.COLOURS: 3.0, Task.SHAPES: 2.0}
+ALL = {  # what is learnt last gets the most; lists of shapes are there because the one with a shape is learnt from them
+    Task.COLOUR: 0.4,
     Task.SHAPE: 0.4,
     Task.COUNT: 3.0,
-    Task.PLACE: 0.8,
+    Task.PLACE: 0.7,
     Task.COLOURS: 2.5,
-    Task.WHICH: 3.0,
-    Task.SAME: 2.0,
-}
-SLOWEST = {**SLOW, Task.COUNT: 2.0, Task.WHICH: 5.0}
-REST = {
-    Task.COLOUR: 0.4,
-    Task.SHAPE: 0.6,
-    Task.COUNT: 3.0,
-    Task.PLACE: 1.0,
-    Task.COLOURS: 3.5,
-    Task.SAME: 2.5,
+    Task.SHAPES: 1.5,
+    Task.WHICH: 4.0,
+    Task.SAME: 1.5,
 }
 COURSE = Course(
     stages=(
-        Stage("tower", 1500, (1.5e-3, 1.5e-3)),
-        Stage("colours", 500, (1.5e-3, 1.5e-3), FIRST),
-        Stage("all", 500, (1.5e-3, 1.4e-3), ALL),
-        Stage("longer", 750, (1.4e-3, 1.17e-3), LONGER, learnt=0.8),
-        Stage("slow ones", 250, (1.17e-3, 0.985e-3), SLOW, learnt=0.8),
-        Stage("slower", 250, (0.985e-3, 0.908e-3), SLOWEST, learnt=0.8),
-        Stage("slowest", 250, (1.2e-3, 1.075e-3), SLOWEST, learnt=0.8),
-        Stage("rest", 250, (1.0e-3, 0.5875e-3), REST, learnt=0.8),
-        Stage("end", 150, (0.5875e-3, 1e-5), REST, learnt=0.8),
+        Stage("tower", 900, (1.5e-3, 1.5e-3)),
+        Stage("lists", 500, (1.5e-3, 1.5e-3), FIRST),
+        Stage("all", 1200, (1.5e-3, 1.5e-3), ALL, learnt=0.8),
+        Stage("longer", 1500, (1.5e-3, 1.0e-3), ALL, learnt=0.8),
+        Stage("end", 900, (1.0e-3, 1e-5), ALL, learnt=0.8),
     )
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,14 +13,15 @@ from tokenizers import Tokenizer
 
 from epdctl.bench.shapes.draw import Colour, Place, Scene, Shape, coverage, render
 from epdctl.bench.shapes.model import MEAN, MERGE, PATCH, STD
-from epdctl.bench.shapes.questions import Question, Task, ask, colours, which
+from epdctl.bench.shapes.questions import Question, Task, ask, colours, shapes, which
 from epdctl.bench.shapes.scenes import COUNTS, Composer
 
-__all__ = ["IGNORED", "Lesson", "Sight", "Writer", "look", "lookout", "patches", "study"]
+__all__ = ["IGNORED", "MOST_CENTRES", "Lesson", "Sight", "Writer", "look", "lookout", "patches", "study"]
 
 IGNORED = -100  # as cross_entropy has it
 CELL = PATCH * MERGE
 SEEN, UNSEEN = 0.2, 0.04  # shares of a cell from which, and up to which, a figure is called there, or not
+MOST_CENTRES = 2  # figures do not touch: more do not fit into a cell
 COLOURS, SHAPES, PLACES = list(Colour), list(Shape), list(Place)
 
 
@@ -32,6 +33,7 @@ class Sight:
     grids: torch.Tensor  # [pictures, 3]
     colours: torch.Tensor  # [pictures, tokens]: 0 is background
     shapes: torch.Tensor  # [pictures, tokens]: IGNORED is background
+    centres: torch.Tensor  # [pictures, tokens]: how many figures have their middle there, at most MOST_CENTRES
     counts: torch.Tensor  # [pictures]
     places: torch.Tensor  # [pictures]
 
@@ -49,10 +51,9 @@ class Lesson:
 def study(task: Task, composer: Composer, writer: Writer, pictures: int, sequences: int) -> Lesson:
     """Questions of several pictures share them: a picture is worth many questions, and drawing and seeing cost most."""
     size = composer.size()
-    if task in (Task.COLOURS, Task.WHICH):
+    if task in _PICK:
         scenes = [composer.one(size) for _ in range(max(16, 2 * pictures))]
-        pick = _pick_colours if task is Task.COLOURS else _pick_which
-        picked = [pick(scenes, composer.rng, pictures) for _ in range(sequences)]
+        picked = [_PICK[task](scenes, composer.rng, pictures) for _ in range(sequences)]
         shown, questions = [row for row, _ in picked], [question for _, question in picked]
     else:
         questions = [ask(task, composer, size) for _ in range(sequences)]
@@ -74,12 +75,13 @@ def lookout(composer: Composer, pictures: int) -> Sight:
 
 def look(scenes: Sequence[Scene]) -> Sight:
     ((rows, columns),) = {(scene.height // CELL, scene.width // CELL) for scene in scenes}
-    colours, shapes = zip(*map(_cells, scenes), strict=True)
+    hues, forms = zip(*map(_cells, scenes), strict=True)
     return Sight(
         pixels=patches(np.stack([render(scene) for scene in scenes])),
         grids=torch.tensor([[1, rows * MERGE, columns * MERGE]] * len(scenes)),
-        colours=torch.from_numpy(np.stack(colours)),
-        shapes=torch.from_numpy(np.stack(shapes)),
+        colours=torch.from_numpy(np.stack(hues)),
+        shapes=torch.from_numpy(np.stack(forms)),
+        centres=torch.from_numpy(np.stack([_centres(scene) for scene in scenes])),
         counts=torch.tensor([len(scene.figures) - 1 for scene in scenes]),
         places=torch.tensor([IGNORED if scene.place is None else PLACES.index(scene.place) for scene in scenes]),
     )
@@ -95,12 +97,24 @@ def patches(pictures: NDArray[np.uint8]) -> torch.Tensor:
     return twice.reshape(many * rows * columns * MERGE * MERGE, -1)
 
 
-def _pick_colours(scenes: Sequence[Scene], rng: np.random.Generator, pictures: int) -> tuple[list[int], Question]:
-    row = [int(index) for index in rng.choice(len(scenes), pictures, replace=False)]
+_Picked = tuple[list[int], Question]
+
+
+def _pick_colours(scenes: Sequence[Scene], rng: np.random.Generator, pictures: int) -> _Picked:
+    row = _row(scenes, rng, pictures)
     return row, colours([scenes[index] for index in row])
 
 
-def _pick_which(scenes: Sequence[Scene], rng: np.random.Generator, pictures: int) -> tuple[list[int], Question]:
+def _pick_shapes(scenes: Sequence[Scene], rng: np.random.Generator, pictures: int) -> _Picked:
+    row = _row(scenes, rng, pictures)
+    return row, shapes([scenes[index] for index in row])
+
+
+def _row(scenes: Sequence[Scene], rng: np.random.Generator, pictures: int) -> list[int]:
+    return [int(index) for index in rng.choice(len(scenes), pictures, replace=False)]
+
+
+def _pick_which(scenes: Sequence[Scene], rng: np.random.Generator, pictures: int) -> _Picked:
     """Any of them may be the one that is asked about: what were always the first would be learnt as such."""
     target = int(rng.integers(len(scenes)))
     others = [index for index, scene in enumerate(scenes) if _shape(scene) is not _shape(scenes[target])]
@@ -109,8 +123,23 @@ def _pick_which(scenes: Sequence[Scene], rng: np.random.Generator, pictures: int
     return row, which([scenes[index] for index in row], _shape(scenes[target]))
 
 
+_PICK: Mapping[Task, Callable[[Sequence[Scene], np.random.Generator, int], _Picked]] = {
+    Task.COLOURS: _pick_colours,
+    Task.SHAPES: _pick_shapes,
+    Task.WHICH: _pick_which,
+}
+
+
 def _shape(scene: Scene) -> Shape:
     return scene.figures[0].shape
+
+
+def _centres(scene: Scene) -> NDArray[np.int64]:
+    """Per token of the picture. What tells one figure from two is where their middles are, not what they cover."""
+    found = np.zeros((scene.height // CELL, scene.width // CELL), np.int64)
+    for figure in scene.figures:
+        found[int(figure.y) // CELL, int(figure.x) // CELL] += 1
+    return found.ravel().clip(max=MOST_CENTRES)
 
 
 def _cells(scene: Scene) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

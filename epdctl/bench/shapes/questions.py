@@ -10,7 +10,7 @@ from typing import Any
 from epdctl.bench.shapes.draw import Scene, Shape
 from epdctl.bench.shapes.scenes import COUNTS, Composer, Size
 
-__all__ = ["MOST_PICTURES", "Question", "Task", "ask", "colours", "messages", "which"]
+__all__ = ["MOST_PICTURES", "Question", "Task", "ask", "colours", "messages", "shapes", "which"]
 
 MOST_PICTURES = 8
 
@@ -21,6 +21,7 @@ class Task(StrEnum):
     COUNT = "count"
     PLACE = "place"
     COLOURS = "colours"
+    SHAPES = "shapes"
     WHICH = "which"
     SAME = "same"
 
@@ -36,7 +37,7 @@ class Question:
 
 
 def ask(task: Task, composer: Composer, size: Size, pictures: int = 1) -> Question:
-    """A new question. ``pictures`` matters for the ordered colours and for which one."""
+    """A new question. ``pictures`` matters for the lists and for which one."""
     return _ASK[task](composer, size, pictures)
 
 
@@ -50,6 +51,12 @@ def colours(scenes: Sequence[Scene]) -> Question:
     """Of single figures, in their order."""
     named = (f"{number} {scene.figures[0].colour}" for number, scene in enumerate(scenes, 1))
     return Question(Task.COLOURS, "Which colour is in each picture?", ", ".join(named), tuple(scenes))
+
+
+def shapes(scenes: Sequence[Scene]) -> Question:
+    """Of single figures, in their order."""
+    named = (f"{number} {scene.figures[0].shape}" for number, scene in enumerate(scenes, 1))
+    return Question(Task.SHAPES, "Which shape is in each picture?", ", ".join(named), tuple(scenes))
 
 
 def which(scenes: Sequence[Scene], shape: Shape) -> Question:
@@ -82,6 +89,10 @@ def _ask_colours(composer: Composer, size: Size, pictures: int) -> Question:
     return colours([composer.one(size) for _ in range(pictures)])
 
 
+def _ask_shapes(composer: Composer, size: Size, pictures: int) -> Question:
+    return shapes([composer.one(size) for _ in range(pictures)])
+
+
 def _ask_which(composer: Composer, size: Size, pictures: int) -> Question:
     shape, at = composer.shape(), int(composer.rng.integers(pictures))
     shapes = [shape if index == at else composer.shape(but=shape) for index in range(pictures)]
@@ -107,6 +118,7 @@ _ASK: Mapping[Task, Callable[[Composer, Size, int], Question]] = {
     Task.COUNT: _ask_count,
     Task.PLACE: _ask_place,
     Task.COLOURS: _ask_colours,
+    Task.SHAPES: _ask_shapes,
     Task.WHICH: _ask_which,
     Task.SAME: _ask_same,
 }

@@ -10,12 +10,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from epdctl.bench.shapes.draw import Colour, Place, Shape
-from epdctl.bench.shapes.lessons import IGNORED, Lesson, Sight
+from epdctl.bench.shapes.lessons import IGNORED, MOST_CENTRES, Lesson, Sight
 from epdctl.bench.shapes.scenes import COUNTS
 
 __all__ = ["Score", "Student"]
 
 SHAPE_WEIGHT = 2.0  # shapes are the slowest to be learnt
+CENTRE_WEIGHT = 4.0  # most cells have none, and cost nothing once that is learnt
+PER_CELL = [len(Colour) + 1, len(Shape), MOST_CENTRES + 1]  # what the heads tell of a token
 EVEN = "shapes_flash_even"  # with "flash" in it: that word makes transformers' towers pass the borders
 
 
@@ -32,7 +34,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         width = model.config.vision_config.out_hidden_size
-        self.cells = nn.Linear(width, len(Colour) + 1 + len(Shape))
+        self.cells = nn.Linear(width, sum(PER_CELL))
         self.wholes = nn.Linear(width, len(COUNTS) + len(Place))
         self._image = int(model.config.image_token_id)
         self._positions: dict[tuple[int, ...], torch.Tensor] = {}
@@ -46,11 +48,12 @@ class Student(nn.Module):
 
     def describe(self, features: torch.Tensor, sight: Sight) -> Score:
         """How well the heads can tell from the tower's output what is where."""
-        colours, shapes = self.cells(features).split([len(Colour) + 1, len(Shape)], -1)
+        colours, shapes, centres = self.cells(features).split(PER_CELL, -1)
         counts, places = self.wholes(features.mean(1)).split([len(COUNTS), len(Place)], -1)
         losses = [
             cross_entropy(colours.flatten(0, 1), sight.colours.flatten(), ignore_index=IGNORED),
             SHAPE_WEIGHT * cross_entropy(shapes.flatten(0, 1), sight.shapes.flatten(), ignore_index=IGNORED),
+            CENTRE_WEIGHT * cross_entropy(centres.flatten(0, 1), sight.centres.flatten()),
             cross_entropy(counts, sight.counts),
         ]
         if (sight.places != IGNORED).any():

@@ -69,7 +69,7 @@ class Training:
 
     def _practise(self, task: Task, stage: Stage, composer: Composer) -> dict[str, float]:
         pictures = self._progress.pictures(task, stage.learnt, composer.rng)
-        lesson = study(task, composer, self._writer, pictures, self.course.sequences)
+        lesson = study(task, composer, self._writer, pictures, self.course.sequences_of(pictures))
         features = self.student.see(lesson.sight)
         described = self.student.describe(features, lesson.sight)
         answered = self.student.answer(features, lesson)

@@ -37,11 +37,12 @@ def test_no_answer_is_much_more_frequent_than_another(task: Task) -> None:
 
 
 @pytest.mark.parametrize("pictures", [2, 4, 8])
-def test_colours_are_numbered_in_the_order_of_the_pictures(pictures: int) -> None:
-    for question in asked(Task.COLOURS, pictures, 20):
+@pytest.mark.parametrize(("task", "named"), [(Task.COLOURS, "colour"), (Task.SHAPES, "shape")])
+def test_lists_are_numbered_in_the_order_of_the_pictures(task: Task, named: str, pictures: int) -> None:
+    for question in asked(task, pictures, 20):
         parts = [part.split(" ") for part in question.answer.split(", ")]
         assert [number for number, _ in parts] == [str(number) for number in range(1, pictures + 1)]
-        assert [colour for _, colour in parts] == [scene.figures[0].colour for scene in question.scenes]
+        assert [name for _, name in parts] == [getattr(scene.figures[0], named) for scene in question.scenes]
 
 
 def test_which_picture_has_one_right_answer_anywhere() -> None:
