@@ -131,7 +131,7 @@ class Fetcher:
                 request = await self._request(client, target_of(url, self._hosts), accept)
                 response = await client.send(request, stream=True)
                 try:
-                    if not response.is_redirect:
+                    if not response.has_redirect_location:  # a 3xx without an address leads nowhere
                         return await self._read(response, count)
                     url = str(httpx.URL(url).join(response.headers["location"]))
                 finally:

@@ -101,6 +101,10 @@ def moved(to: str) -> bytes:
     return f"HTTP/1.1 302 Found\r\nlocation: {to}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode()
 
 
+def nothing(status: int) -> Callable[[str], Answer]:
+    return lambda _: f"HTTP/1.1 {status} X\r\ncontent-length: 0\r\n\r\n".encode()
+
+
 def at(url: str) -> dict[str, Source]:
     return {url: Source(Modality.IMAGE, "here", url)}
 
@@ -184,6 +188,8 @@ def test_a_redirect_within_the_host_is_followed() -> None:
 
 def test_what_other_hosts_do_wrong() -> None:
     assert "HTTP 404" in refusal(lambda _: b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+    for status in (300, 302, 304):  # a redirect that leads nowhere
+        assert f"answered with HTTP {status}" in refusal(nothing(status))
     assert "larger than 1000" in refusal(lambda _: ok(b"x" * 5000), limit=1000)
     assert "compressed" in refusal(lambda _: b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\nxx")
     assert "cannot be fetched" in refusal(lambda _: b"what?")
