@@ -9,18 +9,23 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import httpx
 
+from epdctl.errors import RequestError
+from epdctl.gateway.budget import RETRY_AFTER
 from epdctl.rank.media import Source, invalid
 
 __all__ = ["Fetcher", "Target", "is_reachable_for_all", "is_remote", "target_of"]
 
 MAX_REDIRECTS = 3
 PORTS: Mapping[str, int] = {"http": 80, "https": 443}
-AT_ONCE = 8  # downloads of one gateway
+AT_ONCE = 8  # downloads of one gateway from one host
+PATIENCE = 2  # times the seconds of one file, for a turn: those before it come or are given up meanwhile
 
 Hold = Callable[[int], None]  # so many bytes have come; raises RequestError when they do not fit
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -61,15 +66,23 @@ def target_of(url: str, hosts: Iterable[str]) -> Target:
     return Target(parsed, parsed.host, port, _as_address(parsed.host) is not None)
 
 
+# Global unicast, and what IANA's registries of special addresses set aside in it: of IPv6 nothing else is public, and
+# so no IPv4 address that is wrapped in one.
+PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
+SPECIAL = tuple(
+    map(
+        ipaddress.ip_network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20", "192.0.0.0/24", "192.88.99.0/24")
+    )
+)
+
+
 def is_reachable_for_all(address: str) -> bool:
     """An address of the public internet: no loopback, private, link-local or shared range, however it is wrapped."""
     found = _as_address(address)
-    if found is None:
+    if found is None or any(found in network for network in SPECIAL):
         return False
-    if isinstance(found, ipaddress.IPv6Address):
-        wraps = found.ipv4_mapped or found.sixtofour or found.teredo or found in ipaddress.ip_network("64:ff9b::/96")
-        if wraps:
-            return False
+    if isinstance(found, ipaddress.IPv6Address) and found not in PUBLIC_IPV6:
+        return False
     return found.is_global and not found.is_multicast
 
 
@@ -86,14 +99,16 @@ async def _resolve(host: str, port: int) -> Sequence[str]:
 
 
 class Fetcher:
-    """Holds no connection between two files. ``seconds`` is for one file with all its redirects."""
+    """Holds no connection between two files. ``seconds`` is for one file with all its redirects, from its turn on:
+    each host has turns of its own, and one that is slow keeps nobody waiting for another."""
 
     def __init__(self, hosts: Sequence[str], *, seconds: float, limit: int, resolve: Resolve = _resolve) -> None:
         self._hosts = tuple(hosts)
         self._seconds = seconds
         self._limit = limit
         self._resolve = resolve
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._turns: dict[str, asyncio.Semaphore] = {}  # by host: no more than the topology names
+        self._trusted: asyncio.Future[ssl.SSLContext] | None = None
 
     async def fetch_all(self, wanted: Mapping[str, Source], hold: Hold) -> dict[str, bytes]:
         """``wanted``: by URL. Raises RequestError (400, and what ``hold`` raises)."""
@@ -115,7 +130,8 @@ class Fetcher:
     async def _fetch(self, source: Source, count: Hold) -> bytes:
         noun = source.modality.noun
         try:
-            async with asyncio.timeout(self._seconds), self._turns:
+            target = target_of(source.text, self._hosts)
+            async with self._turn(f"{target.host}:{target.port}"), asyncio.timeout(self._seconds):
                 return await self._follow(source, count)
         except TimeoutError as error:
             raise invalid(source, f"the {noun} did not come within {self._seconds:g} s") from error
@@ -124,9 +140,33 @@ class Fetcher:
         except (httpx.HTTPError, OSError) as error:
             raise invalid(source, f"the {noun} cannot be fetched: {str(error) or type(error).__name__}") from error
 
+    @asynccontextmanager
+    async def _turn(self, host: str) -> AsyncIterator[None]:
+        """Raises RequestError (429): whoever waits is not to blame for what is slow."""
+        turns = self._turns.setdefault(host, asyncio.Semaphore(AT_ONCE))
+        try:
+            async with asyncio.timeout(PATIENCE * self._seconds):
+                await turns.acquire()
+        except TimeoutError as error:
+            text = f"{host} is slow: {AT_ONCE} files are under way from there, and more wait"
+            raise RequestError(429, text, code="full", retry_after=RETRY_AFTER) from error
+        try:
+            yield
+        finally:
+            turns.release()
+
+    async def _roots(self) -> ssl.SSLContext:
+        """Whose certificates are trusted: read once and beside the loop, which it would hold up."""
+        if self._trusted is None:
+            self._trusted = asyncio.ensure_future(asyncio.to_thread(httpx.create_ssl_context, trust_env=False))
+        return await asyncio.shield(self._trusted)
+
     async def _follow(self, source: Source, count: Hold) -> bytes:
         url, accept = source.text, f"{source.modality}/*"
-        async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=self._seconds) as client:
+        roots = await self._roots()
+        async with httpx.AsyncClient(
+            trust_env=False, follow_redirects=False, timeout=self._seconds, verify=roots
+        ) as client:
             for _ in range(MAX_REDIRECTS + 1):
                 request = await self._request(client, target_of(url, self._hosts), accept)
                 response = await client.send(request, stream=True)

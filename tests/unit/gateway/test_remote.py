@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,6 +19,7 @@ from epdctl.ids import Modality, Secret
 from epdctl.rank.media import Source
 from epdctl.wire.config import GatewayConfig
 from epdctl.wire.message import Codec, to_json
+from tests.support.fake_ranks import GUARD_SECONDS
 from tests.unit.gateway.harness import picture
 
 PNG = picture()
@@ -24,6 +28,8 @@ PRIVATE = (
     "127.0.0.1", "127.9.9.9", "10.1.2.3", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
     "224.0.0.1", "255.255.255.255", "192.0.2.1", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:10.0.0.1",
     "64:ff9b::a00:1", "2002:a00:1::", "2001:0:4136:e378:8000:63bf:3fff:fdd2", "not an address",
+    "fec0::1", "::127.0.0.1", "64:ff9b:1::a00:1", "5f00::1", "3fff::1", "2001:db8::1", "2001:2::1", "192.88.99.1",
+    "192.0.0.9", "fe80::1%eth0", "4000::1",
 )  # fmt: skip
 
 
@@ -32,7 +38,9 @@ def test_addresses_of_ones_own_house(address: str) -> None:
     assert not is_reachable_for_all(address)
 
 
-@pytest.mark.parametrize("address", ["93.184.215.14", "8.8.8.8", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"])
+@pytest.mark.parametrize(
+    "address", ["93.184.215.14", "8.8.8.8", "2606:2800:21f:cb07:6820:80da:af6b:8b2c", "2001:4860:4860::8888"]
+)
 def test_addresses_of_the_public_internet(address: str) -> None:
     assert is_reachable_for_all(address)
 
@@ -194,6 +202,85 @@ def test_what_other_hosts_do_wrong() -> None:
     assert "compressed" in refusal(lambda _: b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\nxx")
     assert "cannot be fetched" in refusal(lambda _: b"what?")
     assert "did not come within" in refusal(lambda _: None, seconds=0.2)
+
+
+@asynccontextmanager
+async def one_slow_file(monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> AsyncIterator[tuple[Fetcher, int, int]]:
+    """A host has one turn, and the first host's is taken by a file that does not come; with both hosts' ports."""
+    monkeypatch.setattr("epdctl.gateway.remote.AT_ONCE", 1)
+    asked = asyncio.Event()
+
+    def silent(head: str) -> Answer:
+        if head.startswith("GET /slow "):
+            asked.set()
+            return None
+        return ok()
+
+    async with serving(silent) as slow, serving(lambda _: ok()) as quick:
+        fetcher = Fetcher([f"127.0.0.1:{slow}", f"127.0.0.1:{quick}"], seconds=seconds, limit=1 << 20)
+        first = asyncio.create_task(fetcher.fetch_all(at(f"http://127.0.0.1:{slow}/slow"), lambda _: None))
+        async with asyncio.timeout(GUARD_SECONDS):
+            await asked.wait()
+            yield fetcher, slow, quick
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+
+
+def test_a_slow_host_keeps_nobody_waiting_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with one_slow_file(monkeypatch, seconds=10 * GUARD_SECONDS) as (fetcher, _, quick):
+            url = f"http://127.0.0.1:{quick}/a"
+            assert (await fetcher.fetch_all(at(url), lambda _: None))[url] == PNG
+
+    asyncio.run(scene())
+
+
+def test_a_file_has_its_whole_time_from_its_turn_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("epdctl.gateway.remote.PATIENCE", GUARD_SECONDS)
+
+    async def scene() -> None:
+        async with one_slow_file(monkeypatch, seconds=1) as (fetcher, slow, _):
+            second = asyncio.create_task(fetcher.fetch_all(at(f"http://127.0.0.1:{slow}/slow"), lambda _: None))
+            await asyncio.sleep(0)
+            url = f"http://127.0.0.1:{slow}/a"  # has its turn when the time of both is over
+            assert (await fetcher.fetch_all(at(url), lambda _: None))[url] == PNG
+            await asyncio.gather(second, return_exceptions=True)
+
+    asyncio.run(scene())
+
+
+def test_whoever_gets_no_turn_is_told_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("epdctl.gateway.remote.PATIENCE", 0)
+
+    async def scene() -> None:
+        async with one_slow_file(monkeypatch, seconds=10 * GUARD_SECONDS) as (fetcher, slow, _):
+            with pytest.raises(RequestError, match=f"127.0.0.1:{slow} is slow") as caught:
+                await fetcher.fetch_all(at(f"http://127.0.0.1:{slow}/a"), lambda _: None)
+            assert (caught.value.status, caught.value.retry_after) == (429, 1)
+
+    asyncio.run(scene())
+
+
+def test_certificates_are_read_once_and_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    readers: list[threading.Thread] = []
+    make = ssl.create_default_context
+
+    def making(**options: Any) -> ssl.SSLContext:
+        readers.append(threading.current_thread())
+        return make(**options)
+
+    monkeypatch.setattr(ssl, "create_default_context", making)
+
+    async def scene() -> None:
+        async with serving(lambda _: ok()) as port:
+            fetcher = Fetcher([f"127.0.0.1:{port}"], seconds=60, limit=1 << 20)
+            for _ in range(2):
+                places = at(f"http://127.0.0.1:{port}/a") | at(f"http://127.0.0.1:{port}/b")
+                await fetcher.fetch_all(places, lambda _: None)
+
+    asyncio.run(scene())
+    assert len(readers) == 1
+    assert readers[0] is not threading.main_thread()
 
 
 def test_what_comes_is_held_as_it_comes() -> None:
