@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -22,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from epdctl.errors import RequestError
 from epdctl.gateway.answer import Answer, Piece
+from epdctl.gateway.aside import Aside
 from epdctl.gateway.auth import KeyCheck
 from epdctl.gateway.budget import Door, Ticket
 from epdctl.gateway.detokenize import TextStream
@@ -47,7 +46,6 @@ REQUEST_ID = "epdctl.request"  # in the ASGI scope
 MOST_NOTES = 200  # names of fields, which clients choose
 MOST_NAMED = 32  # in one header
 HUNG_UP = 499  # only in the metrics: nobody is there to read a status
-T = TypeVar("T")
 _CLIENT_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -59,7 +57,7 @@ class Desk:
     pipeline: Pipeline
     door: Door
     meters: GatewayMeters
-    pool: Executor  # for what would hold up the loop: parsing, tokenising, reading headers of media
+    aside: Aside
     fetcher: Fetcher
     config: GatewayConfig
     rank_metrics: Callable[[], Awaitable[bytes]]  # of the whole cluster, in the exposition format
@@ -269,16 +267,14 @@ class Completions:
     async def _take_in(self, visit: Visit, body: Body) -> tuple[ChatRequest | TextRequest, Order, list[str]]:
         """What is kept of a body as long as its answer takes, and the names of what was ignored. Body and text of the
         request go when this returns: they are three times as large as the media in them."""
-        intake, raw = self._desk.intake, body.take()
-        request = await self._aside(lambda: intake.read(self._api.request, raw, strict=self._desk.config.strict))
+        intake, aside, raw = self._desk.intake, self._desk.aside, body.take()
+        strict = self._desk.config.strict
+        request = await aside.run(lambda: intake.read(self._api.request, raw, strict=strict), visit.ticket)
         fetched = await self._fetch(visit, request, len(raw))
-        order = await self._aside(lambda: intake.order(request, fetched))
+        order = await aside.run(lambda: intake.order(request, fetched), visit.ticket)
         visit.ticket.hold(order.media_bytes)
         ignored = [_header_text(name) for name in request.ignored_fields[:MOST_NAMED]]
         return request.bare(), order, ignored
-
-    async def _aside(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._desk.pool, work)
 
     async def _fetch(self, visit: Visit, request: ChatRequest | TextRequest, body: int) -> dict[str, bytes]:
         places = remote_urls(request)

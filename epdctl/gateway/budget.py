@@ -73,15 +73,20 @@ class Ticket:
     def __init__(self, door: Door) -> None:
         self._door = door
         self._bytes = 0
-        self._returned = False
+        self._keepers = 1
 
     def hold(self, nbytes: int) -> None:
         """Hold so many bytes in all. Raises RequestError (429) when more do not fit."""
         self._door._take(nbytes - self._bytes)
         self._bytes = nbytes
 
+    def keep(self) -> None:
+        """For work that may go on when nobody waits for the request any more."""
+        self._keepers += 1
+
     def give_back(self) -> None:
-        """Once or more often; only the first counts."""
-        if not self._returned:
-            self._returned = True
+        """By its owner, and by everyone who keeps it: it goes with the last of them."""
+        assert self._keepers > 0, "given back once too often"
+        self._keepers -= 1
+        if self._keepers == 0:
             self._door._leave(self._bytes)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from epdctl.errors import DeadlineExceeded
 from epdctl.gateway.app import Desk, create_app
+from epdctl.gateway.aside import Aside
 from epdctl.gateway.budget import Door
 from epdctl.gateway.intake import Intake
 from epdctl.gateway.pipeline import Pipeline
@@ -39,7 +38,7 @@ class GatewayService:
             inflight=lambda: self._door.open_tickets, media_bytes=lambda: self._door.held_bytes
         )
         self._pipeline = Pipeline(self._meters, config.gateway.stages, wait_seconds=config.limits.wait_seconds)
-        self._pool = ThreadPoolExecutor(max(1, min(MOST_THREADS, config.threads)), thread_name_prefix="intake")
+        self._aside = Aside(max(1, min(MOST_THREADS, config.threads)))
         self._server: HttpServer | None = None
         self._ask: Ask | None = None
 
@@ -48,16 +47,14 @@ class GatewayService:
         listener = bind(self._config.gateway.host, self._config.gateway.port)
         try:
             progress("tokenizer", 0, 1)
-            intake = await asyncio.get_running_loop().run_in_executor(
-                self._pool, Intake, self._config.model, self._config.limits
-            )
+            intake = await self._aside.run(lambda: Intake(self._config.model, self._config.limits))
             progress("tokenizer", 1, 1)
         except BaseException:
             listener.close()
             raise
         gateway = self._config.gateway
         fetcher = Fetcher(gateway.media_hosts, seconds=gateway.media_seconds, limit=self._config.limits.max_body_bytes)
-        desk = Desk(intake, self._pipeline, self._door, self._meters, self._pool, fetcher, gateway, self._rank_metrics)
+        desk = Desk(intake, self._pipeline, self._door, self._meters, self._aside, fetcher, gateway, self._rank_metrics)
         self._server = HttpServer(create_app(desk), listener)
         await self._server.start()
         return Endpoints(http=address_of(listener))
@@ -110,7 +107,7 @@ class GatewayService:
         self._pipeline.close()
         if self._server is not None:
             await self._server.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._aside.close()
 
     def check(self) -> None:
         """Called when nothing should be in flight: every count is back at zero."""

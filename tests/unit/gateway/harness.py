@@ -111,6 +111,12 @@ class House:
             while f"epdctl_requests_in_flight {count}.0" not in (await self.http.get("/metrics")).text:
                 pass
 
+    async def holds(self, nbytes: int) -> None:
+        """Waits until open requests hold so many bytes."""
+        async with asyncio.timeout(GUARD_SECONDS):
+            while self.service._door.held_bytes != nbytes:
+                await self.http.get("/health")
+
     async def idle(self) -> None:
         """Waits until no request is open, then holds the gateway to its counts."""
         async with asyncio.timeout(GUARD_SECONDS):

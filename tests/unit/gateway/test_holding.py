@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import tracemalloc
 from urllib.parse import urlsplit
 
@@ -11,6 +12,8 @@ import pytest
 
 from epdctl.gateway import http
 from epdctl.gateway.http import body_deadline
+from epdctl.gateway.intake import Intake
+from epdctl.gateway.schema import ChatRequest
 from epdctl.rank import connection
 from epdctl.wire.serve import Prefill
 from tests.support.fake_ranks import GUARD_SECONDS
@@ -39,6 +42,36 @@ def test_an_open_request_holds_its_pictures_and_not_the_body_they_came_in() -> N
                 tracemalloc.stop()
             asking.cancel()
             await home.idle()
+
+    asyncio.run(scene())
+
+
+def test_work_that_nobody_waits_for_holds_its_ticket_and_no_place_in_a_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread reads, and is busy; the clients hang up. What waits for it goes at once, what it reads stays counted
+    until it is read."""
+    may_read, reads = threading.Event(), 0
+    read = Intake.read
+
+    def slow_read(intake: Intake, kind: type[ChatRequest], body: bytes, *, strict: bool = False) -> ChatRequest:
+        nonlocal reads
+        reads += 1
+        assert may_read.wait(GUARD_SECONDS)
+        return read(intake, kind, body, strict=strict)
+
+    async def scene() -> None:
+        async with house(*EPD) as home:
+            monkeypatch.setattr(Intake, "read", slow_read)
+            body = json.dumps(ask([image_part(picture() + NOISE)])).encode()
+            asking = [asyncio.create_task(home.http.post("/v1/chat/completions", content=body)) for _ in range(9)]
+            await home.holds(9 * len(body))
+            for each in asking:
+                each.cancel()
+            await home.holds(len(body))
+            assert home.service._door.open_tickets == 1
+            may_read.set()
+            await home.idle()
+            assert reads == 1, "nobody waits for the others"
+            assert await home.text(**ask())
 
     asyncio.run(scene())
 
