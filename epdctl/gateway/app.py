@@ -251,7 +251,7 @@ class Completions:
             self._notes.tell(ignored)
             headers["x-epdctl-ignored"] = ",".join(ignored)
         flight = desk.pipeline.start(visit.way, order, visit.began + self._seconds)
-        text = TextStream(desk.intake.decode, request.stops)
+        text = TextStream(desk.intake.decode, request.stops, request.min_tokens or 0)
         answer = Answer(flight, text, request)
         form = self._api.form(answer, desk.intake.model, desk.intake.chat.spell)
         try:

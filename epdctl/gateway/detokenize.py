@@ -78,14 +78,18 @@ class StopFinder:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self._exempt = 0  # characters at the start of what is held in which no stop string ends
         self.found = False
 
-    def push(self, text: str) -> str:
-        """The text that is certain to come before any stop string."""
+    def push(self, text: str, *, exempt: bool = False) -> str:
+        """The text that is certain to come before any stop string. ``exempt``: none ends in ``text``, though one that
+        ends later may begin there."""
         if self.found:
             return ""
         self._held += text
-        ends = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if exempt:
+            self._exempt = len(self._held)
+        ends = [(start + len(stop), start) for stop in self._stops if (start := self._find(stop)) >= 0]
         if ends:
             self.found = True
             return self._release(min(ends)[1])
@@ -94,8 +98,12 @@ class StopFinder:
     def flush(self) -> str:
         return "" if self.found else self._release(len(self._held))
 
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(0, self._exempt - len(stop) + 1))
+
     def _release(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]
+        self._exempt = max(0, self._exempt - count)
         return text
 
     def _doubtful(self) -> int:
@@ -109,14 +117,15 @@ class StopFinder:
 
 
 class TextStream:
-    """Both together: tokens in, text out, until ``stopped``.
+    """Both together: tokens in, text out, until ``stopped``. Within the first ``min_tokens`` no stop string ends.
 
     ``offsets``: of each token that went into the text, where in it the token begins, in characters; a token that goes
     on with a character begins where the character does. ``released``: characters that are out.
     """
 
-    def __init__(self, decode: Decode, stops: Sequence[str] = ()) -> None:
+    def __init__(self, decode: Decode, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._detokenizer = Detokenizer(decode)
+        self._min_tokens = min_tokens
         self._finder = StopFinder(stops)
         self._certain = 0  # characters that the detokenizer gave out
         self.offsets: list[int] = []
@@ -140,12 +149,17 @@ class TextStream:
             self.offsets.append(self._certain)
             fresh = self._detokenizer.push([token])
             self._certain += len(fresh)
-            pieces.append(self._finder.push(fresh))
+            pieces.append(self._finder.push(fresh, exempt=self._exempt))
         return self._out("".join(pieces))
 
     def flush(self) -> str:
         """The end of the answer."""
-        return self._out(self._finder.push(self._detokenizer.flush()) + self._finder.flush())
+        rest = self._finder.push(self._detokenizer.flush(), exempt=self._exempt)
+        return self._out(rest + self._finder.flush())
+
+    @property
+    def _exempt(self) -> bool:
+        return self.used <= self._min_tokens
 
     def _out(self, text: str) -> str:
         self.released += len(text)

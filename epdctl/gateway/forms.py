@@ -138,11 +138,16 @@ class TextForm(Form):
         return TextLogprobs(
             tokens=[self._word(each.token) for each in likely],
             token_logprobs=[each.likelihood.logprob for each in likely],
-            top_logprobs=[
-                {self._word(token): logprob for token, logprob in reversed(each.likelihood.top)} for each in likely
-            ],
+            top_logprobs=[self._alternatives(each) for each in likely],
             text_offset=[each.offset for each in likely],
         )
+
+    def _alternatives(self, each: Likely) -> dict[str, float]:
+        """With the token itself, wherever it stands. Of several that read the same the likeliest counts."""
+        found: dict[str, float] = {}
+        for token, logprob in (*each.likelihood.top, (each.token, each.likelihood.logprob)):
+            found.setdefault(self._word(token), logprob)
+        return found
 
     def _word(self, token: int) -> str:
         return _text(self._spell(token))

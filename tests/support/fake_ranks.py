@@ -68,6 +68,7 @@ class Script:
     end_after: int | None = None  # the model ends its answer by itself, with so many tokens in all
     double: bool = False  # say every token twice
     skip: int | None = None  # this token of an attempt gets lost
+    unlikely: bool = False  # what it says is not among the likeliest
     leaving: bool = False  # it finishes what it has; told to others at the next ``publish``
     lost: list[RankRef] = field(default_factory=list)  # of a router that fails: the encoders it lost an item with
 
@@ -266,8 +267,9 @@ class Answering(Granting):
         """The later a token, the less likely; and the alternatives are its neighbours."""
         if job.sampling.logprobs is None:
             return None
-        top = [(token + step, -0.1 - step - len(job.tokens)) for step in range(job.sampling.logprobs)]
-        return Likelihood(logprob=-0.1 - len(job.tokens), top=top)
+        best, first = -0.1 - len(job.tokens), int(self.script.unlikely)
+        top = [(token + first + step, best - step) for step in range(job.sampling.logprobs)]
+        return Likelihood(logprob=best - first * job.sampling.logprobs, top=top)
 
     async def reaches(self, tokens: int) -> None:
         """Waits until a job has stopped at ``stop_after``."""

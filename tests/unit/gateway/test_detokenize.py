@@ -116,9 +116,9 @@ ALPHABET = st.text("abc", max_size=30)
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
 
 
-def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+def cut(text: str, stops: Sequence[str], exempt: int = 0) -> tuple[str, bool]:
     """By definition: read letter by letter; the first stop string that is complete ends it, the longest of several."""
-    for end in range(1, len(text) + 1):
+    for end in range(exempt + 1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
             return text[: end - max(map(len, ending))], True
@@ -131,6 +131,15 @@ def test_stop_strings_cut_the_same_however_the_text_comes(text: str, stops: list
     finder = StopFinder(stops)
     out = [finder.push(text[start : start + step]) for start in range(0, len(text), step)] + [finder.flush()]
     assert ("".join(out), finder.found) == cut(text, stops)
+
+
+@given(ALPHABET, STOPS, st.integers(1, 7), st.integers(0, 4))
+@settings(max_examples=500, deadline=None)
+def test_no_stop_string_ends_in_what_is_exempt(text: str, stops: list[str], step: int, exempt: int) -> None:
+    finder = StopFinder(stops)
+    starts = range(0, len(text), step)
+    out = [finder.push(text[start : start + step], exempt=start < exempt * step) for start in starts]
+    assert ("".join([*out, finder.flush()]), finder.found) == cut(text, stops, exempt * step)
 
 
 @given(ALPHABET, STOPS)
@@ -152,6 +161,14 @@ def test_stop_strings_reach_over_tokens(stop: str, text: str) -> None:
     said = "".join(stream.push([number]) for number in BYTES.encode("the quick brown fox").ids) + stream.flush()
     assert said == text
     assert stream.stopped == (stop != "zzz")
+
+
+@pytest.mark.parametrize(("min_tokens", "text"), [(0, "ab"), (3, "ab"), (4, "abcab"), (6, "abcab"), (7, "abcabcab")])
+def test_the_first_tokens_are_not_searched_for_stop_strings(min_tokens: int, text: str) -> None:
+    """One that ends behind them counts, even where it begins among them."""
+    plain = byte_tokenizer("x", vocab=257)
+    stream = TextStream(decoding(plain), ["ca", "c"], min_tokens)
+    assert stream.push(plain.encode("abcabcab").ids) + stream.flush() == text
 
 
 def test_used_counts_the_tokens_up_to_the_stop() -> None:

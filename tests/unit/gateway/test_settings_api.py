@@ -107,6 +107,30 @@ def test_what_a_lost_attempt_answered_stays_part_of_the_answer() -> None:
     asyncio.run(scene())
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_no_stop_string_ends_within_the_first_min_tokens(lost: bool) -> None:
+    """Nor does one when those tokens are of two attempts."""
+
+    async def scene() -> None:
+        async with house(*EPD) as home:
+            text = await home.text(**ask())  # a letter of each token
+            decode = home.cluster["decode/0"]
+            assert isinstance(decode, Answering)
+            decode.script.stop_after = 5 if lost else None
+            stops = [text[2:4], text[9:11]]
+            asking = asyncio.create_task(home.chat(**ask(stop=stops, min_tokens=8)))
+            if lost:
+                await decode.reaches(5)
+                home.cluster.kill("decode/0")
+                home.cluster.up("decode/0")
+            reply = (await asking).json()
+            end = next(end for end in range(9, 13) if any(text[:end].endswith(stop) for stop in stops))
+            assert reply["choices"][0]["message"]["content"] == text[: end - 2]
+            assert (reply["choices"][0]["finish_reason"], reply["resumes"]) == ("stop", int(lost))
+
+    asyncio.run(scene())
+
+
 def test_logprobs_spell_the_answer_whole_and_streamed() -> None:
     async def scene() -> None:
         async with house(*EPD) as home:
@@ -148,7 +172,9 @@ def test_text_completions_answer_as_openais() -> None:
             logprobs = choice["logprobs"]
             assert "".join(logprobs["tokens"]) == choice["text"]
             assert [choice["text"][at:].startswith(token) for at, token in offsets(logprobs)] == [True] * 8
-            assert [token in top for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True)]
+            pairs = list(zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
+            assert all(token in top for token, top in pairs)
+            assert all(len(top) == 2 for _, top in pairs)
             ids = home.tokenizer.encode("the quick").ids
             assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(ids), 8)
             assert home.cluster["prefill/0"].all(Prefill)[0].tokens == ids
@@ -162,6 +188,23 @@ def test_text_completions_answer_as_openais() -> None:
             assert "".join(each["text"] for chunk in chunks[:-1] for each in chunk["choices"]) == choice["text"]
             assert chunks[-2]["usage"] == usage
             assert chunks[-3]["choices"][0]["finish_reason"] == "length"
+
+    asyncio.run(scene())
+
+
+def test_the_alternatives_of_text_hold_the_sampled_token_too() -> None:
+    async def scene() -> None:
+        async with house(*EPD) as home:
+            decode = home.cluster["decode/0"]
+            for unlikely, count in ((False, 2), (True, 3)):
+                decode.script.unlikely = unlikely
+                reply = await home.http.post("/v1/completions", json=completion(logprobs=2))
+                logprobs = reply.json()["choices"][0]["logprobs"]
+                told = list(zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True))
+                assert len(told) == 8
+                assert all(top[token] == logprob for token, logprob, top in told)
+                assert all(len(top) == count for *_, top in told)
+                assert all(list(top.values()) == sorted(top.values(), reverse=True) for *_, top in told)
 
     asyncio.run(scene())
 
