@@ -111,12 +111,13 @@ class ChatTemplate:
         self._refuse_forged(messages, tokens)
         return tokens
 
-    def plain_tokens(self, prompt: str | Sequence[int], limit: int) -> list[int]:
-        """A prompt as it stands: no template, and no media. Raises RequestError (400) as ``tokens`` does, and for
-        ids that the tokenizer does not know."""
+    def plain_tokens(self, prompt: str | Sequence[int], limit: int, *, special: bool = True) -> list[int]:
+        """A prompt as it stands: no template, and no media. ``special``: a text gets the tokens that the tokenizer
+        writes around one. Raises RequestError (400) as ``tokens`` does, and for ids that the tokenizer does not
+        know."""
         if isinstance(prompt, str):
             self._refuse_endless(prompt, "the prompt", limit)
-            prompt = self._tokenizer.encode(prompt).ids
+            prompt = self._tokenizer.encode(prompt, add_special_tokens=special).ids
         elif unknown := [token for token in prompt if token >= self.vocabulary]:
             raise RequestError(
                 400, f"the prompt has a token {unknown[0]}: ids end at {self.vocabulary}", param="prompt"

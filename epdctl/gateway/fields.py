@@ -1,18 +1,19 @@
-"""The fields that chat and text completions share: what each may hold, what is refused by name, what is ignored.
+"""The fields that chat and text completions share, and what becomes of those that nobody here serves.
 
 A field that would change the answer and is not served is refused; one that changes nothing is ignored, and said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Self
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from epdctl.errors import RequestError
+from epdctl.gateway.unserved import REFUSED, TAKEN, Refused
 
-__all__ = ["MAX_TOP_LOGPROBS", "REFUSED", "Incoming", "Settings", "refuse", "strange_fields"]
+__all__ = ["MAX_TOP_LOGPROBS", "Incoming", "Settings"]
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
@@ -20,82 +21,23 @@ MAX_IDS = 1024  # entries of logit_bias, or of stop_token_ids
 MAX_TOP_LOGPROBS = 20
 INT64 = 2**63
 
-# field → the values that ask for nothing; anything else would change the answer
-REFUSED: Mapping[str, tuple[object, ...]] = {
-    # OpenAI's
-    "audio": (None,),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "function_call": (None, "none", "auto"),
-    "functions": (None, []),
-    "modalities": (None, [], ["text"]),
-    "prediction": (None,),
-    "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "verbosity": (None,),
-    "web_search_options": (None,),
-    # vLLM's
-    "add_generation_prompt": (None, True),
-    "add_special_tokens": (None, False),
-    "allowed_token_ids": (None, []),
-    "bad_words": (None, []),
-    "cache_salt": (None,),
-    "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-    "continue_final_message": (None, False),
-    "documents": (None, []),
-    "guided_choice": (None, []),
-    "guided_decoding_backend": (None,),
-    "guided_grammar": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "include_stop_str_in_output": (None, False),
-    "kv_transfer_params": (None,),
-    "length_penalty": (None, 1),
-    "logits_processors": (None, []),
-    "mm_processor_kwargs": (None, {}),
-    "priority": (None, 0),
-    "prompt_logprobs": (None,),
-    "return_tokens_as_token_ids": (None, False),
-    "skip_special_tokens": (None, True),
-    "spaces_between_special_tokens": (None, True),
-    "structured_outputs": (None,),
-    "truncate_prompt_tokens": (None,),
-    "use_beam_search": (None, False),
-    "vllm_xargs": (None, {}),
-    # SGLang's
-    "custom_logit_processor": (None,),
-    "ebnf": (None,),
-    "json_schema": (None,),
-    "lora_path": (None,),
-    "no_stop_trim": (None, False),
-    "regex": (None,),
-    "return_hidden_states": (None, False),
-    "session_params": (None,),
-    "stop_regex": (None, []),
-}
-# OpenAI's fields that name the client or steer a service around the model: taken, and without a part in the answer.
-TAKEN = frozenset(
-    {
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "user",
-    }
-)
-
 
 class Incoming(BaseModel):
-    """Numbers are numbers and not text that looks like one."""
+    """Numbers are numbers and not text that looks like one. Beside its fields it knows those that are ``refused``, and
+    those that are ``taken`` without a part in the answer."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    refused: ClassVar[Refused] = {}
+    taken: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="after")
+    def _served(self) -> Self:
+        """Raises RequestError (400) for a field that asks for something which is refused."""
+        given = self.model_extra or {}
+        for name, neutral in self.refused.items():
+            if name in given and given[name] not in neutral:
+                raise RequestError(400, f"{name} is not served: leave it out", param=name, code="unsupported_parameter")
+        return self
 
 
 def _stop_kind(value: object) -> str:
@@ -114,6 +56,7 @@ Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 class StreamOptions(Incoming):
     include_usage: bool = False
     continuous_usage_stats: bool = False  # vLLM's: the counts so far in every chunk
+    include_obfuscation: bool = False  # taken: TLS in front may pad; chunks carry no noise of ours
 
 
 BULK = frozenset({"messages", "prompt"})
@@ -121,6 +64,9 @@ BULK = frozenset({"messages", "prompt"})
 
 class Settings(Incoming):
     """How the answer is to be made."""
+
+    refused = REFUSED
+    taken = TAKEN
 
     model: str
     stream: bool | None = None
@@ -143,8 +89,7 @@ class Settings(Incoming):
     return_token_ids: bool | None = None  # vLLM's extension: the ids beside the text
 
     @model_validator(mode="after")
-    def _served(self) -> Settings:
-        refuse(self.model_extra or {}, REFUSED)
+    def _streams(self) -> Settings:
         if self.stream_options is not None and not self.stream:
             raise RequestError(400, "stream_options needs stream: true", param="stream_options")
         return self
@@ -183,21 +128,14 @@ class Settings(Incoming):
     @property
     def ignored_fields(self) -> list[str]:
         """Fields that changed nothing: ``colour``, ``messages.name``."""
-        return sorted(set(strange_fields(self)) - set(REFUSED) - TAKEN)
+        return sorted(set(strange_fields(self)))
 
 
 def strange_fields(part: Incoming) -> Iterator[str]:
     """Fields of ``part``, and of what it is made of, that nobody here knows."""
-    yield from part.model_extra or ()
+    yield from (name for name in part.model_extra or () if name not in part.refused and name not in part.taken)
     for name in type(part).model_fields:
         value = getattr(part, name)
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, Incoming):
                 yield from (f"{name}.{below}" for below in strange_fields(each))
-
-
-def refuse(given: Mapping[str, object], table: Mapping[str, tuple[object, ...]]) -> None:
-    """Raises RequestError (400) for a field that asks for something in ``table``."""
-    for name, neutral in table.items():
-        if name in given and given[name] not in neutral:
-            raise RequestError(400, f"{name} is not served: leave it out", param=name, code="unsupported_parameter")

@@ -105,7 +105,8 @@ class Intake:
         if isinstance(request, ChatRequest):
             tokens = self.chat.tokens(request.messages, self.limits.max_context)
         else:
-            tokens = self.chat.plain_tokens(request.text_or_ids, self.limits.max_context)
+            special = request.add_special_tokens is not False
+            tokens = self.chat.plain_tokens(request.text_or_ids, self.limits.max_context, special=special)
         prompt = self._expand(tokens, self._spans(sources, media))
         placed = [media[source] for source in prompt.sources]
         return Order(prompt, placed, self._sampling(request, len(prompt.tokens)))

@@ -9,7 +9,15 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from epdctl.errors import RequestError
-from epdctl.gateway.fields import MAX_TOP_LOGPROBS, Incoming, Settings, TokenId, refuse
+from epdctl.gateway.fields import MAX_TOP_LOGPROBS, Incoming, Settings, TokenId
+from epdctl.gateway.unserved import (
+    REFUSED_OF_ASSISTANT,
+    REFUSED_OF_CHAT,
+    REFUSED_OF_IMAGE,
+    REFUSED_OF_MESSAGE,
+    REFUSED_OF_URL,
+    TAKEN_OF_PART,
+)
 from epdctl.ids import Modality
 from epdctl.rank.media import Source
 
@@ -39,26 +47,26 @@ __all__ = [
 
 TEXT_ANSWER_TOKENS = 16  # OpenAI's default for text completions
 
-REFUSED_OF_ASSISTANT: Mapping[str, tuple[object, ...]] = {
-    "audio": (None,),
-    "function_call": (None,),
-    "tool_calls": (None, []),
-    "refusal": (None,),
-}
-
 
 class TextPart(Incoming):
+    taken = TAKEN_OF_PART
+
     type: Literal["text"]
     text: str
 
 
 class ImageUrl(Incoming):
+    refused = REFUSED_OF_URL
+    taken = TAKEN_OF_PART
+
     url: str
+    detail: Literal["auto", "low", "high", "original"] | None = None  # a hint: the checkpoint's processor decides
 
 
 class MediaPart(Incoming):
     """A part that becomes an item."""
 
+    taken = TAKEN_OF_PART
     modality: ClassVar[Modality]
 
     def source(self, place: str) -> Source:
@@ -67,6 +75,7 @@ class MediaPart(Incoming):
 
 
 class ImagePart(MediaPart):
+    refused = REFUSED_OF_IMAGE
     modality = Modality.IMAGE
 
     type: Literal["image_url"]
@@ -77,6 +86,8 @@ class ImagePart(MediaPart):
 
 
 class AudioUrl(Incoming):
+    taken = TAKEN_OF_PART
+
     url: str
 
 
@@ -110,6 +121,9 @@ class InputAudioPart(MediaPart):
 
 
 class VideoUrl(Incoming):
+    refused = REFUSED_OF_URL
+    taken = TAKEN_OF_PART
+
     url: str
 
 
@@ -149,30 +163,37 @@ PartContent = Annotated[
 ]
 
 
-class SystemMessage(Incoming):
+class Turn(Incoming):
+    """``name`` tells speakers of one role apart; templates of the families here do not read it."""
+
+    refused = REFUSED_OF_MESSAGE
+
+    name: str | None = None
+
+
+class SystemMessage(Turn):
     role: Literal["system", "developer"]  # OpenAI's new name for the same
     content: TextContent
 
 
-class UserMessage(Incoming):
+class UserMessage(Turn):
     role: Literal["user"]
     content: PartContent
 
 
-class AssistantMessage(Incoming):
+class AssistantMessage(Turn):
+    refused = REFUSED_OF_ASSISTANT
+
     role: Literal["assistant"]
     content: TextContent
-
-    @model_validator(mode="after")
-    def _served(self) -> AssistantMessage:
-        refuse(self.model_extra or {}, REFUSED_OF_ASSISTANT)
-        return self
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
 class ChatRequest(Settings):
+    refused = REFUSED_OF_CHAT
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
@@ -223,6 +244,7 @@ class TextRequest(Settings):
         Discriminator(_prompt_kind),
     ]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    add_special_tokens: bool | None = None  # vLLM's: to a text, those that the tokenizer writes around it
 
     @property
     def answer_tokens(self) -> int | None:
