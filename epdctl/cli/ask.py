@@ -48,10 +48,14 @@ def ask(
     if json:
         console.data(gateway.whole(body))
         return
+    cut = False
     for piece in gateway.pieces(body):
-        sys.stdout.write(console.plain(piece))
+        sys.stdout.write(console.plain(piece.text))
         sys.stdout.flush()
-    sys.stdout.write("\n")
+        cut = cut or piece.cut
+    console.data("")
+    if cut:
+        console.say("note: the answer was cut; --max-tokens N lets it be longer")
 
 
 def _address(ctx: typer.Context, cluster: str | None) -> str:

@@ -16,11 +16,11 @@ from epdctl.errors import DeadlineExceeded, RankError, Unreachable, UserError
 from epdctl.families.samples import MEDIA_TYPES
 from epdctl.ids import Modality
 
-__all__ = ["Gateway", "medium", "words"]
+__all__ = ["Gateway", "Said", "medium", "words"]
 
 Part = Mapping[str, Any]
-_DATA = "data: "
-_DONE = "[DONE]"
+_DATA = b"data: "
+_DONE = b"[DONE]"
 _ENDS = {  # any other: a picture
     **dict.fromkeys((".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus"), Modality.AUDIO),
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"), Modality.VIDEO),
@@ -46,6 +46,14 @@ def medium(path: Path) -> Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """Some of an answer. ``cut``: its end came before the model's."""
+
+    text: str
+    cut: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Gateway:
     """``seconds``: the longest silence that is waited through. Every method raises Unreachable, DeadlineExceeded, and
     RankError with the gateway's own words for what it refuses."""
@@ -61,16 +69,16 @@ class Gateway:
             _refused(reply.status_code, reply.content)
             return json.dumps(reply.json(), ensure_ascii=False)
 
-    def pieces(self, body: Mapping[str, Any]) -> Iterator[str]:
-        """The answer's text as it comes."""
+    def pieces(self, body: Mapping[str, Any]) -> Iterator[Said]:
+        """The answer as it comes."""
         with self._speaking() as client:
             asked = {**self._named(client, body), "stream": True}
             with client.stream("POST", "/v1/chat/completions", json=asked) as reply:
                 if reply.status_code != httpx.codes.OK:
                     _refused(reply.status_code, reply.read())
-                for line in reply.iter_lines():
+                for line in _lines(reply.iter_raw()):
                     if line.startswith(_DATA) and line != _DATA + _DONE:
-                        yield _text(json.loads(line.removeprefix(_DATA)))
+                        yield _said(json.loads(line.removeprefix(_DATA)))
 
     def _named(self, client: httpx.Client, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """With the one model that is served."""
@@ -90,10 +98,19 @@ class Gateway:
             raise Unreachable(f"the gateway at {self.url} cannot be reached: {error}") from error
 
 
-def _text(chunk: Mapping[str, Any]) -> str:
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Ended by a line feed and by nothing else: JSON may hold what Unicode calls an end of line."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+
+
+def _said(chunk: Mapping[str, Any]) -> Said:
     if "error" in chunk:
         raise RankError(f"the answer broke off: {chunk['error']['message']}")
-    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+    text = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+    return Said(text, any(choice["finish_reason"] == "length" for choice in chunk["choices"]))
 
 
 def _refused(status: int, content: bytes) -> None:

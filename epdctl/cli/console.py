@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["console", "data", "hush", "is_fancy", "plain", "rank_prefix", "say", "show", "show_error", "show_json"]
 
-_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|[\x00-\x08\x0b-\x1f\x7f]")
+_CONTROL = re.compile(  # of one byte, C1's, too: some terminals obey them
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+    r"|\x1b.|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
 _PIPE_COLUMNS = 10_000  # a pipe has no edge: nothing is cut for want of columns
 _PREFIX_COLOURS = (36, 35, 34, 33, 32, 96, 95, 94, 93, 92)
 

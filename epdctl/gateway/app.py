@@ -77,18 +77,25 @@ def create_app(desk: Desk) -> ASGIApp:
 
 
 def _add_reports(app: FastAPI, desk: Desk) -> None:
-    created = int(time.time())
+    card = {
+        "id": desk.intake.model,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "epdctl",
+        "max_model_len": desk.intake.limits.max_context,
+    }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        card = {
-            "id": desk.intake.model,
-            "object": "model",
-            "created": created,
-            "owned_by": "epdctl",
-            "max_model_len": desk.intake.limits.max_context,
-        }
         return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> JSONResponse:
+        try:
+            desk.intake.check_model(name)
+        except RequestError as error:
+            return _refusal(error, None)
+        return JSONResponse(card)
 
     @app.get("/openapi.json")
     async def openapi() -> dict[str, Any]:
@@ -125,7 +132,7 @@ def _defect(error: Exception) -> RequestError:
     return RequestError(500, f"a defect of the gateway: {type(error).__name__}; its log says more", code="internal")
 
 
-def _refusal(error: RequestError, headers: Mapping[str, str] | None) -> Response:
+def _refusal(error: RequestError, headers: Mapping[str, str] | None) -> JSONResponse:
     return JSONResponse(
         error_body(error).model_dump(), status_code=error.status, headers={**error_headers(error), **(headers or {})}
     )
@@ -142,7 +149,7 @@ class _Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        ours = scope[REQUEST_ID] = new_request_id()
+        ours = scope[REQUEST_ID] = new_request_id((TEXT if scope["path"] == TEXT.path else CHAT).ids)
         theirs = Headers(scope=scope).get("x-request-id", "")
         shown = theirs if _CLIENT_ID.fullmatch(theirs) else ours
         if shown != ours:
@@ -177,10 +184,11 @@ class Api:
     path: str
     request: type[ChatRequest] | type[TextRequest]
     form: type[ChatForm] | type[TextForm]
+    ids: str  # what its requests' ids begin with
 
 
-CHAT = Api("/v1/chat/completions", ChatRequest, ChatForm)
-TEXT = Api("/v1/completions", TextRequest, TextForm)
+CHAT = Api("/v1/chat/completions", ChatRequest, ChatForm, "chatcmpl")
+TEXT = Api("/v1/completions", TextRequest, TextForm, "cmpl")
 
 
 class Notes:

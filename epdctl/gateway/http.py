@@ -18,6 +18,8 @@ SEND_SECONDS = 30.0  # a client that reads nothing for so long has hung up
 DISCARD_SECONDS = 5.0
 BODY_SECONDS = 30.0  # for a whole body, whatever the request's own deadline
 BODY_GRACE = 5.0  # after which a body must have come at this rate, on the average
+# What Unicode calls an end of line, and SSE does not: many a client splits there, and is left with half a JSON.
+ENDS_OF_LINES = {char.encode(): b"\\u%04x" % ord(char) for char in "\x85\u2028\u2029"}
 BODY_RATE = 64 << 10  # bytes a second
 
 
@@ -101,6 +103,9 @@ class Speaker:
         )
 
     async def event(self, data: bytes) -> None:
+        """``data``: JSON, in which these characters stand within strings alone."""
+        for bare, escaped in ENDS_OF_LINES.items():
+            data = data.replace(bare, escaped)
         await self._write({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
 
     async def end(self) -> None:

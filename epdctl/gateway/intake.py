@@ -76,15 +76,18 @@ class Intake:
         """Raises RequestError (400, 404) for what can be said without looking at media. ``strict``: for a field
         that nobody knows too."""
         request = parse_request(kind, body)
-        if request.model != self.model:
-            raise RequestError(
-                404, f"no model {request.model!r} here; served: {self.model}", param="model", code="model_not_found"
-            )
+        self.check_model(request.model)
         if strict and request.ignored_fields:
             name = request.ignored_fields[0]
             raise RequestError(400, f"{name} is not a field of this API", param=name, code="unknown_parameter")
         self._check_media(_sources(request))
         return request
+
+    def check_model(self, name: str) -> None:
+        """Raises RequestError (404)."""
+        if name != self.model:
+            text = f"no model {name!r} here; served: {self.model}"
+            raise RequestError(404, text, param="model", code="model_not_found")
 
     def _check_media(self, sources: Sequence[Source]) -> None:
         if len(sources) > self.limits.max_media:

@@ -28,13 +28,18 @@ def description(*, keyed: bool) -> dict[str, Any]:
         ],
         ref_template=_AT + "{model}",
     )
+    error = {"description": "OpenAI's error shape.", "content": _json("ErrorBody")}
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "epdctl", "version": __version__},
         "paths": {
-            "/v1/chat/completions": _completion("ChatRequest", "ChatResponse"),
-            "/v1/completions": _completion("TextRequest", "TextResponse"),
+            "/v1/chat/completions": _completion("ChatRequest", "ChatResponse", error),
+            "/v1/completions": _completion("TextRequest", "TextResponse", error),
             "/v1/models": {"get": {"responses": {"200": {"description": "The one model that is served."}}}},
+            "/v1/models/{name}": {
+                "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}],
+                "get": {"responses": {"200": {"description": "That model."}, "404": error}},
+            },
             "/health": {
                 "get": {"security": [], "responses": {"200": {"description": "ok"}, "503": {"description": "reasons"}}}
             },
@@ -47,12 +52,11 @@ def description(*, keyed: bool) -> dict[str, Any]:
     return document
 
 
-def _completion(asked: str, answered: str) -> dict[str, Any]:
+def _completion(asked: str, answered: str, error: dict[str, Any]) -> dict[str, Any]:
     answer = {
         "application/json": {"schema": {"$ref": _AT + answered}},
         "text/event-stream": {"schema": {"type": "string", "description": "With stream: true."}},
     }
-    error = {"description": "OpenAI's error shape.", "content": _json("ErrorBody")}
     return {
         "post": {
             "requestBody": {"required": True, "content": _json(asked)},

@@ -30,9 +30,9 @@ def pause_before(losses: int) -> float:
     return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(losses - 2, 10))
 
 
-def new_request_id() -> RequestId:
+def new_request_id(kind: str) -> RequestId:
     """Ours, whatever the client calls it: two clients may choose the same name."""
-    return RequestId(f"chatcmpl-{secrets.token_hex(12)}")
+    return RequestId(f"{kind}-{secrets.token_hex(12)}")
 
 
 def _stopping() -> RequestError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 from itertools import product
 
 import msgspec
@@ -11,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from starlette.types import Message
 
 from epdctl.errors import RequestError
 from epdctl.families.base import PictureHeader
 from epdctl.gateway.balance import Load, choose
 from epdctl.gateway.budget import Door
+from epdctl.gateway.http import Speaker
 from epdctl.gateway.states import ENDED, TABLE, IllegalStep, RequestState, Step, advance
 from epdctl.ids import Modality, RankName
 from epdctl.rank.media import Medium, Source, read
@@ -190,3 +193,24 @@ def test_any_bytes_are_a_picture_or_a_400(data: bytes, start: bytes) -> None:
         found = None
         refused = error.status, error.param
     assert found or refused == (400, "here")
+
+
+# -- what goes out --
+
+
+def test_an_event_holds_nothing_that_a_client_may_take_for_an_end_of_line() -> None:
+    text = "a\u2028b\u2029c\x85d\ne"
+
+    async def scene() -> bytes:
+        sent: list[bytes] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message["body"])
+
+        await Speaker(send).event(json.dumps({"text": text}, ensure_ascii=False).encode())
+        return b"".join(sent)
+
+    event = asyncio.run(scene()).decode()
+    (line, *rest) = event.splitlines()
+    assert rest == [""]
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}

@@ -265,6 +265,10 @@ def test_other_paths() -> None:
         async with house(*EPD) as home:
             models = (await home.http.get("/v1/models")).json()
             assert [card["id"] for card in models["data"]] == ["tiny"]
+            assert (await home.http.get("/v1/models/tiny")).json() == models["data"][0]
+            stranger = await home.http.get("/v1/models/some/other")
+            assert (stranger.status_code, stranger.json()["error"]["code"]) == (404, "model_not_found")
+            assert_shape(stranger)
             missing = await home.http.get("/v1/nothing")
             assert missing.status_code == 404
             assert_shape(missing)

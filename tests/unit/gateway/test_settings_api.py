@@ -168,6 +168,7 @@ def test_text_completions_answer_as_openais() -> None:
             assert reply.status_code == 200, reply.text
             body = reply.json()
             assert body["object"] == "text_completion"
+            assert body["id"].startswith("cmpl-")
             choice, usage = body["choices"][0], body["usage"]
             logprobs = choice["logprobs"]
             assert "".join(logprobs["tokens"]) == choice["text"]
