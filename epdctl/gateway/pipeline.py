@@ -14,7 +14,6 @@ from epdctl.ids import RequestId, Stage
 from epdctl.telemetry.hops import Hops, Way
 from epdctl.telemetry.metrics import GatewayMeters
 from epdctl.wire.lifecycle import Absent, Peer
-from epdctl.wire.trace import Kind
 
 __all__ = ["Pipeline", "new_request_id", "pause_before"]
 
@@ -117,7 +116,6 @@ class Pipeline:
 
     def check(self) -> None:
         """Called when nothing should be in flight."""
-        self.hops.check(Kind.REQUEST)
         assert not self._flights, f"requests nobody waits for: {sorted(self._flights)}"
         assert not self._waiting
         assert not self._alarms

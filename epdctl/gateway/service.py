@@ -12,6 +12,7 @@ from epdctl.gateway.budget import Door
 from epdctl.gateway.intake import Intake
 from epdctl.gateway.pipeline import Pipeline
 from epdctl.gateway.remote import Fetcher
+from epdctl.rank.idle import IdleCheck
 from epdctl.rank.service import Ask, Progress, Pulse
 from epdctl.rank.web import HttpServer, address_of, bind
 from epdctl.telemetry.hops import Hops
@@ -19,6 +20,7 @@ from epdctl.telemetry.metrics import GatewayMeters
 from epdctl.telemetry.ranks import rank_text
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import Absent, Endpoints, Peer
+from epdctl.wire.trace import Kind
 
 __all__ = ["GatewayService"]
 
@@ -41,6 +43,7 @@ class GatewayService:
         self._aside = Aside(max(1, min(MOST_THREADS, config.threads)))
         self._server: HttpServer | None = None
         self._ask: Ask | None = None
+        self._invariants = IdleCheck(self._check_counts)
 
     async def start(self, progress: Progress) -> Endpoints:
         """Raises LoadError, and OSError for an address that cannot be bound."""
@@ -66,7 +69,9 @@ class GatewayService:
         self._pipeline.peers_changed(peers)
 
     def pulse(self) -> Pulse:
-        unhealthy = None
+        if self._door.open_tickets:
+            self._invariants.busy()
+        unhealthy = self._invariants.verdict(idle=not self._door.open_tickets)
         if self._server is not None and self._server.ended and self._door.closed is None:
             unhealthy = "the HTTP server has ended"
         return Pulse(
@@ -111,5 +116,10 @@ class GatewayService:
 
     def check(self) -> None:
         """Called when nothing should be in flight: every count is back at zero."""
+        self._check_counts()
+        self._pipeline.hops.check(Kind.REQUEST)
+
+    def _check_counts(self) -> None:
+        """What holds as soon as no ticket is out; a refusal may still be on its way to its client."""
         self._door.check()
         self._pipeline.check()

@@ -16,6 +16,7 @@ from epdctl.errors import EpdError, PeerGone
 from epdctl.ids import RequestId, Stage
 from epdctl.rank.admission import Capacity, Line, Need, Refusal
 from epdctl.rank.facts import facts_of
+from epdctl.rank.idle import IdleCheck
 from epdctl.rank.machine import Machine, Parts
 from epdctl.rank.peers import Changes, PeerTable, Place
 from epdctl.rank.sequences import HOP_OF, Grant, Phase, Stay, User, stay_name
@@ -75,6 +76,7 @@ class LanguageRank(ABC, Generic[S, In]):
         self._empty.set()
         self._draining = False
         self._completed = 0
+        self._invariants = IdleCheck(self.check)
 
     # -- what heirs say --
 
@@ -175,6 +177,7 @@ class LanguageRank(ABC, Generic[S, In]):
             total_pages=pages.total,
             leases=sum(len(pool.leases) for pool in self._written),
             standstill=self._machine.compute.job_seconds,
+            unhealthy=self._invariants.verdict(idle=not self._stays),
         )
 
     async def until_idle(self) -> None:
@@ -235,6 +238,7 @@ class LanguageRank(ABC, Generic[S, In]):
             self._reply(stay.sender, _failed(stay, refusal))
             return False
         self._stays[stay.name] = stay
+        self._invariants.busy()
         stay.way = self.hops.begin(self.kind, stay.request, HOP_OF[stay.phase], attempt=stay.attempt)
         self._empty.clear()
         stay.alarm = self._loop.call_at(stay.ends_at, self._late, stay)

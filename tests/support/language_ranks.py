@@ -247,7 +247,7 @@ class Rank:
         """Nothing in flight, everything free."""
         await until(lambda: self.service.pulse().inflight == 0)
         pulse = self.service.pulse()
-        assert pulse.free_pages == pulse.total_pages
+        assert (pulse.free_pages, pulse.unhealthy) == (pulse.total_pages, None)
         self.service.check()
 
 

@@ -244,3 +244,21 @@ def test_a_rank_of_which_lost_writers_hold_too_much_says_so_instead_of_beating()
             assert service.pulse().leases == 0
 
     run(scene())
+
+
+def test_an_idle_rank_finds_that_a_page_is_lost_and_says_so() -> None:
+    async def scene() -> None:
+        async with single() as rank:
+            await answered(rank, PICTURES)
+            await rank.rank.idle()
+            pages = rank.rank.service.machine.pages
+            lost = pages.take(1)
+            assert rank.rank.service.pulse().unhealthy is None, "nothing has happened since"
+            await answered(rank, replace(PICTURES, attempt=2))
+            await until(lambda: rank.rank.service.pulse().inflight == 0)
+            assert rank.rank.service.pulse().unhealthy == "with nothing in flight, a KV page belongs to nobody"
+            pages.give(lost)
+            await answered(rank, replace(PICTURES, attempt=3))
+            await rank.rank.idle()
+
+    run(scene())

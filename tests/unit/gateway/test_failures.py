@@ -13,6 +13,7 @@ import pytest
 from epdctl.gateway.flight import Flight
 from epdctl.gateway.pipeline import Pipeline, pause_before
 from epdctl.ids import Stage
+from epdctl.rank.service import Pulse
 from epdctl.wire.encode import CancelEncode, Encode, FailureKind
 from epdctl.wire.message import Message
 from epdctl.wire.serve import RANK_TO_GATEWAY, Abort, Decode, Failed, Generate, Granted, Prefill, Token
@@ -554,3 +555,19 @@ def test_more_bytes_than_the_budget_holds_are_429() -> None:
 def test_pauses_grow_and_end() -> None:
     assert [pause_before(losses) for losses in (0, 1, 2, 3, 4)] == [0.0, 0.0, 0.05, 0.1, 0.2]
     assert pause_before(1000) == 1.0
+
+
+def test_an_idle_gateway_finds_what_was_not_given_back() -> None:
+    async def scene() -> None:
+        async with house(*EPD) as home:
+            home.cluster["prefill/0"].script.mute = True
+            asking = asyncio.create_task(home.chat(**ask()))
+            await home.open_requests(1)
+            assert home.service.pulse() == Pulse(inflight=1)
+            home.service._door.held_bytes += 7
+            asking.cancel()
+            await home.service._door.idle.wait()
+            assert home.service.pulse().unhealthy == "with nothing in flight, 7 bytes are still held"
+            home.service._door.held_bytes -= 7
+
+    asyncio.run(scene())
