@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
+import re
 import struct
 import threading
 import zlib
@@ -22,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionTokenLogprob
 
-from epdctl.wire.control import RankStatus
+from epdctl.wire.control import RankState, RankStatus
 from tests.e2e.conftest import CHUNK, running
 from tests.support.cluster import Cluster, Part, content, data_url
 from tests.support.reference import picture_bytes, reference_generate
@@ -45,8 +47,18 @@ restart: {{initial: 0.1, maximum: 1}}
 RED = picture_bytes(5, 56, 84)
 
 
+def drawn(seed: int) -> bytes:
+    """A picture that no encoder has seen, unless it has seen this one."""
+    return picture_bytes(1000 + seed, 56, 56 + 28 * (seed % 3))
+
+
+def drawn_at(path: str) -> bytes | None:
+    found = re.fullmatch(r"/drawn/(\d+)\.png", path)
+    return None if found is None else drawn(int(found[1]))
+
+
 class Elsewhere(BaseHTTPRequestHandler):
-    """Another host: a picture, a detour to a private place, a picture that is too large, and one that never comes."""
+    """Another host: pictures, a detour to a private place, a picture that is too large, and one that never comes."""
 
     def do_GET(self) -> None:
         if self.path == "/slow":
@@ -57,10 +69,11 @@ class Elsewhere(BaseHTTPRequestHandler):
             self.send_header("location", "http://169.254.169.254/latest/meta-data")
             self.end_headers()
             return
-        body = {"/red.png": RED, "/large": b"x" * (3 << 20)}.get(self.path)
+        body = drawn_at(self.path) or {"/red.png": RED, "/large": b"x" * (3 << 20)}.get(self.path)
         self.send_response(404 if body is None else 200)
         self.end_headers()
-        self.wfile.write(body or b"")
+        with contextlib.suppress(ConnectionError):  # whoever asked has left
+            self.wfile.write(body or b"")
 
     def log_message(self, *_: object) -> None:
         """The test's output is enough."""
@@ -97,9 +110,11 @@ def idle(rank: RankStatus) -> bool:
 
 
 def comes_to_rest(cluster: Cluster) -> None:
-    """Every rank says of itself that nothing is in flight, and that no lease and no page is held."""
+    """Every rank says of itself that nothing is in flight, that no lease and no page is held, and that its invariants
+    hold: it looks when it becomes idle, and is unhealthy otherwise."""
     for rank in cluster.status()["ranks"]:
         cluster.wait(rank["rank"], idle)
+    assert {rank["reason"] for rank in cluster.status()["ranks"] if rank["state"] != RankState.READY} == set()
 
 
 def ask(parts: object = "what is this?", **fields: Any) -> dict[str, Any]:
@@ -107,8 +122,12 @@ def ask(parts: object = "what is this?", **fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": messages, "max_tokens": 4, "temperature": 0, **fields}
 
 
+def image_part(url: object) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 def image(url: object) -> dict[str, Any]:
-    return ask([{"type": "image_url", "image_url": {"url": url}}])
+    return ask([image_part(url)])
 
 
 # -- clients that we did not write --
@@ -411,10 +430,20 @@ def descriptors(cluster: Cluster) -> dict[str, int]:
     return {rank["rank"]: psutil.Process(rank["pid"]).num_fds() for rank in cluster.status()["ranks"]}
 
 
-async def hang_up_in_the_middle(cluster: Cluster, seed: int) -> None:
+def question_of(draw: random.Random, elsewhere: int) -> list[dict[str, Any]]:
+    """Pictures that are new to the tower, sent along or fetched, and words for one chunk of prefill or for several."""
+    sent = [image_part(data_url(drawn(draw.randrange(1 << 20)))) for _ in range(draw.choice([0, 1, 1, 2]))]
+    fetched = [
+        image_part(f"http://127.0.0.1:{elsewhere}/drawn/{draw.randrange(1 << 20)}.png")
+        for _ in range(draw.choice([0, 0, 1]))
+    ]
+    return [*sent, *fetched, *content(["tell me everything " * draw.choice([1, 1, CHUNK // 4])])]
+
+
+async def hang_up_in_the_middle(cluster: Cluster, seed: int, elsewhere: int) -> None:
     """Write some of a request, read some of the answer, and go; where, the seed says."""
     draw = random.Random(seed)
-    parts: object = content([RED, "tell"]) if draw.random() < 0.5 else "tell me everything"
+    parts = question_of(draw, elsewhere)
     body = json.dumps(ask(parts, max_tokens=40, ignore_eos=True, stream=draw.random() < 0.7)).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1",
@@ -438,22 +467,31 @@ async def hang_up_in_the_middle(cluster: Cluster, seed: int) -> None:
         writer.close()
 
 
-def test_three_hundred_clients_hang_up_and_leave_nothing(cluster: Cluster, http: httpx.Client) -> None:
+def made(http: httpx.Client) -> float:
+    """Embeddings that the tower has made."""
+    found = re.findall(
+        r'^epdctl_rank_embeddings_total\{.*source="made".*\} (\S+)$', http.get("/metrics").text, re.MULTILINE
+    )
+    return sum(map(float, found))
+
+
+def test_three_hundred_clients_hang_up_and_leave_nothing(cluster: Cluster, http: httpx.Client, elsewhere: int) -> None:
     expected = http.post("/v1/chat/completions", json=ask(content([RED, "x"]))).json()["choices"][0]["message"]
     comes_to_rest(cluster)
-    before = descriptors(cluster)
+    before, made_before = descriptors(cluster), made(http)
 
     async def everybody() -> None:
         turns = asyncio.Semaphore(24)
 
         async def one(seed: int) -> None:
             async with turns:
-                await hang_up_in_the_middle(cluster, seed)
+                await hang_up_in_the_middle(cluster, seed, elsewhere)
 
         await asyncio.gather(*(one(seed) for seed in range(300)))
 
     asyncio.run(everybody())
     comes_to_rest(cluster)
+    assert made(http) - made_before >= 100, "they left before the tower was at work"
     metrics = http.get("/metrics").text
     assert "epdctl_requests_in_flight 0.0" in metrics
     assert "epdctl_media_bytes 0.0" in metrics
