@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import struct
 from collections.abc import Callable, Mapping, Sequence
 
-from PIL import Image, UnidentifiedImageError
-
-from epdctl.families import sounds, videos
+from epdctl.families import pictures, sounds, videos
 from epdctl.families.base import Header, PictureHeader, SoundHeader, VideoHeader
 from epdctl.families.frames import are_frames, unpack
 from epdctl.ids import Modality
 from epdctl.wire.config import Limits
 
-__all__ = ["PICTURES", "read_header"]
+__all__ = ["read_header"]
 
-PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # by content; the media type in the URL is not believed
-ORIENTATION = 0x0112
 MOST_DECODED = 40_000_000_000  # pixels of all frames of a video: about ten minutes of 1080p
-TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
-
-_UNREADABLE = (
-    UnidentifiedImageError,
-    OSError,
-    ValueError,
-    SyntaxError,  # Pillow's own word for a broken PNG
-    struct.error,
-    IndexError,
-    KeyError,
-    EOFError,
-)
 
 
 def read_header(modality: Modality, data: bytes, limits: Limits) -> Header:
@@ -39,26 +21,13 @@ def read_header(modality: Modality, data: bytes, limits: Limits) -> Header:
 
 
 def _picture(data: bytes, limits: Limits) -> PictureHeader:
-    try:
-        with Image.open(io.BytesIO(data), formats=PICTURES) as picture:
-            width, height = picture.size
-            turned = _orientation(picture) in TURNED
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"the picture has too many pixels: {error}") from error
-    except _UNREADABLE as error:
-        # Pillow's words are not for clients: they tell of our objects and addresses
-        raise ValueError(f"not a picture we can read ({', '.join(PICTURES)}), or a damaged one") from error
-    if width < 1 or height < 1:
-        raise ValueError(f"the picture is {width} x {height} pixels")
-    if width * height > limits.max_pixels:
-        raise ValueError(f"the picture is {width} x {height} pixels; at most {limits.max_pixels} are served")
-    return PictureHeader(height, width) if turned else PictureHeader(width, height)
-
-
-def _orientation(picture: Image.Image) -> int:
-    """As Pillow's exif_transpose finds it. The base's method: a PNG's own would decode the pixels to look further."""
-    value = Image.Image.getexif(picture).get(ORIENTATION, 1)
-    return value if isinstance(value, int) else 1
+    header = pictures.header_of(data)
+    size = f"{header.width} x {header.height}"
+    if header.width < 1 or header.height < 1:
+        raise ValueError(f"the picture is {size} pixels")
+    if header.width * header.height > limits.max_pixels:
+        raise ValueError(f"the picture is {size} pixels; at most {limits.max_pixels} are served")
+    return header
 
 
 def _sound(data: bytes, limits: Limits) -> SoundHeader:

@@ -4,7 +4,8 @@ are those of transformers' ``load_image`` and of the family's processor."""
 from __future__ import annotations
 
 import base64
-import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,11 +24,10 @@ from epdctl.wire.config import Limits
 from epdctl.wire.encode import MediaItem
 from tests.engine.harness import media_item
 from tests.support.checkpoints import every_family
+from tests.support.pictures import ASCII, ORIENTATION, RATIONAL, behind_the_pixels, exif, png_chunk, saved, short
 from tests.support.reference import own_processor
 
 pytestmark = every_family
-
-ORIENTATION = 0x0112
 
 
 def noise(mode: str = "RGB", width: int = 90, height: int = 60) -> Image.Image:
@@ -39,17 +39,28 @@ def noise(mode: str = "RGB", width: int = 90, height: int = 60) -> Image.Image:
     return Image.merge(mode, bands) if channels > 1 else bands[0].convert(mode)
 
 
-def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
-
-
 def turned(kind: str, orientation: int) -> bytes:
-    picture = noise()
-    exif = picture.getexif()
-    exif[ORIENTATION] = orientation
-    return saved(picture, kind, exif=exif.tobytes())
+    return saved(noise(), kind, exif=exif([short(ORIENTATION, orientation)]))
+
+
+TURNED = exif([short(ORIENTATION, 6)])[6:]  # as PNG has it
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
+RAW = f"\nexif\n{len(TURNED):8}\n{TURNED.hex()}\n".encode()  # as ImageMagick writes it
+LATE: dict[str, tuple[bytes, ...]] = {  # what may stand behind the pixels of a PNG
+    "EXIF": (png_chunk(b"eXIf", TURNED),),
+    "EXIF without its checksum": (png_chunk(b"eXIf", TURNED)[:-4] + bytes(4),),
+    "EXIF after other things": (png_chunk(b"tIME", bytes(7)), png_chunk(b"eXIf", TURNED)),
+    "XMP": (png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),),
+    "a raw profile": (png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW)),),
+    "a comment": (png_chunk(b"tEXt", b"Comment\0Orientation 6"),),
+    "two that differ": (png_chunk(b"eXIf", exif([short(ORIENTATION, 3)])[6:]), png_chunk(b"eXIf", TURNED)),
+}
+
+
+def animated_png(late: bytes) -> bytes:
+    """The second picture's chunks come before ``late``."""
+    frames = [noise(), Image.new("RGB", (90, 60), "blue")]
+    return behind_the_pixels(saved(frames[0], "PNG", save_all=True, append_images=frames[1:]), late)
 
 
 def palette(**options: object) -> bytes:
@@ -98,6 +109,14 @@ KINDS: dict[str, Callable[[], bytes]] = {
 } | {f"turned {n}": (lambda n=n: turned("JPEG", n)) for n in range(2, 9)} | {
     "a turned PNG": lambda: turned("PNG", 6),
     "a turned WebP": lambda: turned("WEBP", 8),
+    "a turn that is no integer": lambda: saved(
+        noise(), "JPEG", exif=exif([(ORIENTATION, RATIONAL, 1, struct.pack(">II", 6, 1))])
+    ),
+    "a turn that is none": lambda: turned("JPEG", 9),
+    "an animated PNG turned behind its second picture": lambda: animated_png(*LATE["EXIF"]),
+} | {
+    f"a PNG with {what} behind its pixels": (lambda late=late: behind_the_pixels(saved(noise(), "PNG"), *late))
+    for what, late in LATE.items()
 }  # fmt: skip
 
 
@@ -126,6 +145,22 @@ def test_equals_load_image_and_the_processor(checkpoint: Path, tower: Tower, kin
     processor = own_processor(checkpoint).image_processor
     values = processor(images=[theirs], return_tensors="pt")["pixel_values"]
     assert torch.equal(found.pixels.flatten(), values.flatten()[: found.pixels.numel()].to(found.pixels.dtype))
+
+
+ODD: dict[str, tuple[int, int, int, bytes]] = {  # in EXIF that Pillow reads and cannot write
+    "a resolution in words": (0x011A, ASCII, 6, b"72.00\0"),
+    "an artist in numbers": (0x013B, RATIONAL, 1, struct.pack(">II", 3, 7)),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_what_else_exif_says_does_not_matter(checkpoint: Path, tower: Tower, kind: str, what: str) -> None:
+    """transformers would fail over some of these."""
+    odd = saved(noise(), kind, exif=exif([short(ORIENTATION, 6), ODD[what]]))
+    header, item = of_the_header(checkpoint, odd)
+    assert (header.width, header.height) == (60, 90)
+    assert torch.equal(tower.prepare(odd, item).pixels, tower.prepare(turned(kind, 6), item).pixels)
 
 
 BROKEN: dict[str, Callable[[], bytes]] = {

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from epdctl.engine.families.halves import load_refusals
 from epdctl.errors import LoadError, RequestError
 from epdctl.families.media import PictureFamily
+from epdctl.families.pictures import opened, pillow, turn_of
 from epdctl.wire.config import ModelConfig
 from epdctl.wire.encode import MediaItem
 
 __all__ = ["check_grid", "load_processor", "open_frame", "open_picture"]
-
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow knows more, and some of them start other programs
-
-_ORIENTATION = 0x0112  # of EXIF; 1 is upright
-
-# What Pillow raises over bytes that are no picture, or half of one.
-_BROKEN = (OSError, SyntaxError, ValueError, IndexError, KeyError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def open_picture(media: bytes | memoryview, item: MediaItem, family: PictureFamily) -> Image.Image:
@@ -32,28 +24,29 @@ def open_picture(media: bytes | memoryview, item: MediaItem, family: PictureFami
     The pixels are decoded only once the header has the promised size, lying or standing. Raises RequestError (400).
     """
     try:
-        with Image.open(io.BytesIO(media), formats=_FORMATS) as picture:
+        with opened(media) as picture:
             _check_header(picture.size, item, family)
             return _upright_rgb(picture)
-    except _BROKEN as error:
-        raise RequestError(400, f"picture {item.index} cannot be decoded: {error}", code="invalid_image") from error
+    except ValueError as error:
+        raise RequestError(400, f"picture {item.index}: {error}", code="invalid_image") from error
 
 
 def open_frame(media: bytes) -> Image.Image:
     """Of a video that is a list of pictures: upright, RGB. Raises ValueError."""
     try:
-        with Image.open(io.BytesIO(media), formats=_FORMATS) as picture:
+        with opened(media) as picture:
             return _upright_rgb(picture)
-    except _BROKEN as error:
-        raise ValueError(f"a frame cannot be decoded: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"a frame of it: {error}") from error
 
 
 def _upright_rgb(picture: Image.Image) -> Image.Image:
-    """Decoded; most pictures are upright and RGB already, and are not copied."""
-    picture.load()
-    if picture.getexif().get(_ORIENTATION, 1) != 1:
-        picture = ImageOps.exif_transpose(picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    """Decoded; most pictures are upright and RGB already, and are not copied. Raises ValueError."""
+    with pillow():
+        picture.load()
+        turn = turn_of(picture.getexif())
+        upright = picture if turn is None else picture.transpose(turn)
+        return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 def check_grid(item: MediaItem, found: Sequence[int]) -> None:
