@@ -11,6 +11,7 @@ import msgspec
 from epdctl.errors import PlacementError
 from epdctl.ids import Stage
 from epdctl.topology.plan import PlannedRank
+from epdctl.wire import mooncake
 from epdctl.wire.config import TransferConfig
 
 __all__ = ["SERVICES", "NativeAdapter"]
@@ -79,11 +80,7 @@ class NativeAdapter:
 
 
 def _engine(transfer: TransferConfig) -> dict[str, str]:
-    """What Mooncake reads: without its variable, NVLink falls to TCP and says nothing."""
-    if transfer.backend != "mooncake":
-        return {}
-    quiet = {"GLOG_minloglevel": "1", "MC_LOG_LEVEL": "WARNING"}
-    return quiet | ({"MC_INTRANODE_NVLINK": "1"} if transfer.protocol == "nvlink" else {})
+    return mooncake.environment(transfer.protocol) if transfer.backend == "mooncake" else {}
 
 
 def _may_inherit(name: str) -> bool:

@@ -20,6 +20,8 @@ import msgspec
 from epdctl.errors import EpdError, UserError
 from epdctl.topology.hardware import Gpu, Hardware, probe, usable_cores
 from epdctl.topology.values import parse_size
+from epdctl.transfer.rdma import rdma_devices
+from epdctl.wire import mooncake
 
 __all__ = ["EMBEDDING", "KV", "KV_PAGE", "SIZES", "TRANSPORTS", "Row", "Way", "available", "measure", "run"]
 
@@ -105,12 +107,7 @@ def _possible(way: Way, hardware: Hardware) -> bool:
         return True
     if hardware.mooncake is None or (way.gpu and hardware.mooncake.endswith("non-cuda")):
         return False
-    return way.protocol != "rdma" or bool(_rdma_devices())
-
-
-def _rdma_devices() -> list[str]:
-    folder = "/sys/class/infiniband"
-    return os.listdir(folder) if os.path.isdir(folder) else []
+    return way.protocol != "rdma" or rdma_devices().trouble is None
 
 
 def measure(ways: Sequence[Way], sizes: Sequence[int], gpus: Sequence[Gpu], say: Say) -> list[Row]:
@@ -216,12 +213,13 @@ class _End:
 def _end(visible: str, way: Way) -> Iterator[_End]:
     """A process that sees the GPUs ``visible`` and no others, as a rank does."""
     share = str(max(1, usable_cores() // 2))  # what a plan gives each of two ranks
-    threads = {"OMP_NUM_THREADS": share, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-    quiet = {"GLOG_minloglevel": "1", "MC_LOG_LEVEL": "WARNING"}
-    environ = os.environ | threads | quiet | {"CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
-    if way.protocol == "nvlink":
-        environ["MC_INTRANODE_NVLINK"] = "1"
+    own = {
+        "OMP_NUM_THREADS": share, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0",
+        "CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }  # fmt: skip
+    foreign = {"PYTORCH_CUDA_ALLOC_CONF", *mooncake.VARIABLES.values()}
+    inherited = {name: value for name, value in os.environ.items() if name not in foreign}
+    environ = inherited | own | mooncake.environment(way.protocol)
     with tempfile.TemporaryFile("w+") as words:
         process = subprocess.Popen(
             [sys.executable, "-m", "epdctl.bench.ends"],

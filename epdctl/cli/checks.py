@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from epdctl.transfer.rdma import RdmaDevices
+
 __all__ = [
     "Check",
     "Level",
@@ -20,6 +22,7 @@ __all__ = [
     "check_package",
     "check_port",
     "check_python",
+    "check_rdma",
     "check_runtime_dir",
     "check_shared_memory",
     "check_video",
@@ -30,6 +33,7 @@ GIB = 1 << 30
 _SOCKET_PATH_LIMIT = 107
 _LONGEST_SOCKET = len("//s/encoder-router-0.99999.a-purpose-of-16b")  # without the cluster's name
 _SHORTEST_NAME = 8
+_OPEN_DEVICES = "in a container: docker run --device=/dev/infiniband; else the group of those files"
 _DEBIAN_PACKAGES = {
     "libibverbs": "libibverbs1",
     "librdmacm": "librdmacm1",
@@ -150,6 +154,14 @@ def check_shared_memory(free_bytes: int | None) -> Check:
     if free_bytes >= GIB:
         return ok("/dev/shm", text)
     return Check(Level.WARN, "/dev/shm", text, "in a container: docker run --shm-size=8g")
+
+
+def check_rdma(devices: RdmaDevices) -> Check:
+    if not devices.listed:
+        return ok("rdma", "no device; only protocol: rdma needs one")
+    if devices.trouble is None:
+        return ok("rdma", f"{', '.join(devices.listed)}, by way of {', '.join(devices.doors)}")
+    return Check(Level.WARN, "rdma", f"{devices.trouble}; ranks with protocol: rdma will not start", _OPEN_DEVICES)
 
 
 def check_memlock(limit: int | None, has_rdma: bool) -> Check:

@@ -21,6 +21,7 @@ from epdctl.launch.procs import probe
 from epdctl.topology.hardware import MOONCAKE_PACKAGES
 from epdctl.topology.ports import why_not_free
 from epdctl.transfer.loopback import can_keep
+from epdctl.transfer.rdma import rdma_devices
 
 __all__ = ["examine"]
 
@@ -43,7 +44,9 @@ def examine(environ: Mapping[str, str]) -> Iterator[Check]:
     yield checks.check_gpus(*gpu_names())
     yield from _kernel()
     yield checks.check_shared_memory(_free("/dev/shm"))
-    yield checks.check_memlock(_limit(resource.RLIMIT_MEMLOCK), Path("/dev/infiniband").is_dir())
+    rdma = rdma_devices()
+    yield checks.check_rdma(rdma)
+    yield checks.check_memlock(_limit(resource.RLIMIT_MEMLOCK), has_rdma=rdma.trouble is None)
     yield checks.check_open_files(_limit(resource.RLIMIT_NOFILE) or 1 << 30)
     yield _runtime_dir(runtime_base(environ))
     yield _port(environ)

@@ -12,7 +12,7 @@ import socket
 import stat
 from collections.abc import Iterable, Iterator
 
-__all__ = ["can_keep", "keep_on_loopback", "listening"]
+__all__ = ["can_keep", "keep_on_loopback", "listening", "port_of"]
 
 DEVICE = b"lo\0"
 
@@ -27,6 +27,12 @@ def keep_on_loopback(sockets: Iterable[int]) -> None:
     for fd in sockets:
         with _view(fd) as view:
             view.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, DEVICE)
+
+
+def port_of(fd: int) -> int:
+    """Of a socket that ``listening`` found."""
+    with _view(fd) as view:
+        return int(view.getsockname()[1])
 
 
 def can_keep() -> bool:

@@ -1,4 +1,4 @@
-"""The one Mooncake engine of a process: started with the protocol that the plan says, and proved by a timed write.
+"""The one Mooncake engine of a process: started with the protocol that the plan says, and proved to use it.
 
 It binds to every address whatever it is told, and asks nobody for a password; so its listening sockets are tied to the
 loopback device as soon as they are there, before any memory is registered.
@@ -12,19 +12,19 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from epdctl.errors import RegistrationFailed, TransferError, UserError
-from epdctl.transfer.loopback import keep_on_loopback, listening
+from epdctl.transfer.loopback import keep_on_loopback, listening, port_of
+from epdctl.transfer.rdma import rdma_devices
+from epdctl.wire.mooncake import VARIABLES, steered
 
-__all__ = ["NVLINK_VARIABLE", "PROTOCOLS", "Engine", "Run", "Way", "engine_of", "probe", "rdma_devices"]
+__all__ = ["PROTOCOLS", "Engine", "Run", "Way", "engine_of", "probe"]
 
 log = logging.getLogger(__name__)
 
-NVLINK_VARIABLE = "MC_INTRANODE_NVLINK"  # without it the same engine falls to TCP and does not say so
 HOST = "127.0.0.1"
 
 
@@ -82,7 +82,8 @@ class Engine:
         self.way = PROTOCOLS[protocol]
         self._raw = raw
         self._known: dict[int, int] = {}  # address → bytes
-        self.session = f"{HOST}:{raw.get_rpc_port()}"
+        self.port = raw.get_rpc_port()  # where others ask which memory is registered
+        self.session = f"{HOST}:{self.port}"
 
     def register(self, memory: torch.Tensor) -> None:
         """Raises RegistrationFailed."""
@@ -112,13 +113,9 @@ def engine_of(protocol: str) -> Engine:
     """Started once; a second protocol in one process is refused. Raises UserError with what is missing."""
     if engine_of.cache_info().currsize:
         raise UserError("one process has one Mooncake engine, and it runs with another protocol already")
-    if (protocol == "nvlink") != (os.environ.get(NVLINK_VARIABLE, "0") not in ("", "0")):
-        raise UserError(f"protocol {protocol} and {NVLINK_VARIABLE}={os.environ.get(NVLINK_VARIABLE)} do not agree")
-    if protocol == "rdma" and not rdma_devices():
-        raise UserError(
-            "protocol rdma, and this machine has no RDMA device: Mooncake would use TCP and not say so",
-            hint="write transfer.protocol: tcp",
-        )
+    _require_environment(protocol)
+    if protocol == "rdma" and (trouble := rdma_devices().trouble):
+        raise UserError(f"protocol rdma: {trouble}", hint="write transfer.protocol: tcp")
     try:
         from mooncake.engine import TransferEngine
     except ImportError as error:
@@ -127,7 +124,32 @@ def engine_of(protocol: str) -> Engine:
     raw = TransferEngine()
     if raw.initialize(HOST, "P2PHANDSHAKE", PROTOCOLS[protocol].engine, "") != 0:
         raise UserError(f"Mooncake does not start with protocol {protocol}", hint="its own lines above say why")
-    return Engine(raw, protocol, private=_kept_private(listening() - before))
+    opened = listening() - before
+    engine = Engine(raw, protocol, private=_kept_private(opened))
+    _require_protocol(engine, opened)
+    return engine
+
+
+def _require_environment(protocol: str) -> None:
+    """The engine must have been told ``protocol`` and no other. Raises UserError."""
+    if (told := steered(os.environ)) != [protocol]:
+        found = ", ".join(f"{VARIABLES[other]} ({other})" for other in told) or "none of its like"
+        raise UserError(f"protocol {protocol} needs {VARIABLES[protocol]}=1 in the environment, which has {found}")
+
+
+def _require_protocol(engine: Engine, opened: frozenset[int]) -> None:
+    """Over TCP it listens for data beside the port where engines introduce themselves, and else it does not.
+
+    Raises UserError where it took another protocol than it was told. What NVLink fell to, its rate shows: ``probe``.
+    """
+    takes_tcp = any(port_of(fd) != engine.port for fd in opened)
+    if engine.protocol == "rdma" and takes_tcp:
+        raise UserError(
+            "Mooncake was told to use RDMA and took TCP",
+            hint="`epdctl doctor` says what it makes of the devices; or write transfer.protocol: tcp",
+        )
+    if engine.protocol == "tcp" and not takes_tcp:
+        raise UserError("Mooncake was told to use TCP and took another protocol", hint="install a newer one")
 
 
 def _kept_private(sockets: frozenset[int]) -> bool:
@@ -138,11 +160,6 @@ def _kept_private(sockets: frozenset[int]) -> bool:
         log.warning("Mooncake's ports ask for no token and can be reached from other machines: %s", error)
         return False
     return True
-
-
-def rdma_devices(folder: Path = Path("/sys/class/infiniband")) -> list[str]:
-    """Their names, as the kernel lists them."""
-    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 
 
 def probe(engine: Engine, device: torch.device) -> float:

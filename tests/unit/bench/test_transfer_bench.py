@@ -15,6 +15,7 @@ from epdctl.bench.plot import draw
 from epdctl.bench.transfer import Row, available, run
 from epdctl.errors import EpdError, UserError
 from epdctl.topology.hardware import Hardware
+from epdctl.transfer.rdma import RdmaDevices
 from tests.unit.topology.support import gpu, machine
 
 KEYS = ["transport", "bytes", "p50_us", "gb_per_s", "ceiling_gb_per_s", "register_us"]
@@ -29,7 +30,7 @@ def beside(gpus: int, mooncake: str | None) -> Hardware:
 
 
 def test_only_what_this_machine_has_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "_rdma_devices", list)
+    monkeypatch.setattr(transfer, "rdma_devices", RdmaDevices)
     assert names(machine()) == ["zmq", "shm", "shm-in-slot"]
     assert names(beside(0, "mooncake-transfer-engine-non-cuda")) == ["zmq", "shm", "shm-in-slot", "mooncake-tcp"]
     between = ["gpu-mooncake-nvlink", "gpu-mooncake-nvlink-pages", "gpu-zmq"]
@@ -38,7 +39,9 @@ def test_only_what_this_machine_has_is_tried(monkeypatch: pytest.MonkeyPatch) ->
     assert "gpu-zmq" not in names(beside(1, "mooncake-transfer-engine-cuda13"))
     slices = Hardware((gpu(0, "MIG-1", "GPU-9"), gpu(0, "MIG-2", "GPU-9")), 2)
     assert "gpu-zmq" not in names(slices)
-    monkeypatch.setattr(transfer, "_rdma_devices", lambda: ["mlx5_0"])
+    monkeypatch.setattr(transfer, "rdma_devices", lambda: RdmaDevices(("mlx5_0",)))
+    assert "mooncake-rdma" not in names(beside(0, "mooncake-transfer-engine-non-cuda")), "it cannot be opened"
+    monkeypatch.setattr(transfer, "rdma_devices", lambda: RdmaDevices(("mlx5_0",), ("uverbs0",)))
     assert "mooncake-rdma" in names(beside(0, "mooncake-transfer-engine-non-cuda"))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from epdctl.cli import checks
 from epdctl.cli.checks import Check, Level, Mooncake
+from epdctl.transfer.rdma import RdmaDevices
 
 CPU_PACKAGE = "mooncake-transfer-engine-non-cuda"
 
@@ -62,6 +63,9 @@ def test_mooncake_is_one_package_that_imports(found: Mooncake, level: Level, sai
         (checks.check_memlock(64 << 10, has_rdma=True), Level.WARN),
         (checks.check_memlock(64 << 10, has_rdma=False), Level.OK),
         (checks.check_memlock(None, has_rdma=True), Level.OK),
+        (checks.check_rdma(RdmaDevices()), Level.OK),
+        (checks.check_rdma(RdmaDevices(("mlx5_0",))), Level.WARN),
+        (checks.check_rdma(RdmaDevices(("mlx5_0",), ("uverbs0",))), Level.OK),
         (checks.check_open_files(256), Level.FAIL),
         (checks.check_open_files(1024), Level.WARN),
         (checks.check_open_files(65536), Level.OK),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 from collections import Counter
@@ -21,6 +22,7 @@ from epdctl.topology.ports import why_not_free
 from epdctl.topology.profiles import list_profiles, profile_text
 from epdctl.topology.schema import json_schema
 from epdctl.wire.message import to_json
+from epdctl.wire.mooncake import VARIABLES
 from tests.unit.topology.support import UUIDS, machine, rank, seats
 
 PROFILES = Path(epdctl.__file__).parent.parent / "profiles"
@@ -134,6 +136,17 @@ def test_what_a_rank_is_run_with(checkpoint: Path) -> None:
     assert gateway.env["CUDA_VISIBLE_DEVICES"] == ""
     assert gateway.env["OMP_NUM_THREADS"] == "1"
     assert made.gateway_url == "http://127.0.0.1:8055"
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "rdma", "nvlink"])
+def test_mooncake_is_told_its_protocol_and_no_other(checkpoint: Path, tmp_path: Path, protocol: str) -> None:
+    text = (PROFILES / "2gpu-e1-pd1.yaml").read_text().partition("\ntransfer:")[0]
+    file = tmp_path / "shop.yaml"
+    file.write_text(f"{text}\ntransfer: {{backend: mooncake, protocol: {protocol}}}\n")
+    engines = dataclasses.replace(machine(2), mooncake="mooncake-transfer-engine-cuda13")
+    made = planned(file, checkpoint, engines)
+    own = {name for name in rank(made, "encoder/0").env if name in VARIABLES.values()}
+    assert own == {VARIABLES[protocol]}
 
 
 def test_a_cpu_rank_sees_no_gpu(checkpoint: Path) -> None:

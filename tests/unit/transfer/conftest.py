@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from epdctl.wire import mooncake
 from tests.support.ranks import socket_directory
 
 
@@ -12,3 +13,10 @@ from tests.support.ranks import socket_directory
 def sockets() -> Iterator[Path]:
     with socket_directory() as directory:
         yield directory
+
+
+@pytest.fixture(autouse=True)
+def told_to_use_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the plan gives a rank with Mooncake: the one engine of this process is asked for TCP."""
+    for name, value in mooncake.environment("tcp").items():
+        monkeypatch.setenv(name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ import torch
 from epdctl.errors import RegistrationFailed, TransferError, UserError
 from epdctl.transfer import mooncake, mooncake_engine
 from epdctl.transfer.mooncake import MooncakeMover
-from epdctl.transfer.mooncake_engine import PROTOCOLS, Engine, engine_of, probe, rdma_devices
+from epdctl.transfer.mooncake_engine import PROTOCOLS, Engine, engine_of, probe
 from epdctl.transfer.movers import Put
+from epdctl.transfer.rdma import RdmaDevices, rdma_devices
+from epdctl.wire.mooncake import VARIABLES
 from epdctl.wire.transfer import PoolLocation
 
 CPU = torch.device("cpu")
@@ -142,14 +145,45 @@ def test_a_protocol_that_fell_to_a_slower_one_is_refused(monkeypatch: pytest.Mon
         probe(Engine(Pretender(), "nvlink"), CPU)
 
 
-def test_rdma_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert rdma_devices(tmp_path / "none") == []
-    (tmp_path / "mlx5_0").mkdir()
-    assert rdma_devices(tmp_path) == ["mlx5_0"]
-    monkeypatch.setattr(mooncake_engine, "rdma_devices", list)
+def test_rdma_needs_a_device_that_can_be_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert rdma_devices(tmp_path).trouble == "this machine has no RDMA device"
+    (tmp_path / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
+    (tmp_path / "dev/infiniband").mkdir(parents=True)
+    trouble = rdma_devices(tmp_path).trouble
+    assert trouble is not None
+    assert trouble.startswith("mlx5_0 cannot be opened: no /dev/infiniband/uverbs*")
+    told(monkeypatch, "rdma")
+    monkeypatch.setattr(mooncake_engine, "rdma_devices", lambda: rdma_devices(tmp_path))
     engine_of.cache_clear()
-    with pytest.raises(UserError, match="no RDMA device"):
+    with pytest.raises(UserError, match="protocol rdma: mlx5_0 cannot be opened"):
         engine_of("rdma")
+    (tmp_path / "dev/infiniband/uverbs0").touch()
+    assert rdma_devices(tmp_path) == RdmaDevices(("mlx5_0",), ("uverbs0",))
+    assert rdma_devices(tmp_path).trouble is None
+
+
+def test_the_engine_itself_refuses_devices_that_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real one, beside files that pretend a device: it was seen to take TCP and be called rdma in the status."""
+    pytest.importorskip("mooncake.engine", reason="Mooncake is an extra")
+    code = """
+import torch
+from epdctl.transfer import mooncake_engine
+from epdctl.transfer.mooncake import MooncakeMover
+from epdctl.transfer.rdma import RdmaDevices
+mooncake_engine.rdma_devices = lambda: RdmaDevices(("mlx5_0",), ("uverbs0",))
+MooncakeMover("rdma", torch.device("cpu"))
+"""
+    told(monkeypatch, "rdma")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "UserError: Mooncake does not start with protocol rdma" in done.stderr
+
+
+def told(monkeypatch: pytest.MonkeyPatch, *protocols: str) -> None:
+    for variable in VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+    for protocol in protocols:
+        monkeypatch.setenv(VARIABLES[protocol], "1")
 
 
 @pytest.fixture
@@ -163,7 +197,6 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
             return 0
 
     monkeypatch.setitem(sys.modules, "mooncake.engine", SimpleNamespace(TransferEngine=Listening))
-    monkeypatch.delenv(mooncake_engine.NVLINK_VARIABLE, raising=False)
     engine_of.cache_clear()
     with server:
         yield server
@@ -185,13 +218,32 @@ def test_ports_that_stay_open_are_told_in_the_status(opened: socket.socket, monk
     assert MooncakeMover("tcp", CPU).note.endswith("; its ports are open to other machines")
 
 
-def test_nvlink_and_its_variable_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("protocol", "told_as"),
+    [("nvlink", ()), ("tcp", ()), ("tcp", ("nvlink",)), ("nvlink", ("tcp", "nvlink")), ("rdma", ("tcp",))],
+)
+def test_the_engine_is_told_its_protocol_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, protocol: str, told_as: tuple[str, ...]
+) -> None:
     engine_of.cache_clear()
-    monkeypatch.delenv(mooncake_engine.NVLINK_VARIABLE, raising=False)
-    with pytest.raises(UserError, match="do not agree"):
-        engine_of("nvlink")
-    monkeypatch.setenv(mooncake_engine.NVLINK_VARIABLE, "1")
-    with pytest.raises(UserError, match="do not agree"):
+    told(monkeypatch, *told_as)
+    with pytest.raises(UserError, match=f"protocol {protocol} needs {VARIABLES[protocol]}=1 in the environment"):
+        engine_of(protocol)
+
+
+def test_an_engine_that_took_tcp_in_place_of_rdma_is_refused(
+    opened: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told(monkeypatch, "rdma")
+    monkeypatch.setattr(mooncake_engine, "rdma_devices", lambda: RdmaDevices(("mlx5_0",), ("uverbs0",)))
+    with pytest.raises(UserError, match="told to use RDMA and took TCP"):
+        engine_of("rdma")
+    assert opened.getsockname()[1] != 7, "it listens beside the port where engines introduce themselves"
+
+
+def test_an_engine_that_did_not_take_tcp_is_refused(opened: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pretender, "get_rpc_port", lambda _: opened.getsockname()[1])
+    with pytest.raises(UserError, match="told to use TCP and took another protocol"):
         engine_of("tcp")
 
 
