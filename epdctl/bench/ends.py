@@ -8,25 +8,29 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
+from epdctl.bench.digest import change, digest, total
+from epdctl.engine.pages import PageAllocator
 from epdctl.errors import TransferError
-from epdctl.ids import Incarnation, LocalGpu, RankName, RequestId, RunId
-from epdctl.transfer.allocators import RangeAllocator
+from epdctl.ids import Incarnation, RankName, RequestId
+from epdctl.transfer.allocators import PageExtents, RangeAllocator
 from epdctl.transfer.base import Piece, Transport
+from epdctl.transfer.landing import Owner
 from epdctl.transfer.leases import Lease
 from epdctl.transfer.onesided import OneSidedTransport
-from epdctl.transfer.open import open_transport
+from epdctl.transfer.open import BACKENDS, Opening
 from epdctl.transfer.pool import Pool
 from epdctl.transfer.tensors import spec_of, spread
-from epdctl.wire.config import ModelConfig, RankConfig, RankSpec, TransferConfig
+from epdctl.wire.config import TransferConfig
 from epdctl.wire.encode import ENCODER_TO_LANGUAGE, EmbeddingLanded
 from epdctl.wire.sockets import Inbox, Link
 from epdctl.wire.transfer import RemoteLease
@@ -35,29 +39,16 @@ __all__ = ["main"]
 
 LEASE_SECONDS = 600.0
 WRITE_SECONDS = 120.0
-MASK = 2**63 - 1
+SUM, DIGEST = 0, 1  # what is asked of the receiver
 
 
-def _spec(order: dict[str, Any], rank: str) -> RankSpec:
+def _open(order: dict[str, Any], rank: str) -> Transport:
+    """The transport that was ordered, as a rank opens it; over TCP where that was ordered of ZMQ."""
     name = RankName(rank)
-    transfer = TransferConfig(backend=order["backend"], protocol=order["protocol"])
-    config = RankConfig(
-        rank=name,
-        stage=name.stage,
-        service="",
-        model=ModelConfig(path="", name="", family=""),
-        devices=[LocalGpu(0)] if order["gpu"] else [],
-        transfer=transfer,
-    )
-    return RankSpec(
-        run=RunId("bench"),
-        cluster="bench",
-        incarnation=Incarnation(1),
-        token=order["token"],
-        supervisor="",
-        sockets=order["sockets"],
-        config=config,
-    )
+    address = f"tcp://127.0.0.1:{_free_port()}" if order["tcp"] else f"ipc://{order['sockets']}/{name.file_stem}"
+    owner = Owner(name, Incarnation(1), order["token"])
+    config = TransferConfig(backend=order["backend"], protocol=order["protocol"])
+    return BACKENDS[config.backend](Opening(address, owner, config, _device(order)))
 
 
 def _device(order: dict[str, Any]) -> torch.device:
@@ -68,8 +59,7 @@ class Receiver:
     """Pools of every size, registered before the writer comes; sums what it is told has landed."""
 
     def __init__(self, order: dict[str, Any]) -> None:
-        spec = _spec(order, "prefill/0")
-        self._transport: Transport = open_transport(spec.config.transfer, spec)
+        self._transport = _open(order, "prefill/0")
         self._pools: dict[str, Pool] = {}
         self._leases: dict[str, Lease] = {}
         self._inbox: Inbox[EmbeddingLanded] = Inbox(
@@ -77,37 +67,41 @@ class Receiver:
         )
         self._device = _device(order)
 
-    def open(self, sizes: list[int], page: int) -> dict[str, Any]:
+    def open(self, order: dict[str, Any]) -> dict[str, Any]:
         return {
             "note": self._transport.note,
             "notify": self._inbox.endpoint,
-            "leases": [self._open(size, page) for size in sizes],
+            "leases": [self._open(size, order["page"], scattered=order["scattered"]) for size in order["sizes"]],
         }
 
-    def _open(self, size: int, page: int) -> dict[str, Any]:
-        """A pool and a lease on all of it; in pages that lie in no order, if it has pages."""
+    def _open(self, size: int, page: int, *, scattered: bool) -> dict[str, Any]:
+        """A pool, and a lease on all of it: in pages as a fresh cluster's lie, or in no order, if it has pages."""
+        pages = -(-size // page) if page else 0
+        allocator = PageExtents(PageAllocator(pages + 1), page) if page else RangeAllocator(size)
         began = time.perf_counter()
-        memory = self._transport.allocate(size + page, self._device)
-        allocated = time.perf_counter() - began
-        pool = Pool(f"{size}", memory, RangeAllocator(size + page))
-        began = time.perf_counter()
+        pool = Pool(f"{size}", self._transport.allocate((pages + 1) * page or size, self._device), allocator)
         address = self._transport.register(pool)
-        seconds = allocated + time.perf_counter() - began
-        piece = page or size
-        extents = [extent for _ in range(-(-size // piece)) for extent in pool.allocator.take(piece)]
-        random.Random(0).shuffle(extents)  # one extent stays where it is
+        _done(self._device)
+        seconds = time.perf_counter() - began
+        extents = list(allocator.take(pages or size))
+        if scattered:
+            random.Random(0).shuffle(extents)
         lease = pool.leases.grant(extents, "bench", seconds=LEASE_SECONDS)
         self._pools[pool.name], self._leases[pool.name] = pool, lease
         remote = json.loads(msgspec.json.encode(lease.remote(address), enc_hook=str))
         return {"register_us": seconds * 1e6, "lease": remote}
 
     def _landed(self, sender: bytes, message: EmbeddingLanded, _: list[memoryview]) -> None:
-        """Every byte is read; the sum says so."""
-        memory = self._pools[message.request].memory
-        extents = self._leases[message.request].extents
-        total = sum(_sum(memory[extent.offset : extent.offset + extent.nbytes]) for extent in extents)
-        answer = msgspec.structs.replace(message, generation=total & MASK)
-        self._inbox.reply(sender, answer, ENCODER_TO_LANGUAGE)
+        """Every byte is read; the answer says so."""
+        parts = self._parts(message.request, message.spec.nbytes)
+        found = digest(parts) if message.attempt == DIGEST else total(parts)
+        self._inbox.reply(sender, msgspec.structs.replace(message, generation=found), ENCODER_TO_LANGUAGE)
+
+    def _parts(self, name: str, nbytes: int) -> Iterator[torch.Tensor]:
+        for extent in self._leases[name].extents:
+            if part := min(extent.nbytes, nbytes):
+                yield self._pools[name].memory[extent.offset : extent.offset + part]
+            nbytes -= part
 
     async def close(self) -> None:
         self._inbox.close()
@@ -115,84 +109,100 @@ class Receiver:
 
 
 class Writer:
-    """Writes from memory of its own, or in place where that can be, and times it."""
+    """Writes from memory of its own, or in place where that can be, times it, and has every write verified."""
 
     def __init__(self, order: dict[str, Any]) -> None:
-        spec = _spec(order, "encoder/0")
-        self._transport: Transport = open_transport(spec.config.transfer, spec)
+        self._transport = _open(order, "encoder/0")
         self._device = _device(order)
-        self._sum: asyncio.Future[int] | None = None
+        self._answer: asyncio.Future[int] | None = None
         self._link: Link[EmbeddingLanded, EmbeddingLanded] = Link(
-            order["notify"], ENCODER_TO_LANGUAGE, ENCODER_TO_LANGUAGE, self._summed
+            order["notify"], ENCODER_TO_LANGUAGE, ENCODER_TO_LANGUAGE, self._answered
         )
 
-    def _summed(self, message: EmbeddingLanded, _: list[memoryview]) -> None:
-        if self._sum is not None:
-            self._sum.set_result(message.generation)
+    def _answered(self, message: EmbeddingLanded, _: list[memoryview]) -> None:
+        if self._answer is not None:
+            self._answer.set_result(message.generation)
 
     async def measure(self, order: dict[str, Any]) -> dict[str, Any]:
         lease = msgspec.convert(order["lease"], RemoteLease, dec_hook=lambda kind, value: kind(value))
-        size, rounds = order["bytes"], order["rounds"]
-        whole = self._transport.allocate(size, self._device) if order["pooled"] else _empty(size, self._device)
-        data = whole.random_(0, 255)
+        size = order["bytes"]
+        data = self._transport.allocate(size, self._device) if order["pooled"] else _empty(size, self._device)
+        data.view(torch.int64).random_()
+        one = self._in_place if order["in_place"] else self._round
+        await one(lease, data, order["sum"])  # the first one maps, connects and faults in
+        found = [await one(lease, data, order["sum"]) for _ in range(order["rounds"])]
+        return {name: [getattr(took, name) for took in found] for name in Took._fields}
+
+    async def _round(self, lease: RemoteLease, data: torch.Tensor, with_sum: bool) -> Took:
+        change(data)
         _done(self._device)
-        if order["in_place"]:
-            return {"seconds": [await self._hand_over(lease, data) for _ in range(rounds)], "moving": []}
         pieces = spread(data, lease.extents)
+        before = self._moving
+        began = time.perf_counter()
         await self._write(lease, pieces)
-        if await self._have_summed(lease, data) != _sum(data) & MASK:
-            raise TransferError("what arrived is not what was sent")
-        seconds, summed, moving = [], [], []
-        for _ in range(rounds):
-            before = self._moving
-            took, until_summed = await self._round(lease, pieces, data, order["sum"])
-            seconds.append(took)
-            summed.append(until_summed)
-            moving.append(self._moving - before)
-        return {"seconds": seconds, "summed": summed, "moving": moving if all(moving) else []}
+        written = time.perf_counter() - began
+        if with_sum:
+            await self._ask(SUM, lease, data)
+        summed = time.perf_counter() - began
+        await self._verify(lease, data)
+        return Took(written, summed if with_sum else None, self._moving - before or None)
+
+    async def _in_place(self, lease: RemoteLease, data: torch.Tensor, _: bool) -> Took:
+        """From the moment that the data is in its slot until the receiver may read it."""
+        change(data)
+        slot = await self._transport.open_slot(lease, seconds=WRITE_SECONDS)
+        assert slot is not None, "this transport opens no slots"
+        slot[: data.numel()].copy_(data)
+        began = time.perf_counter()
+        await self._write(lease, [Piece(slot[: data.numel()], 0)])
+        written = time.perf_counter() - began
+        await self._verify(lease, data)
+        return Took(written, None, None)
+
+    async def _write(self, lease: RemoteLease, pieces: list[Piece]) -> None:
+        await self._transport.write(lease, pieces, seconds=WRITE_SECONDS)
 
     @property
     def _moving(self) -> float:
         """Seconds of moving so far, where the transport counts them."""
         return self._transport.moved.seconds if isinstance(self._transport, OneSidedTransport) else 0.0
 
-    async def _round(
-        self, lease: RemoteLease, pieces: list[Piece], data: torch.Tensor, with_sum: bool
-    ) -> tuple[float, float]:
-        began = time.perf_counter()
-        await self._write(lease, pieces)
-        written = time.perf_counter() - began
-        if with_sum:
-            await self._have_summed(lease, data)
-        return written, time.perf_counter() - began
+    async def _verify(self, lease: RemoteLease, data: torch.Tensor) -> None:
+        """Outside of what is timed. Raises TransferError."""
+        sent = digest(piece.data for piece in spread(data, lease.extents))
+        if await self._ask(DIGEST, lease, data) != sent:
+            raise TransferError("what arrived is not what was sent")
 
-    async def _write(self, lease: RemoteLease, pieces: list[Piece]) -> None:
-        await self._transport.write(lease, pieces, seconds=WRITE_SECONDS)
-
-    async def _hand_over(self, lease: RemoteLease, data: torch.Tensor) -> float:
-        """From the moment that the data is in its slot until the receiver may read it."""
-        slot = await self._transport.open_slot(lease, seconds=WRITE_SECONDS)
-        assert slot is not None, "this transport opens no slots"
-        slot[: data.numel()].copy_(data)
-        began = time.perf_counter()
-        await self._write(lease, [Piece(slot[: data.numel()], 0)])
-        return time.perf_counter() - began
-
-    async def _have_summed(self, lease: RemoteLease, data: torch.Tensor) -> int:
-        self._sum = asyncio.get_running_loop().create_future()
+    async def _ask(self, what: int, lease: RemoteLease, data: torch.Tensor) -> int:
+        self._answer = asyncio.get_running_loop().create_future()
         said = EmbeddingLanded(
-            request=RequestId(lease.pool.pool), attempt=0, index=0, lease=lease.lease, generation=0, spec=spec_of(data)
+            request=RequestId(lease.pool.pool),
+            attempt=what,
+            index=0,
+            lease=lease.lease,
+            generation=0,
+            spec=spec_of(data),
         )
         self._link.send(said)
-        return await self._sum
+        return await self._answer
 
     async def close(self) -> None:
         self._link.close()
         await self._transport.close()
 
 
-def _sum(data: torch.Tensor) -> int:
-    return int(data.view(torch.int64).sum())
+class Took(NamedTuple):
+    """Seconds of one write: until the receiver may read, until it has read every byte, and of the movement alone."""
+
+    written: float
+    summed: float | None
+    moving: float | None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _empty(size: int, device: torch.device) -> torch.Tensor:
@@ -240,7 +250,7 @@ async def _obey() -> None:
             match order["do"]:
                 case "receive":
                     end = Receiver(order)
-                    answer = end.open(order["sizes"], order["page"]) | _facts()
+                    answer = end.open(order) | _facts()
                 case "attach":
                     end = Writer(order)
                     answer = _facts()

@@ -38,24 +38,30 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One transport as it is measured. ``page``: bytes of the pieces, which lie in no order; 0: one piece."""
+    """One transport as it is measured. ``page``: bytes of the pieces; 0: one piece. They lie as a fresh cluster's pages
+    do, side by side at both ends, or ``scattered``: so that no two can go as one. ``tcp``: ZMQ without a file system.
+    """
 
     name: str
     backend: str
     protocol: str = ""
     gpu: bool = False
     page: int = 0
+    scattered: bool = False
     in_place: bool = False
+    tcp: bool = False
 
 
 TRANSPORTS = (
     Way("zmq", "zmq"),
+    Way("zmq-tcp", "zmq", tcp=True),
     Way("shm", "shm"),
     Way("shm-in-slot", "shm", in_place=True),
     Way("mooncake-tcp", "mooncake", "tcp"),
     Way("mooncake-rdma", "mooncake", "rdma"),
     Way("gpu-mooncake-nvlink", "mooncake", "nvlink", gpu=True),
-    Way("gpu-mooncake-nvlink-pages", "mooncake", "nvlink", gpu=True, page=KV_PAGE),
+    Way("gpu-mooncake-nvlink-adjacent", "mooncake", "nvlink", gpu=True, page=KV_PAGE),
+    Way("gpu-mooncake-nvlink-pages", "mooncake", "nvlink", gpu=True, page=KV_PAGE, scattered=True),
     Way("gpu-zmq", "zmq", gpu=True),
 )
 
@@ -127,13 +133,13 @@ def _measure(way: Way, sizes: Sequence[int], gpus: Sequence[Gpu], say: Say) -> l
     with contextlib.ExitStack() as stack:
         sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="epd-"))
         common = {
-            "backend": way.backend, "protocol": way.protocol, "gpu": way.gpu,
+            "backend": way.backend, "protocol": way.protocol, "gpu": way.gpu, "tcp": way.tcp,
             "sockets": sockets, "token": secrets.token_hex(16),
         }  # fmt: skip
         with _end(",".join(both) if way.gpu else "", way) as plain:
             ceilings = plain.ask(do="ceiling", gpu=way.gpu, sizes=list(sizes), rounds=10)["rates"]
         receiver = stack.enter_context(_end(both[1], way))
-        opened = receiver.ask(do="receive", sizes=list(sizes), page=way.page, **common)
+        opened = receiver.ask(do="receive", sizes=list(sizes), page=way.page, scattered=way.scattered, **common)
         say(f"{way.name}: {opened['note']}")
         writer = stack.enter_context(_end(both[0], way))
         writer.ask(do="attach", notify=opened["notify"], **common)
@@ -154,9 +160,8 @@ def _row(way: Way, size: int, ceiling: float, opened: dict[str, Any], writer: _E
         sum=not way.gpu and not way.page,
         pooled=bool(way.page),
     )
-    seconds = statistics.median(found["seconds"])
-    moving = size / statistics.median(found["moving"]) / 1e9 if found["moving"] else None
-    summed = statistics.median(found["summed"]) if "summed" in found and not way.gpu else None
+    seconds, summed, moving = (_median(found[name]) for name in ("written", "summed", "moving"))
+    assert seconds is not None, "every write was timed"
     return Row(
         transport=way.name,
         bytes=size,
@@ -165,8 +170,14 @@ def _row(way: Way, size: int, ceiling: float, opened: dict[str, Any], writer: _E
         ceiling_gb_per_s=round(ceiling, 3),
         register_us=round(opened["register_us"], 1),
         summed_us=None if summed is None else round(summed * 1e6, 1),
-        moving_gb_per_s=None if moving is None else round(moving, 3),
+        moving_gb_per_s=None if moving is None else round(size / moving / 1e9, 3),
     )
+
+
+def _median(seconds: Sequence[float | None]) -> float | None:
+    """None where one of them was not measured."""
+    known = [each for each in seconds if each is not None]
+    return statistics.median(known) if len(known) == len(seconds) else None
 
 
 class _End:
