@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -90,6 +91,42 @@ def test_neighbours_at_both_ends_go_as_one_run(engine: Engine) -> None:
     assert torch.equal(pool[100:120], pages[20:])
     mover.close()
     assert not engine._known
+
+
+def with_calls(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    monkeypatch.setitem(PROTOCOLS, "tcp", dataclasses.replace(PROTOCOLS["tcp"], calls=calls))
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3, 10])
+def test_a_batch_may_be_divided_into_several_calls(monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
+    with_calls(monkeypatch, 3)
+    engine = Engine(Pretender(), "tcp")
+    source, target = torch.arange(pages * 10, dtype=torch.uint8), torch.zeros(pages * 20, dtype=torch.uint8)
+    start, base = source.data_ptr(), target.data_ptr()
+    engine.write(
+        engine.session, [mooncake_engine.Run(start + page * 10, base + page * 20, 10) for page in range(pages)]
+    )
+    assert len(writes(engine)) == min(3, pages)
+    assert torch.equal(target.view(-1, 20)[:, :10].flatten(), source)
+
+
+def test_a_call_that_failed_waits_for_those_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that come after a write has ended would land in somebody else's slot."""
+    ended, failed = threading.Event(), threading.Event()
+
+    class Lame(Pretender):
+        def batch_transfer_sync_write(self, to: str, own: list[int], theirs: list[int], sizes: list[int]) -> int:
+            if own == [0]:
+                failed.set()
+                return -1
+            assert failed.wait(30)
+            ended.set()
+            return 0
+
+    with_calls(monkeypatch, 2)
+    with pytest.raises(TransferError, match="did not deliver 8 bytes"):
+        Engine(Lame(), "tcp").write("127.0.0.1:7", [mooncake_engine.Run(each, each, 8) for each in (0, 8)])
+    assert ended.is_set()
 
 
 def test_a_writer_that_was_told_to_stop_writes_no_further_batch(engine: Engine) -> None:
