@@ -129,11 +129,13 @@ class Writer:
         data = self._transport.allocate(size, self._device) if order["pooled"] else _empty(size, self._device)
         data.view(torch.int64).random_()
         one = self._in_place if order["in_place"] else self._round
-        await one(lease, data, order["sum"])  # the first one maps, connects and faults in
-        found = [await one(lease, data, order["sum"]) for _ in range(order["rounds"])]
+        await one(lease, data, order)  # the first one maps, connects and faults in
+        found = [await one(lease, data, order) for _ in range(order["rounds"])]
         return {name: [getattr(took, name) for took in found] for name in Took._fields}
 
-    async def _round(self, lease: RemoteLease, data: torch.Tensor, with_sum: bool) -> Took:
+    async def _round(self, lease: RemoteLease, data: torch.Tensor, order: dict[str, Any]) -> Took:
+        if order["opened"]:
+            await self._transport.open_slot(lease, seconds=WRITE_SECONDS)
         change(data)
         _done(self._device)
         pieces = spread(data, lease.extents)
@@ -141,13 +143,13 @@ class Writer:
         began = time.perf_counter()
         await self._write(lease, pieces)
         written = time.perf_counter() - began
-        if with_sum:
+        if order["sum"]:
             await self._ask(SUM, lease, data)
         summed = time.perf_counter() - began
         await self._verify(lease, data)
-        return Took(written, summed if with_sum else None, self._moving - before or None)
+        return Took(written, summed if order["sum"] else None, self._moving - before or None)
 
-    async def _in_place(self, lease: RemoteLease, data: torch.Tensor, _: bool) -> Took:
+    async def _in_place(self, lease: RemoteLease, data: torch.Tensor, _: dict[str, Any]) -> Took:
         """From the moment that the data is in its slot until the receiver may read it."""
         change(data)
         slot = await self._transport.open_slot(lease, seconds=WRITE_SECONDS)

@@ -40,6 +40,8 @@ Say = Callable[[str], None]
 class Way:
     """One transport as it is measured. ``page``: bytes of the pieces; 0: one piece. They lie as a fresh cluster's pages
     do, side by side at both ends, or ``scattered``: so that no two can go as one. ``tcp``: ZMQ without a file system.
+    ``opened``: the write has begun before it is timed, as an encoder begins it while its tower runs. ``in_place``: and
+    what is written has been made in the slot.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Way:
     gpu: bool = False
     page: int = 0
     scattered: bool = False
+    opened: bool = False
     in_place: bool = False
     tcp: bool = False
 
@@ -60,6 +63,7 @@ TRANSPORTS = (
     Way("mooncake-tcp", "mooncake", "tcp"),
     Way("mooncake-rdma", "mooncake", "rdma"),
     Way("gpu-mooncake-nvlink", "mooncake", "nvlink", gpu=True),
+    Way("gpu-mooncake-nvlink-opened", "mooncake", "nvlink", gpu=True, opened=True),
     Way("gpu-mooncake-nvlink-adjacent", "mooncake", "nvlink", gpu=True, page=KV_PAGE),
     Way("gpu-mooncake-nvlink-pages", "mooncake", "nvlink", gpu=True, page=KV_PAGE, scattered=True),
     Way("gpu-zmq", "zmq", gpu=True),
@@ -156,6 +160,7 @@ def _row(way: Way, size: int, ceiling: float, opened: dict[str, Any], writer: _E
         lease=opened["lease"],
         bytes=size,
         rounds=rounds,
+        opened=way.opened,
         in_place=way.in_place,
         sum=not way.gpu and not way.page,
         pooled=bool(way.page),

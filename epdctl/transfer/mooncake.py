@@ -75,18 +75,18 @@ class _RemotePool:
 
 
 def _runs(puts: Sequence[Put], base: int) -> Iterator[Run]:
-    """``puts`` with neighbours joined."""
-    whole: Run | None = None
+    """``puts`` with neighbours joined. Hundreds of pages come at once, and no byte moves meanwhile."""
+    source = target = nbytes = 0
     for put in puts:
-        source, target, nbytes = put.data.data_ptr(), base + put.place, put.data.numel()
-        if whole and (whole.source + whole.nbytes, whole.target + whole.nbytes) == (source, target):
-            whole = Run(whole.source, whole.target, whole.nbytes + nbytes)
+        start, place, more = put.data.data_ptr(), base + put.place, put.data.numel()
+        if start == source + nbytes and place == target + nbytes:
+            nbytes += more
             continue
-        if whole:
-            yield whole
-        whole = Run(source, target, nbytes)
-    if whole:
-        yield whole
+        if nbytes:
+            yield Run(source, target, nbytes)
+        source, target, nbytes = start, place, more
+    if nbytes:
+        yield Run(source, target, nbytes)
 
 
 def _batches(runs: Sequence[Run], size: int) -> Iterator[list[Run]]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -64,8 +64,7 @@ class RawEngine(Protocol):
     def batch_transfer_sync_write(self, to: str, own: list[int], theirs: list[int], sizes: list[int], /) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """Contiguous at both ends. Addresses in their own processes."""
 
     source: int
@@ -117,7 +116,7 @@ class Engine:
             done.result()
 
     def _call(self, session: str, runs: Sequence[Run]) -> None:
-        sources, targets, sizes = ([getattr(run, name) for run in runs] for name in ("source", "target", "nbytes"))
+        sources, targets, sizes = map(list, zip(*runs, strict=True))
         if self._raw.batch_transfer_sync_write(session, sources, targets, sizes) != 0:
             raise TransferError(f"Mooncake ({self.protocol}) did not deliver {sum(sizes)} bytes to {session}")
 

@@ -34,8 +34,8 @@ def test_only_what_this_machine_has_is_tried(monkeypatch: pytest.MonkeyPatch) ->
     assert names(machine()) == ["zmq", "zmq-tcp", "shm", "shm-in-slot"]
     assert names(beside(0, "mooncake-transfer-engine-non-cuda"))[-2:] == ["shm-in-slot", "mooncake-tcp"]
     nvlink = "gpu-mooncake-nvlink"
-    between = [nvlink, f"{nvlink}-adjacent", f"{nvlink}-pages", "gpu-zmq"]
-    assert names(beside(2, "mooncake-transfer-engine-cuda13"))[-4:] == between
+    between = [nvlink, f"{nvlink}-opened", f"{nvlink}-adjacent", f"{nvlink}-pages", "gpu-zmq"]
+    assert names(beside(2, "mooncake-transfer-engine-cuda13"))[-5:] == between
     assert names(beside(2, "mooncake-transfer-engine-non-cuda"))[-1] == "gpu-zmq"
     assert "gpu-zmq" not in names(beside(1, "mooncake-transfer-engine-cuda13"))
     slices = Hardware((gpu(0, "MIG-1", "GPU-9"), gpu(0, "MIG-2", "GPU-9")), 2)

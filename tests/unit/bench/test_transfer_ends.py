@@ -20,7 +20,7 @@ from tests.support.ranks import socket_directory
 
 PAGE, SIZE = 8192, 65536
 PLAIN = {"backend": "shm", "protocol": "", "gpu": False, "tcp": False, "token": "secret", "page": 0, "scattered": False}
-ROUNDS = {"rounds": 3, "sum": True, "in_place": False, "pooled": False}
+ROUNDS = {"rounds": 3, "sum": True, "opened": False, "in_place": False, "pooled": False}
 
 
 @pytest.fixture
@@ -90,6 +90,7 @@ def measured(sockets: Path, forget_after: int | None = None, **order: Any) -> di
 
 WAYS: list[dict[str, Any]] = [
     {},
+    {"opened": True},
     {"backend": "zmq"},
     {"backend": "zmq", "tcp": True},
     {"page": PAGE, "pooled": True},
