@@ -33,6 +33,7 @@ GIB = 1 << 30
 _SOCKET_PATH_LIMIT = 107
 _LONGEST_SOCKET = len("//s/encoder-router-0.99999.a-purpose-of-16b")  # without the cluster's name
 _SHORTEST_NAME = 8
+_NO_TOKEN = "its ports ask for no token, so what ranks with it move can be read and written by every user"
 _OPEN_DEVICES = "in a container: docker run --device=/dev/infiniband; else the group of those files"
 _DEBIAN_PACKAGES = {
     "libibverbs": "libibverbs1",
@@ -115,9 +116,9 @@ def check_mooncake(found: Mooncake, extra: str, wanted_package: str) -> Check:
     if found.broken is not None:
         return Check(Level.FAIL, "mooncake", f"does not import: {found.broken}", _library_remedy(found.broken))
     if not found.private:
-        text = f"{wanted_package} imports; its ports ask for no token, and this kernel lets every address reach them"
+        text = f"{wanted_package} imports; {_NO_TOKEN} of whatever machine reaches this one: the kernel cannot tie them"
         return Check(Level.WARN, "mooncake", text, "Linux 5.7 or newer, or a firewall before the ports 15000 to 17000")
-    return ok("mooncake", f"{wanted_package} imports; its ports ask for no token, and are kept on the loopback")
+    return ok("mooncake", f"{wanted_package} imports; {_NO_TOKEN} of this host")
 
 
 def check_video(missing: Sequence[str], extra: str) -> Check:

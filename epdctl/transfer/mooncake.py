@@ -1,7 +1,7 @@
 """Bytes by Mooncake's engine: TCP, RDMA, or NVLink within a host. Which one is said by the plan.
 
-Whoever reaches the engine's port and knows an address may write there: addresses are told only to peers that showed the
-cluster's token.
+The engine asks nobody for the cluster's token: whoever reaches its port is told by the engine itself where memory is
+registered, and may read and write it. So every user of this host can; what keeps other hosts out: mooncake_engine.
 """
 
 from __future__ import annotations

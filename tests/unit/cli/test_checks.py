@@ -30,7 +30,7 @@ def test_which_mooncake_fits(torch: str | None, driver: int | None, extra: str) 
     ("found", "level", "said"),
     [
         (Mooncake([]), Level.OK, "pip install 'epdctl[mooncake-cpu]'"),
-        (Mooncake([CPU_PACKAGE]), Level.OK, "imports"),
+        (Mooncake([CPU_PACKAGE]), Level.OK, "can be read and written by every user of this host"),
         (Mooncake([CPU_PACKAGE], private=False), Level.WARN, "a firewall"),
         (Mooncake(["mooncake-transfer-engine"]), Level.FAIL, "pip uninstall -y mooncake-transfer-engine"),
         (Mooncake([CPU_PACKAGE, "mooncake-transfer-engine"]), Level.FAIL, "all of them write the same module"),
