@@ -24,7 +24,6 @@ __all__ = [
     "check_python",
     "check_rdma",
     "check_runtime_dir",
-    "check_shared_memory",
     "check_video",
     "fitting_extra",
 ]
@@ -146,15 +145,6 @@ def check_kernel(feature: str, works: bool, consequence: str) -> Check:
     if works:
         return ok(feature, "works")
     return Check(Level.WARN, feature, f"not available: {consequence}", "leave the sandbox, or use a newer kernel")
-
-
-def check_shared_memory(free_bytes: int | None) -> Check:
-    if free_bytes is None:
-        return Check(Level.FAIL, "/dev/shm", "not there", "mount it: mount -t tmpfs tmpfs /dev/shm")
-    text = f"{free_bytes / GIB:.1f} GiB free"
-    if free_bytes >= GIB:
-        return ok("/dev/shm", text)
-    return Check(Level.WARN, "/dev/shm", text, "in a container: docker run --shm-size=8g")
 
 
 def check_rdma(devices: RdmaDevices) -> Check:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import stat
 import subprocess
 import sys
@@ -43,7 +42,6 @@ def examine(environ: Mapping[str, str]) -> Iterator[Check]:
     yield checks.check_video(videos.missing(), videos.EXTRA)
     yield checks.check_gpus(*gpu_names())
     yield from _kernel()
-    yield checks.check_shared_memory(_free("/dev/shm"))
     rdma = rdma_devices()
     yield checks.check_rdma(rdma)
     yield checks.check_memlock(_limit(resource.RLIMIT_MEMLOCK), has_rdma=rdma.trouble is None)
@@ -76,13 +74,16 @@ def _kernel() -> Iterator[Check]:
     found = probe()
     yield checks.check_kernel("pidfd", found.pidfd, "deaths are noticed a little later")
     yield checks.check_kernel("subreaper", found.subreaper, "what a killed rank started is found by the sweep only")
+    yield checks.check_kernel("memfd", _memfd(), "ranks on CPUs need transfer.backend: zmq")
 
 
-def _free(path: str) -> int | None:
+def _memfd() -> bool:
+    """As ``transfer.backend: shm`` makes its pools; /dev/shm is not asked for, and its size bounds nothing."""
     try:
-        return shutil.disk_usage(path).free
+        os.close(os.memfd_create("epdctl-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     except OSError:
-        return None
+        return False
+    return True
 
 
 def _limit(kind: int) -> int | None:

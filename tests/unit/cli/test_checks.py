@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from epdctl.cli import checks
+from epdctl.cli import checks, examine
 from epdctl.cli.checks import Check, Level, Mooncake
 from epdctl.transfer.rdma import RdmaDevices
 
@@ -57,9 +59,6 @@ def test_mooncake_is_one_package_that_imports(found: Mooncake, level: Level, sai
         (checks.check_gpus([], None), Level.OK),
         (checks.check_gpus([], "driver/library version mismatch"), Level.FAIL),
         (checks.check_kernel("pidfd", False, "slow"), Level.WARN),
-        (checks.check_shared_memory(None), Level.FAIL),
-        (checks.check_shared_memory(64 << 20), Level.WARN),
-        (checks.check_shared_memory(8 << 30), Level.OK),
         (checks.check_memlock(64 << 10, has_rdma=True), Level.WARN),
         (checks.check_memlock(64 << 10, has_rdma=False), Level.OK),
         (checks.check_memlock(None, has_rdma=True), Level.OK),
@@ -89,4 +88,21 @@ def test_what_videos_need_is_named_and_nothing_to_be_mended() -> None:
     assert (found.level, found.finding) == (
         Level.OK,
         "torchvision and av not installed; only videos need it: pip install x",
+    )
+
+
+def test_shared_memory_needs_memfds_and_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/shm may be missing or small: pools are not there."""
+    assert [check.subject for check in examine._kernel()] == ["pidfd", "subreaper", "memfd"]
+
+    def forbid(*_: object) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "memfd_create", forbid)
+    *_, memfd = examine._kernel()
+    assert memfd == Check(
+        Level.WARN,
+        "memfd",
+        "not available: ranks on CPUs need transfer.backend: zmq",
+        "leave the sandbox, or use a newer kernel",
     )
