@@ -26,7 +26,6 @@ from epdctl.wire.transfer import (
     GuestToHost,
     HostToGuest,
     Landed,
-    PieceHeader,
     Rejected,
     RemoteLease,
 )
@@ -90,11 +89,11 @@ class Calls:
             return await self._ask(number, begin)
         except EpdError:
             with contextlib.suppress(EpdError):
-                await self.end(number, landed=False, sums=[])
+                await self.end(End(write=number, landed=False))
             raise
 
-    async def end(self, number: int, *, landed: bool, sums: list[PieceHeader]) -> HostToGuest:
-        return await self._ask(number, End(write=number, landed=landed, pieces=sums), last=True)
+    async def end(self, end: End) -> HostToGuest:
+        return await self._ask(end.write, end, last=True)
 
     async def _ask(self, number: int, message: GuestToHost, *, last: bool = False) -> HostToGuest:
         """``last``: its answer is waited for a little even when the peer was withdrawn, so that it hears of it."""

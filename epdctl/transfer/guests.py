@@ -1,8 +1,9 @@
 """The receiving half of transports whose writers write by themselves: who is let in, where, and when it has stopped.
 
 No byte passes through here. A writer attaches once with the cluster's token, and only then learns where the memory is.
-Every write is announced and ended by message; one that nobody ends is over when its writer's process is dead. Where
-checksums came with its end, they are verified on a thread, and the write is over when that is done.
+Every write is announced and ended by message. One that nobody ends, or that was given up while its bytes may move on,
+is over when its writer's process is dead. Where checksums came with its end, they are verified on a thread, and the
+write is over when that is done.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ class _Guest:
     name: str  # rank and incarnation
     watch: DeathWatch | None = None
     visits: dict[int, _Visit] = field(default_factory=dict)
-    checked: set[int] = field(default_factory=set)  # writes that were ended, and are inside until they are verified
+    ended: set[int] = field(default_factory=set)  # inside all the same: until verified, or as long as the process lives
 
     def leave(self, write: int) -> _Visit:
         visit = self.visits.pop(write)
-        self.checked.discard(write)
+        self.ended.discard(write)
         visit.pool.leave(visit.lease, self.name)
         return visit
 
@@ -171,13 +172,18 @@ class Guests:
     def _end(self, sender: Sender, message: End) -> HostToGuest | None:
         """None: the answer comes when the bytes have been verified."""
         guest, write = self._guests.get(sender), message.write
-        if guest is None or write not in guest.visits or write in guest.checked:
+        if guest is None or write not in guest.visits or write in guest.ended:
             return Rejected(write=write, kind="stranger", text=f"write {write} has not begun")
+        if not message.stopped:
+            guest.ended.add(write)
+            lease = guest.visits[write].lease
+            log.warning("%s gave a write into lease %d up and may still be at it: its slot is kept", guest.name, lease)
+            return Landed(write=write)
         if not message.landed or all(piece.checksum is None for piece in message.pieces):
             return _over(guest, message)
         if len(self._checks) >= MAX_CHECKS:
             return _over(guest, message, Refusal("full", f"{len(self._checks)} writes wait to be verified"))
-        guest.checked.add(write)
+        guest.ended.add(write)
         task = asyncio.get_running_loop().create_task(self._check(sender, message, guest.visits[write]))
         self._checks.add(task)
         task.add_done_callback(self._checks.discard)

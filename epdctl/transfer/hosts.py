@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from epdctl.transfer.calls import Calls
 from epdctl.transfer.landing import Owner, Parcel, Refusal, place_of, refused
 from epdctl.transfer.movers import Moved, Mover, Put, Remote
 from epdctl.transfer.turns import Slot, Turn
-from epdctl.wire.transfer import Extent, HostToGuest, PieceHeader, Rejected, RemoteLease
+from epdctl.wire.transfer import End, Extent, PieceHeader, Rejected, RemoteLease
 
 __all__ = ["Host"]
 
@@ -40,6 +41,7 @@ class Host:
         self._thread = ThreadPoolExecutor(1, "transfer")
         self._slots: dict[int, Slot] = {}  # by generation
         self._remotes: dict[str, Remote] = {}
+        self._adrift: list[Sequence[Piece]] = []  # may be read still; bounded by what the peer bears in quarantine
         self._calls = Calls(endpoint, owner)
         self._closed = False
         self.working: set[asyncio.Future[Any]] = set()
@@ -75,13 +77,19 @@ class Host:
                 self.gone.result()
             if slot.opened is None and not await self._begin(lease, slot):
                 return
-            landed, sums = False, list[PieceHeader]()
+            landed, stopped, sums = False, True, list[PieceHeader]()
             try:
-                await self._put(lease.pool.pool, _puts(pieces, slot.extents), made, stop)
+                puts = await self._todo(lease.pool.pool, _puts(pieces, slot.extents))
+                stopped = False  # an error of what moves the bytes does not say that they have ceased to move
+                await self._move(puts, made, stop)
+                stopped = True
                 sums = await self._sums(pieces)
                 landed = not stop.is_set()
             finally:
-                answer = await self._end(slot, landed, sums)
+                if not stopped:
+                    self._adrift.append(pieces)
+                end = End(write=slot.end(), landed=landed, stopped=stopped, pieces=sums)
+                answer = await self._calls.end(end)
             if isinstance(answer, Rejected):
                 raise refused(answer)
 
@@ -101,23 +109,21 @@ class Host:
         slot.opened, slot.extents = begun
         return True
 
-    async def _put(self, pool: str, puts: Sequence[Put], made: object | None, stop: threading.Event) -> None:
+    async def _todo(self, pool: str, puts: Sequence[Put]) -> _Todo:
         remote = await self._remote(pool)
-        todo = [put for put in puts if not _is_there(remote, put)]
+        return _Todo(remote, [put for put in puts if not _is_there(remote, put)])
 
+    async def _move(self, todo: _Todo, made: object | None, stop: threading.Event) -> None:
         def work() -> None:
             self._mover.wait(made)
             began = time.perf_counter()
-            remote.put(todo, stop)
-            self._moved.add(sum(put.data.numel() for put in todo), time.perf_counter() - began)
+            todo.remote.put(todo.puts, stop)
+            self._moved.add(todo.nbytes, time.perf_counter() - began)
 
-        if made is None and sum(put.data.numel() for put in todo) <= self._mover.inline_bytes:
+        if made is None and todo.nbytes <= self._mover.inline_bytes:
             work()
         else:
             await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    async def _end(self, slot: Slot, landed: bool, sums: list[PieceHeader]) -> HostToGuest:
-        return await self._calls.end(slot.end(), landed=landed, sums=sums)
 
     # -- a slot that is written in place --
 
@@ -148,7 +154,7 @@ class Host:
     async def _drop(self, generation: int) -> None:
         async with Turn(self._slots, generation) as slot:
             if slot.opened is not None:
-                await self._end(slot, False, [])
+                await self._calls.end(End(write=slot.end(), landed=False))
 
     # -- the peer's memory --
 
@@ -190,6 +196,19 @@ class Host:
         self._thread.submit(_close_all, list(self._remotes.values()))
         self._thread.shutdown(wait=False)
         self._remotes.clear()
+        self._adrift.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Todo:
+    """What is not there yet, and whom to give it."""
+
+    remote: Remote
+    puts: Sequence[Put]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(put.data.numel() for put in self.puts)
 
 
 def _puts(pieces: Sequence[Piece], extents: Sequence[Extent]) -> list[Put]:

@@ -28,7 +28,7 @@ class Remote(Protocol):
     def put(self, puts: Sequence[Put], stop: threading.Event) -> None:
         """Write them all and return when they are there; or return early when ``stop`` is set. On a thread.
 
-        Raises TransferError or PeerGone.
+        Raises TransferError or PeerGone; then bytes may still be on their way, and nobody knows for how long.
         """
         ...
 

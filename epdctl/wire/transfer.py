@@ -141,10 +141,14 @@ class Admitted(Message, frozen=True):
 
 
 class End(Message, frozen=True):
-    """The writer has stopped. ``landed``: all bytes are there; ``pieces`` say their checksums, if they have any."""
+    """The writer has stopped. ``landed``: all bytes are there; ``pieces`` say their checksums, if they have any.
+
+    ``stopped`` false: it gave up, and what moves its bytes may go on: only the end of its process is their end.
+    """
 
     write: int
     landed: bool
+    stopped: bool = True
     pieces: list[PieceHeader] = []
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -16,20 +17,23 @@ from typing import Any
 import msgspec
 import torch
 
-from epdctl.errors import EpdError
+from epdctl.errors import EpdError, PoolExhausted
 from epdctl.ids import Incarnation, RankName
 from epdctl.transfer import landing
 from epdctl.transfer.allocators import RangeAllocator
 from epdctl.transfer.base import Piece, Transport
 from epdctl.transfer.landing import Owner
+from epdctl.transfer.leases import SlotState
+from epdctl.transfer.mooncake_engine import PROTOCOLS, Way
 from epdctl.transfer.open import BACKENDS, Opening
 from epdctl.transfer.pool import Pool
 from epdctl.wire import mooncake
 from epdctl.wire.config import TransferConfig
 from epdctl.wire.transfer import RemoteLease
+from tests.support.halfway import Halfway
 from tests.support.rude_writers import FAULTS
 
-__all__ = ["POOL_BYTES", "End", "decoded", "encoded", "open_at", "pattern", "receiving", "writing"]
+__all__ = ["POOL_BYTES", "End", "decoded", "encoded", "open_at", "pattern", "receiving", "settle_soon", "writing"]
 
 GUARD_SECONDS = 60.0
 POOL_BYTES = 1 << 20
@@ -62,6 +66,15 @@ class End:
         assert self.pipe.poll(GUARD_SECONDS), "the other end does not answer"
         return self.pipe.recv()
 
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.process.pid, signal.SIGCONT)
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
@@ -83,19 +96,23 @@ def _started(target: Callable[..., None], *words: Any) -> Iterator[End]:
 
 
 @contextmanager
-def writing(backend: str, sockets: Path, name: str = "encoder/0") -> Iterator[End]:
-    """Orders: write(lease, bytes, seed, token, how), stall(lease), and the name of a fault of rude_writers (lease).
+def writing(backend: str, sockets: Path, name: str = "encoder/0", **environ: str) -> Iterator[End]:
+    """Orders: write(lease, bytes, seed, token, how), and the name of a fault of rude_writers (lease); half or
+    half_given_up (lease, bytes, seed), which stops when half of the bytes are there; go_on, which answers when the rest
+    was tried; ended, which says how that write ended.
 
     Answers: "done", or the error's name and text; of a fault, what came of it.
     """
-    with _started(_writer, backend, str(sockets), name) as end:
+    with _started(_writer, backend, str(sockets), name, environ) as end:
         yield end
 
 
 @contextmanager
-def receiving(backend: str, endpoint: str) -> Iterator[End]:
-    """Orders: lease(bytes) → the lease as JSON; sum → of the whole pool; free → bytes, all leases released."""
-    with _started(_receiver, backend, endpoint) as end:
+def receiving(backend: str, endpoint: str, nbytes: int = POOL_BYTES) -> Iterator[End]:
+    """Orders: lease(bytes) → the lease as JSON, or the error's name; sum → of the whole pool; free → bytes, all leases
+    released; freed → bytes, when none is in quarantine.
+    """
+    with _started(_receiver, backend, endpoint, nbytes) as end:
         yield end
 
 
@@ -113,8 +130,11 @@ def _obey(pipe: Connection, obey: Callable[..., Any]) -> None:
     asyncio.run(work())
 
 
-def _writer(pipe: Connection, backend: str, sockets: str, name: str) -> None:
+def _writer(pipe: Connection, backend: str, sockets: str, name: str, environ: dict[str, str]) -> None:
+    os.environ.update(environ)
     transports: dict[tuple[str, str], Transport] = {}
+    gate = Halfway(backend)
+    halves: list[asyncio.Task[str]] = []
     faults = {fault.__name__: fault for fault in FAULTS[backend]}
 
     def transport(token: str, how: str) -> Transport:
@@ -124,42 +144,65 @@ def _writer(pipe: Connection, backend: str, sockets: str, name: str) -> None:
         return transports[token, how]
 
     async def obey(
-        verb: str, lease: bytes, nbytes: int = 0, seed: int = 0, token: str = "secret", how: str = ""
+        verb: str, lease: bytes = b"", nbytes: int = 0, seed: int = 0, token: str = "secret", how: str = ""
     ) -> Any:
+        match verb:
+            case "go_on":
+                gate.let_go()
+                return await asyncio.to_thread(gate.moved.wait, GUARD_SECONDS)
+            case "ended":
+                return await halves.pop()
         target = decoded(lease)
         if verb in faults:
             return await asyncio.to_thread(faults[verb], target)
-        if verb == "stall":  # in the middle of it, for ever
-            if await transport(token, how).open_slot(target, seconds=GUARD_SECONDS) is None and backend == "zmq":
-                await transport(token, how).write(target, [Piece(pattern(100, 1), 0)], seconds=GUARD_SECONDS)
-            return "inside"
+        through = transport(token, how)
         if how == "broken":
             landing.sums_of = lambda pieces: [1] * len(pieces)
-        try:
-            await transport(token, how).write(target, [Piece(pattern(nbytes, seed), 0)], seconds=GUARD_SECONDS)
-        except EpdError as error:
-            return f"{type(error).__name__}: {error.message}"
-        return "done"
+        if verb == "write":
+            return await _outcome(through, target, pattern(nbytes, seed))
+        gate.arm(gives_up=verb == "half_given_up")
+        halves.append(asyncio.create_task(_outcome(through, target, pattern(nbytes, seed))))
+        return await asyncio.to_thread(gate.reached.wait, GUARD_SECONDS)
 
     _obey(pipe, obey)
 
 
-def _receiver(pipe: Connection, backend: str, endpoint: str) -> None:
+async def _outcome(transport: Transport, lease: RemoteLease, data: torch.Tensor) -> str:
+    try:
+        await transport.write(lease, [Piece(data, 0)], seconds=GUARD_SECONDS)
+    except EpdError as error:
+        return f"{type(error).__name__}: {error.message}"
+    return "done"
+
+
+def _receiver(pipe: Connection, backend: str, endpoint: str, size: int) -> None:
     kept: list[Any] = []
 
     async def obey(verb: str, nbytes: int = 0) -> Any:
         if not kept:
+            settle_soon()
             transport = open_at(backend, endpoint, "prefill/0")
-            pool = Pool("embeddings", transport.allocate(POOL_BYTES, torch.device("cpu")), RangeAllocator(POOL_BYTES))
+            pool = Pool("embeddings", transport.allocate(size, torch.device("cpu")), RangeAllocator(size))
             kept.extend([transport, pool, transport.register(pool)])
         _, pool, address = kept
         match verb:
             case "lease":
-                return encoded(pool.lease(nbytes, "request", seconds=GUARD_SECONDS).remote(address))
+                try:
+                    return encoded(pool.lease(nbytes, "request", seconds=GUARD_SECONDS).remote(address))
+                except PoolExhausted as error:
+                    return type(error).__name__
             case "free":
                 for lease in pool.leases.live():
-                    pool.release(lease.id)
+                    if pool.leases.state(lease.id) is not SlotState.QUARANTINED:
+                        pool.release(lease.id)
                 pool.check()
+                return pool.allocator.free
+            case "freed":
+                freed = asyncio.Event()
+                pool.freed = freed.set
+                while pool.quarantined_bytes:
+                    freed.clear()
+                    await freed.wait()
                 return pool.allocator.free
             case _:
                 return int(pool.memory.sum())
@@ -173,3 +216,8 @@ def decoded(lease: bytes) -> RemoteLease:
 
 def encoded(lease: RemoteLease) -> bytes:
     return msgspec.json.encode(lease, enc_hook=str)
+
+
+def settle_soon(patch: Callable[[dict[str, Way], str, Way], None] = dict.__setitem__) -> None:
+    """What a dead writer had sent over Mooncake is waited for a moment only."""
+    patch(PROTOCOLS, "tcp", replace(PROTOCOLS["tcp"], settle_seconds=0.01))

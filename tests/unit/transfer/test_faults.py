@@ -7,6 +7,8 @@
     lease expired, pool full, generation used
     again, checksum broken, another cluster     test_what_the_receiver_refuses_is_told_in_words_and_the_next_write_lands
     two writers in one slot                     test_two_processes_never_write_into_one_slot
+    engine gives up, and its bytes go on        test_an_engine_that_gave_a_write_up_and_goes_on_...,
+                                                test_a_write_that_mooncake_itself_gave_up_...
 
 A whole cluster under the same faults: e2e/test_transports.py, e2e/test_kill.py, e2e/test_soak.py.
 """
@@ -27,7 +29,17 @@ from epdctl.transfer.pool import Pool
 from epdctl.wire.transfer import RemoteLease
 from tests.support.ranks import run
 from tests.support.rude_writers import FAULTS
-from tests.support.transfer_ends import POOL_BYTES, End, decoded, encoded, open_at, pattern, receiving, writing
+from tests.support.transfer_ends import (
+    POOL_BYTES,
+    End,
+    decoded,
+    encoded,
+    open_at,
+    pattern,
+    receiving,
+    settle_soon,
+    writing,
+)
 
 HALF = POOL_BYTES // 2
 
@@ -43,12 +55,7 @@ class Here:
     """The receiver, in this process."""
 
     def __init__(self, backend: str, sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        if backend == "mooncake":
-            from epdctl.transfer import mooncake_engine
-
-            quick = mooncake_engine.PROTOCOLS["tcp"]
-            fields = {name: getattr(quick, name) for name in quick.__dataclass_fields__} | {"settle_seconds": 0.01}
-            monkeypatch.setitem(mooncake_engine.PROTOCOLS, "tcp", mooncake_engine.Way(**fields))
+        settle_soon(monkeypatch.setitem)
         self.now = 0.0
         self.sockets = sockets
         self.transport: Transport = open_at(backend, f"ipc://{sockets}/here", "prefill/0")
@@ -64,6 +71,14 @@ class Here:
     def holds(self, lease: RemoteLease, seed: int) -> bool:
         extent = lease.extents[0]
         return torch.equal(self.pool.memory[extent.offset :][: extent.nbytes], pattern(extent.nbytes, seed))
+
+    async def half(self, lease: RemoteLease, seed: int) -> None:
+        """Returns when the first half of its bytes is there; the other is not."""
+        start, middle = lease.extents[0].offset, lease.extents[0].nbytes // 2
+        slot, data = self.pool.memory[start : start + 2 * middle], pattern(2 * middle, seed)
+        while not torch.equal(slot[:middle], data[:middle]):  # noqa: ASYNC110 - memory has no events
+            await asyncio.sleep(0)
+        assert not slot[middle:].any()
 
     def release(self, *leases: RemoteLease) -> None:
         for lease in leases:
@@ -98,7 +113,8 @@ Play = Callable[[Callable[[Here, End], Awaitable[None]]], None]
 def test_a_writer_killed_in_the_middle_of_a_write(here: Play, backend: str) -> None:
     async def test(receiver: Here, writer: End) -> None:
         lost, other = receiver.lease(), receiver.lease()
-        assert await writer.ask("stall", encoded(lost)) == "inside"
+        assert await writer.ask("half", encoded(lost), HALF, 1)
+        await receiver.half(lost, 1)
         receiver.release(lost)
         assert receiver.pool.quarantined_bytes == (0 if backend == "zmq" else HALF)
         if backend != "zmq":
@@ -118,16 +134,66 @@ def test_a_lease_that_ends_under_its_writer(here: Play, backend: str) -> None:
 
     async def test(receiver: Here, writer: End) -> None:
         late, other = receiver.lease(), receiver.lease()
-        assert await writer.ask("stall", encoded(late)) == "inside"
+        assert await writer.ask("half", encoded(late), HALF, 1)
+        await receiver.half(late, 1)
         receiver.pool.filled(other.lease, other.generation)
         receiver.now = 10.0
         receiver.release(late)
         assert receiver.pool.quarantined_bytes == (0 if backend == "zmq" else HALF)
-        assert "StaleGeneration" in await writer.ask("write", encoded(late), HALF, 1)
+        assert await writer.ask("go_on")
+        assert "StaleGeneration" in await writer.ask("ended")
         assert receiver.pool.quarantined_bytes == 0
         receiver.release(receiver.lease(), other)
 
     here(test)
+
+
+@pytest.mark.parametrize("backend", ["shm", "mooncake"], indirect=True)
+def test_an_engine_that_gave_a_write_up_and_goes_on_writes_into_nobodys_slot(here: Play) -> None:
+    """Its error is no end: not even its writer knows when the last byte comes, so the slot waits for its death."""
+
+    async def test(receiver: Here, writer: End) -> None:
+        lost, other = receiver.lease(), receiver.lease()
+        assert await writer.ask("half_given_up", encoded(lost), HALF, 1)
+        assert "the engine gave up" in await writer.ask("ended")
+        receiver.release(lost)
+        with pytest.raises(PoolExhausted):
+            receiver.lease()
+        assert await writer.ask("write", encoded(other), HALF, 2) == "done", "its other writes go on"
+        receiver.pool.filled(other.lease, other.generation)
+        assert await writer.ask("go_on")
+        assert receiver.holds(lost, 1), "it did go on"
+        assert receiver.holds(other, 2)
+        assert receiver.pool.quarantined_bytes == HALF
+        writer.kill()
+        await receiver.freed.wait()
+        receiver.release(receiver.lease(), other)
+
+    here(test)
+
+
+def test_a_write_that_mooncake_itself_gave_up_lands_in_nobodys_slot(sockets: Path) -> None:
+    """The real engine, a receiver that stands still for longer than it waits, and bytes that go on when it is back."""
+    pytest.importorskip("mooncake.engine", reason="Mooncake is an extra")
+    size = 64 << 20  # more than sockets take
+
+    async def test() -> None:
+        patience = {"MC_TRANSFER_TIMEOUT": "5"}  # seconds; less is not taken
+        with (
+            receiving("mooncake", f"ipc://{sockets}/there", size) as there,
+            writing("mooncake", sockets, "encoder/0", **patience) as writer,
+        ):
+            lease = await there.ask("lease", size)
+            assert await writer.ask("half", lease, size, 1)
+            with there.standing_still():
+                assert await writer.ask("go_on")
+            assert "did not deliver" in await writer.ask("ended")
+            assert await there.ask("free") == 0
+            assert await there.ask("lease", size) == "PoolExhausted"
+            writer.kill()
+            assert await there.ask("freed") == size
+
+    run(test())
 
 
 COMES_OF_IT = {
@@ -222,14 +288,15 @@ def test_two_processes_never_write_into_one_slot(backend: str, sockets: Path, mo
         receiver = Here(backend, sockets, monkeypatch)
         lease = receiver.lease()
         with writing(backend, sockets) as lost, writing(backend, sockets, "encoder/1") as other:
-            assert await lost.ask("stall", encoded(lease)) == "inside"
-            assert "SlotBusy" in await other.ask("write", encoded(lease), HALF, 1)
+            assert await lost.ask("half", encoded(lease), HALF, 1)
+            await receiver.half(lease, 1)
+            assert "SlotBusy" in await other.ask("write", encoded(lease), HALF, 2)
             lost.kill()
-            answer = await other.ask("write", encoded(lease), HALF, 1)
+            answer = await other.ask("write", encoded(lease), HALF, 2)
             while "SlotBusy" in answer:
-                answer = await other.ask("write", encoded(lease), HALF, 1)
+                answer = await other.ask("write", encoded(lease), HALF, 2)
             assert answer == "done"
-            assert receiver.holds(lease, 1)
+            assert receiver.holds(lease, 2)
         receiver.release(lease)
         assert receiver.pool.allocator.free == POOL_BYTES
         await receiver.transport.close()
