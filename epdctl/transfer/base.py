@@ -59,6 +59,10 @@ class LandingPool(Protocol):
         """This writer of the lease has stopped, and will not write late."""
         ...
 
+    def dying(self, lease: int) -> None:
+        """A writer of the lease is dead: ``leave`` follows when what it had sent has settled."""
+        ...
+
 
 class Transport(Protocol):
     """Both ends of one way to move bytes. Used from one event loop."""

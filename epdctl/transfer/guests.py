@@ -207,6 +207,8 @@ class Guests:
         if not self._settle_seconds:
             _leave_all(guest)
             return
+        for visit in guest.visits.values():
+            visit.pool.dying(visit.lease)
 
         def settled() -> None:
             self._timers.discard(timer)

@@ -13,9 +13,12 @@ from epdctl.transfer.leases import OPEN, Lease, LeaseTable, SlotEvent, SlotState
 from epdctl.transfer.tensors import view_as
 from epdctl.wire.transfer import Extent, TensorSpec
 
-__all__ = ["QUARANTINE_PART", "Pool"]
+__all__ = ["GRACE_SECONDS", "QUARANTINE_PART", "Pool"]
 
 QUARANTINE_PART = 4  # more than one part in so many waiting for lost writers, and the pool's owner must start anew
+GRACE_SECONDS = (
+    30.0  # before a slot counts: who lives says until then that it stopped, what a dead one sent has settled
+)
 
 
 def _nobody_waits() -> None:
@@ -45,7 +48,9 @@ class Pool:
         self.allocator = allocator
         self.freed: Callable[[], None] = _nobody_waits
         self.leases = LeaseTable(clock)
+        self._clock = clock
         self._writers: dict[int, list[str]] = {}  # lease → who is inside, once per write
+        self._since: dict[int, float] = {}  # quarantined lease → when that began, or a writer of it was seen to be dead
 
     def lease(self, amount: int, owner: str, *, seconds: float, incarnation: int = 0) -> Lease:
         """A slot of ``amount`` units of the allocator. Raises PoolExhausted."""
@@ -86,6 +91,11 @@ class Pool:
             self._end(lease, SlotEvent.CONFIRM)
             self.freed()
 
+    def dying(self, lease: int) -> None:
+        """See LandingPool."""
+        if lease in self._since:
+            self._since[lease] = self._clock()
+
     def filled(self, lease: int, generation: int) -> Lease:
         """Every byte has landed: the slot may be read, and late writers are turned away. Fine to say twice.
 
@@ -116,20 +126,25 @@ class Pool:
         Raises TransferError for a lease that is not live or is being read.
         """
         self._end(lease, SlotEvent.FENCE if lease in self._writers else SlotEvent.RELEASE)
+        if lease in self._writers:
+            self._since[lease] = self._clock()
 
     def _end(self, lease: int, event: SlotEvent) -> None:
         extents = next((known.extents for known in self.leases.live() if known.id == lease), ())
         if self.leases.move(lease, event) is SlotState.FREE:
+            self._since.pop(lease, None)
             self.allocator.give(extents)
 
     def bound_quarantine(self) -> None:
-        """Raises QuarantineFull when too much of the pool waits for writers that were lost."""
-        waiting = self.quarantined_bytes
+        """Raises QuarantineFull when too much of the pool has waited too long for writers that were lost."""
+        ripe = self._clock() - GRACE_SECONDS
+        overdue = [lease for lease in self.leases.live(SlotState.QUARANTINED) if self._since[lease.id] <= ripe]
+        waiting = sum(lease.nbytes for lease in overdue)
         if waiting * QUARANTINE_PART > self.memory.numel():
-            lost = sorted({writer for inside in self._writers.values() for writer in inside})
+            lost = sorted({writer for lease in overdue for writer in self._writers[lease.id]})
             raise QuarantineFull(
-                f"{waiting} of {self.memory.numel()} bytes of the {self.name} pool are quarantined: "
-                f"{', '.join(lost)} began to write there and was not seen to stop"
+                f"{waiting} of {self.memory.numel()} bytes of the {self.name} pool are quarantined for more than "
+                f"{GRACE_SECONDS:.0f} s: {', '.join(lost)} began to write there and was not seen to stop"
             )
 
     @property
@@ -140,6 +155,8 @@ class Pool:
         """Raises AssertionError when two leases share a byte or one lies outside the memory."""
         self.leases.check()
         assert all(self.leases.state(lease) is not SlotState.FREE for lease in self._writers), "a writer in a free slot"
+        fenced = {lease.id for lease in self.leases.live(SlotState.QUARANTINED)}
+        assert self._since.keys() == fenced <= self._writers.keys(), "a quarantine without a beginning or a reason"
         for lease in self.leases.live():
             for extent in lease.extents:
                 assert 0 <= extent.offset <= extent.offset + extent.nbytes <= self.memory.numel(), "outside the pool"

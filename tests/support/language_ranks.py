@@ -244,8 +244,8 @@ class Rank:
         return self.service.pulse().free_pages
 
     async def idle(self) -> None:
-        """Nothing in flight, everything free."""
-        await until(lambda: self.service.pulse().inflight == 0)
+        """Nothing in flight, everything free; what was still written to is so when its writer has said its last."""
+        await until(lambda: not (pulse := self.service.pulse()).inflight and not pulse.leases)
         pulse = self.service.pulse()
         assert (pulse.free_pages, pulse.unhealthy) == (pulse.total_pages, None)
         self.service.check()
@@ -291,7 +291,10 @@ class World:
             limits=setup.limits,
             engine=EngineConfig(page_size=PAGE),
             transfer=TransferConfig(
-                backend=setup.backend, embedding_bytes=setup.embedding_bytes, checksum=setup.checksum
+                backend=setup.backend,
+                protocol="tcp" if setup.backend == "mooncake" else "",
+                embedding_bytes=setup.embedding_bytes,
+                checksum=setup.checksum,
             ),
         )
         return RankSpec(

@@ -33,7 +33,7 @@ from epdctl.wire.transfer import RemoteLease
 from tests.support.halfway import Halfway
 from tests.support.rude_writers import FAULTS
 
-__all__ = ["POOL_BYTES", "End", "decoded", "encoded", "open_at", "pattern", "receiving", "settle_soon", "writing"]
+__all__ = ["POOL_BYTES", "End", "decoded", "encoded", "open_at", "pattern", "receiving", "settle", "writing"]
 
 GUARD_SECONDS = 60.0
 POOL_BYTES = 1 << 20
@@ -180,7 +180,7 @@ def _receiver(pipe: Connection, backend: str, endpoint: str, size: int) -> None:
 
     async def obey(verb: str, nbytes: int = 0) -> Any:
         if not kept:
-            settle_soon()
+            settle(0.01)
             transport = open_at(backend, endpoint, "prefill/0")
             pool = Pool("embeddings", transport.allocate(size, torch.device("cpu")), RangeAllocator(size))
             kept.extend([transport, pool, transport.register(pool)])
@@ -218,6 +218,6 @@ def encoded(lease: RemoteLease) -> bytes:
     return msgspec.json.encode(lease, enc_hook=str)
 
 
-def settle_soon(patch: Callable[[dict[str, Way], str, Way], None] = dict.__setitem__) -> None:
-    """What a dead writer had sent over Mooncake is waited for a moment only."""
-    patch(PROTOCOLS, "tcp", replace(PROTOCOLS["tcp"], settle_seconds=0.01))
+def settle(seconds: float, patch: Callable[[dict[str, Way], str, Way], None] = dict.__setitem__) -> None:
+    """So long is waited for what a dead writer had sent over Mooncake."""
+    patch(PROTOCOLS, "tcp", replace(PROTOCOLS["tcp"], settle_seconds=seconds))

@@ -11,6 +11,7 @@ import pytest
 
 from epdctl.errors import QuarantineFull, RequestError
 from epdctl.rank.service import Recorded
+from epdctl.transfer.pool import GRACE_SECONDS
 from epdctl.wire.config import Limits
 from epdctl.wire.encode import FailureKind
 from epdctl.wire.serve import Failed, Finished, FinishReason, Granted, Token
@@ -238,6 +239,8 @@ def test_a_rank_of_which_lost_writers_hold_too_much_says_so_instead_of_beating()
             pool.enter(lease.id, lease.generation, "encoder/0.1")
             assert service.pulse().leases == 1
             pool.release(lease.id)
+            assert service.pulse().leases == 1
+            pool._since[lease.id] -= GRACE_SECONDS
             with pytest.raises(QuarantineFull, match=r"2048 of 4096 bytes of the embeddings pool.*encoder/0\.1"):
                 service.pulse()
             pool.leave(lease.id, "encoder/0.1")

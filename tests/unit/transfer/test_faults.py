@@ -37,7 +37,7 @@ from tests.support.transfer_ends import (
     open_at,
     pattern,
     receiving,
-    settle_soon,
+    settle,
     writing,
 )
 
@@ -55,7 +55,7 @@ class Here:
     """The receiver, in this process."""
 
     def __init__(self, backend: str, sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        settle_soon(monkeypatch.setitem)
+        settle(0.01, monkeypatch.setitem)
         self.now = 0.0
         self.sockets = sockets
         self.transport: Transport = open_at(backend, f"ipc://{sockets}/here", "prefill/0")

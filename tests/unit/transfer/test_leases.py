@@ -13,7 +13,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from epdctl.errors import LeaseExpired, PoolExhausted, QuarantineFull, SlotBusy, StaleGeneration, TransferError
 from epdctl.transfer.allocators import ALIGNMENT, PageExtents, RangeAllocator
 from epdctl.transfer.leases import TRANSITIONS, Lease, LeaseTable, SlotEvent, SlotState
-from epdctl.transfer.pool import Pool
+from epdctl.transfer.pool import GRACE_SECONDS, Pool
 from epdctl.wire.transfer import Extent, TensorSpec
 
 
@@ -151,15 +151,45 @@ def test_a_slot_that_nobody_writes_to_is_free_at_once() -> None:
 
 
 def test_too_much_quarantine_is_said_with_who_caused_it() -> None:
-    pool = pool_of(4096)
+    clock = Clock()
+    pool = pool_of(4096, clock)
     leases = pool.lease_all([1024, 256], "r", seconds=1.0)
     for lease in leases:
         pool.enter(lease.id, lease.generation, "encoder/0.1")
     pool.release(leases[0].id)
+    clock.now += GRACE_SECONDS
     pool.bound_quarantine()
     pool.release(leases[1].id)
+    clock.now += GRACE_SECONDS
     with pytest.raises(QuarantineFull, match=r"1280 of 4096 bytes of the embeddings pool.*encoder/0.1"):
         pool.bound_quarantine()
+
+
+def test_a_quarantine_counts_when_it_has_lasted_and_not_while_a_dead_writer_s_bytes_settle() -> None:
+    """A writer that lives says in a moment that it stopped; one that died settles by itself."""
+    clock = Clock()
+    pool = pool_of(4096, clock)
+    lease, other = pool.lease_all([2048, 2048], "r", seconds=1.0)
+    pool.enter(lease.id, lease.generation, "encoder/0.1")
+    pool.enter(other.id, other.generation, "encoder/1.1")
+    pool.release(lease.id)
+    pool.bound_quarantine()
+    clock.now += GRACE_SECONDS - 1
+    pool.bound_quarantine()
+    pool.dying(lease.id)
+    pool.dying(other.id)
+    clock.now += GRACE_SECONDS - 1
+    pool.release(other.id)
+    pool.bound_quarantine()
+    pool.check()
+    clock.now += 1
+    with pytest.raises(QuarantineFull, match=r"2048 of 4096 bytes .* for more than 30 s: encoder/0.1 began"):
+        pool.bound_quarantine()
+    pool.leave(lease.id, "encoder/0.1")
+    pool.leave(other.id, "encoder/1.1")
+    clock.now += GRACE_SECONDS
+    pool.bound_quarantine()
+    pool.check()
 
 
 def test_a_grant_of_several_slots_is_all_or_nothing() -> None:
