@@ -196,6 +196,9 @@ class Guests:
             await asyncio.get_running_loop().run_in_executor(self._thread, _verify, message, visit)
         except TransferError as error:
             wrong = error
+        except Exception as error:  # its writer waits for an answer, whatever went wrong here
+            log.exception("the bytes of write %d could not be verified", message.write)
+            wrong = TransferError(f"they could not be verified: {type(error).__name__}: {error}")
         if (guest := self._guests.get(sender)) is not None:  # else it died meanwhile, which ends its writes
             self._reply(sender, _over(guest, message, wrong))
 

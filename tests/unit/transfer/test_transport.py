@@ -740,6 +740,27 @@ def test_bytes_are_verified_beside_the_loop_and_read_by_nobody_before(
     between(make_one_sided, test)
 
 
+def test_bytes_that_cannot_be_verified_are_told_and_leave_nothing_behind(
+    make_one_sided: Callable[[], Fabric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    async def test(fabric: Fabric, receiver: Receiver, writer: Transport) -> None:
+        careful = fabric.open("encoder/1", checksum=True)
+        monkeypatch.setattr(guests, "verify", fail)
+        try:
+            lease = receiver.lease(1000)
+            with pytest.raises(TransferError, match="could not be verified: RuntimeError: CUDA out of memory"):
+                await careful.write(lease, [Piece(rubbish(1000), 0)], seconds=30)
+            receiver.pool.release(lease.lease)
+            assert receiver.pool.quarantined_bytes == 0
+        finally:
+            await careful.close()
+
+    between(make_one_sided, test)
+
+
 def test_a_lease_that_ends_while_its_bytes_are_verified_is_quarantined_until_then(
     make_one_sided: Callable[[], Fabric], monkeypatch: pytest.MonkeyPatch
 ) -> None:
