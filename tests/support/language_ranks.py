@@ -56,6 +56,7 @@ from epdctl.wire.serve import (
     Token,
 )
 from epdctl.wire.sockets import Link
+from tests.support.halfway import Halfway
 
 GUARD_SECONDS = 60.0
 WIDTH = 4
@@ -457,13 +458,14 @@ class Gateway:
 
 @dataclass
 class Pair:
-    """A prefill and a decode rank, and a gateway linked to both."""
+    """A prefill and a decode rank, and a gateway linked to both. ``halfway``: in the way of bytes, where a test is."""
 
     world: World
     prefill: Rank
     decode: Rank
     gateway: Gateway
     encoder: Encoder
+    halfway: Halfway | None = None
 
     def __post_init__(self) -> None:
         self.to_prefill = self.gateway.to(self.prefill)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -16,6 +17,7 @@ from epdctl.wire.config import Limits
 from epdctl.wire.encode import FailureKind
 from epdctl.wire.serve import Abort, Failed, Finished, Granted, Token
 from epdctl.wire.transfer import Write
+from tests.support.halfway import Halfway
 from tests.support.language_ranks import Pair, Question, Rank, Setup, alone, item, pair, run, until
 
 QUESTION = Question(tokens=tuple(range(100, 137)), items=(item(0, 3, 4), item(1, 9, 3)), name="mine", room=1)
@@ -79,12 +81,23 @@ async def prompt_step(ranks: Pair) -> Held:
 
 
 async def write_under_way(ranks: Pair) -> Held:
+    """Prefill writes pages: within one process not a byte of them has landed, else half of the first ones."""
+    if ranks.halfway is not None:
+        return await half_a_write(ranks, ranks.halfway)
     gate = Gate()
     ranks.world.exchange.passing = gate
     await granted(ranks)
     await ranks.encoder.deliver(QUESTION, await ranks.gateway.hear(Granted, "mine"))
     await until(lambda: gate.passing == 1)
     return Held(gate.opened.set, lambda: taken(ranks.prefill) == 10)
+
+
+async def half_a_write(ranks: Pair, halfway: Halfway) -> Held:
+    held = await prompt_step(ranks)
+    halfway.arm()
+    held.let_go()
+    await until(halfway.reached.is_set)
+    return Held(halfway.let_go, lambda: (taken(ranks.prefill), taken(ranks.decode)) == (10, 11))
 
 
 async def answer_step(ranks: Pair) -> Held:
@@ -121,7 +134,37 @@ POINTS: list[Point] = [
     answer_step,
     finished,
 ]
+OVER: list[tuple[str, list[Point]]] = [("memory", POINTS), ("shm", POINTS), ("mooncake", [write_under_way])]
 BEFORE_KV: list[Point] = [lease_alone, granted, one_embedding, prompt_step, write_under_way]
+
+
+def at(points: Sequence[Point]) -> pytest.MarkDecorator:
+    """Each of these points over each way to move bytes that makes a difference there."""
+    cases = [(backend, point) for backend, theirs in OVER for point in points if point in theirs]
+    return pytest.mark.parametrize(("backend", "point"), cases, indirect=["backend"])
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "mooncake":
+        pytest.importorskip("mooncake.engine", reason="Mooncake is an extra")
+    return str(request.param)
+
+
+@pytest.fixture
+def ranks_over(backend: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractAsyncContextManager[Pair]]:
+    halfway = None if backend == "memory" else Halfway(backend, monkeypatch.setattr)
+
+    @asynccontextmanager
+    async def over() -> AsyncIterator[Pair]:
+        async with pair(Setup(backend=backend)) as ranks:
+            ranks.halfway = halfway
+            yield ranks
+
+    return over
+
+
+Over = Callable[[], AbstractAsyncContextManager[Pair]]
 
 
 async def freed_and_useful(ranks: Pair, held: Held) -> None:
@@ -134,10 +177,10 @@ async def freed_and_useful(ranks: Pair, held: Held) -> None:
     await ranks.idle()
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_an_abort_frees_everything_and_nothing_too_early(point: Point) -> None:
+@at(POINTS)
+def test_an_abort_frees_everything_and_nothing_too_early(ranks_over: Over, point: Point) -> None:
     async def scene() -> None:
-        async with pair(Setup(backend="memory")) as ranks:
+        async with ranks_over() as ranks:
             held = await point(ranks)
             ranks.abort(QUESTION)
             await until(lambda: not going_on(ranks.prefill) and not going_on(ranks.decode))
@@ -147,10 +190,10 @@ def test_an_abort_frees_everything_and_nothing_too_early(point: Point) -> None:
     run(scene())
 
 
-@pytest.mark.parametrize("point", [*BEFORE_KV, prompt_alone, answer_step])
-def test_time_that_ends_is_told_and_frees_everything(point: Point) -> None:
+@at([*BEFORE_KV, prompt_alone, answer_step])
+def test_time_that_ends_is_told_and_frees_everything(ranks_over: Over, point: Point) -> None:
     async def scene() -> None:
-        async with pair(Setup(backend="memory")) as ranks:
+        async with ranks_over() as ranks:
             held = await point(ranks)
             for rank in (ranks.prefill, ranks.decode):
                 for stay in list(rank.service._stays.values()):
@@ -191,18 +234,21 @@ def test_a_lease_whose_prompt_never_comes_is_given_back() -> None:
     run(scene())
 
 
-@pytest.mark.parametrize("point", BEFORE_KV)
-def test_a_prefill_rank_lost_before_the_pages_are_full_fails_the_request_as_retryable(point: Point) -> None:
+@at(BEFORE_KV)
+def test_a_prefill_rank_lost_before_the_pages_are_full_fails_the_request_as_retryable(
+    ranks_over: Over, point: Point
+) -> None:
     async def scene() -> None:
-        async with pair(Setup(backend="memory")) as ranks:
+        async with ranks_over() as ranks:
             held = await point(ranks)
             ranks.decode.service.peers_changed([ranks.decode.peer])
             end = await ranks.gateway.outcome("mine")
             assert isinstance(end, Failed)
             assert end.kind is FailureKind.RANK_LOST
             assert "prefill/0 went away" in end.text
-            await ranks.decode.idle()
+            await until(lambda: not going_on(ranks.decode))
             held.let_go()
+            await ranks.decode.idle()
 
     run(scene())
 
@@ -219,10 +265,10 @@ def test_a_prefill_rank_lost_after_the_pages_are_full_does_not_matter() -> None:
     run(scene())
 
 
-@pytest.mark.parametrize("point", [prompt_alone, granted, one_embedding, prompt_step, write_under_way])
-def test_a_decode_rank_lost_frees_its_rooms_on_prefill(point: Point) -> None:
+@at([prompt_alone, granted, one_embedding, prompt_step, write_under_way])
+def test_a_decode_rank_lost_frees_its_rooms_on_prefill(ranks_over: Over, point: Point) -> None:
     async def scene() -> None:
-        async with pair(Setup(backend="memory")) as ranks:
+        async with ranks_over() as ranks:
             held = await point(ranks)
             ranks.prefill.service.peers_changed([ranks.prefill.peer])
             end = await ranks.gateway.outcome("mine")
@@ -327,10 +373,10 @@ def test_an_error_of_the_engine_ends_the_rank_and_not_in_silence() -> None:
         run(scene())
 
 
-@pytest.mark.parametrize("point", [lease_alone, granted, one_embedding, prompt_step, write_under_way])
-def test_a_room_that_decode_gives_up_is_freed_on_prefill(point: Point) -> None:
+@at([lease_alone, granted, one_embedding, prompt_step, write_under_way])
+def test_a_room_that_decode_gives_up_is_freed_on_prefill(ranks_over: Over, point: Point) -> None:
     async def scene() -> None:
-        async with pair(Setup(backend="memory")) as ranks:
+        async with ranks_over() as ranks:
             held = await point(ranks)
             ranks.to_decode.send(Abort(request=QUESTION.request, attempt=QUESTION.attempt))
             await until(lambda: not going_on(ranks.prefill) and not ranks.prefill.service._early)  # type: ignore[attr-defined]
