@@ -13,7 +13,9 @@ from typing import Protocol, assert_never
 
 import msgspec
 
-from epdctl.encoder.dispatch import Action, Cancel, Dispatcher, Ended, ItemKey, ItemState, RankKey, Send
+from epdctl.encoder.dispatch import Dispatcher
+from epdctl.encoder.items import Action, Cancel, Ended, ItemKey, ItemState, RankKey, Send
+from epdctl.encoder.roster import Outlook
 from epdctl.errors import PeerGone
 from epdctl.ids import RankName, Stage
 from epdctl.rank.peers import Links, Place
@@ -45,7 +47,7 @@ from epdctl.wire.encode import (
     StopProfile,
     WorkerToRouter,
 )
-from epdctl.wire.lifecycle import Endpoints, Peer
+from epdctl.wire.lifecycle import Absent, Endpoints, Peer
 from epdctl.wire.sockets import Inbox, Sender
 from epdctl.wire.trace import Kind
 from epdctl.wire.transfer import TensorSpec
@@ -93,7 +95,10 @@ class RouterService:
         self.hops = Hops()
         self._clock = asyncio.get_running_loop().time
         remember = REMEMBERED if spec.config.encoder.cache_bytes else 0
-        self._dispatcher = Dispatcher(cap=limits.inflight, queue=limits.queue, remember=remember)
+        self._dispatcher = Dispatcher(
+            cap=limits.inflight, queue=limits.queue, wait=limits.wait_seconds, remember=remember
+        )
+        self._outlook: Outlook | None = None
         self._place = Place(spec.rank, spec.incarnation)
         self._jobs: dict[ItemKey, _Job] = {}
         self._media_bytes = 0
@@ -137,11 +142,17 @@ class RouterService:
         """A rank that is gone meanwhile does not answer."""
         self._say(rank, message)
 
+    def absent_changed(self, absent: Sequence[Absent]) -> None:
+        """Taken in with the table that comes with it: whoever joins by that one is in neither list until then."""
+        self._outlook = _outlook([each for each in absent if each.stage is Stage.ENCODER])
+
     def peers_changed(self, peers: Sequence[Peer]) -> None:
         changes = self._encoders.peers_changed(peers)
         joined, left = map(_key, changes.joined), map(_key, changes.left)
         resting = [_key(peer) for peer in self._encoders.table if not peer.accepting]
-        self._apply(self._dispatcher.changed(tuple(joined), tuple(left), self._clock(), resting))
+        actions = self._dispatcher.changed(tuple(joined), tuple(left), self._clock(), resting, self._outlook)
+        self._apply(actions)
+        self._rearm()
         if self._place.lost(peers):
             self.cut_off()
 
@@ -169,7 +180,7 @@ class RouterService:
             self._idle.clear()
             now = self._clock()
             self._apply(self._dispatcher.submit(key, now + message.budget_s, now, message.item.content_hash))
-            self._arm(now + message.budget_s)
+            self._arm(now + min(message.budget_s, self._spec.config.limits.wait_seconds))
 
     def _refusal(self, frames: list[memoryview]) -> tuple[FailureKind, str] | None:
         if self._draining:
@@ -195,6 +206,10 @@ class RouterService:
                     self._surface.profiled(peer.rank, message)
             case ItemFailed(kind=FailureKind.NO_RANK):
                 self._apply(self._dispatcher.refused(message.dispatch, _key(peer), now))
+                self._rearm()
+            case ItemFailed(kind=FailureKind.FULL):
+                self._apply(self._dispatcher.full(message.dispatch, _key(peer), now))
+                self._rearm()
             case ItemFailed(kind=kind, text=text):
                 self._apply(self._dispatcher.failed(message.dispatch, _key(peer), (kind, text), now))
             case _:
@@ -278,6 +293,9 @@ class RouterService:
     def _ring(self) -> None:
         self._alarm = None
         self._apply(self._dispatcher.tick(self._clock()))
+        self._rearm()
+
+    def _rearm(self) -> None:
         if (deadline := self._dispatcher.next_deadline()) is not None:
             self._arm(deadline)
 
@@ -305,6 +323,11 @@ class RouterService:
 
 def _key(peer: Peer) -> RankKey:
     return RankKey(peer.rank, peer.incarnation)
+
+
+def _outlook(absent: Sequence[Absent]) -> Outlook:
+    coming = frozenset(each.rank for each in absent if not each.hopeless)
+    return Outlook(coming, "; ".join(f"{each.rank} is {each.hopeless}" for each in absent if each.hopeless))
 
 
 def _success(key: ItemKey, by: RankKey, spec: TensorSpec | None) -> Encoded:

@@ -179,7 +179,12 @@ class EncoderService:
 
     def _give_up(self, dispatches: Sequence[int]) -> None:
         for dispatch in dispatches:
-            self._items[dispatch].cancel()
+            self._cancel(dispatch)
+
+    def _cancel(self, dispatch: int) -> None:
+        """Its place is free at once: whoever gave the item up may have sent the next one already."""
+        if (task := self._items.pop(dispatch, None)) is not None:
+            task.cancel()
 
     def _forget(self, peer: Peer) -> None:
         if peer.stage is Stage.ENCODER_ROUTER:  # nobody is left to answer to; the next router sends its items anew
@@ -204,8 +209,7 @@ class EncoderService:
                     )
                     self._accept(_Work(router, dispatch, job, frames[0], way))
             case CancelItem(dispatch=dispatch):
-                if (task := self._items.get(dispatch)) is not None:
-                    task.cancel()
+                self._cancel(dispatch)
             case StartProfile():
                 self._profile(router, message)
             case StopProfile():
@@ -248,7 +252,7 @@ class EncoderService:
             answer = _failed(work, FailureKind.DEADLINE, text)
         except (PeerGone, TransferError) as error:  # the slot's owner went, or gave the slot up
             answer = _failed(work, FailureKind.RANK_LOST, error.message)
-        self._items.pop(work.dispatch)  # first: the router may send the next one before this task has ended
+        self._items.pop(work.dispatch, None)  # first: the router may send the next one before this task has ended
         self._tell(work.router, answer.message, *answer.frames)
 
     async def _produce(self, work: _Work) -> _Answer:

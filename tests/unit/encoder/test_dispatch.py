@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -11,18 +12,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from epdctl.encoder.batching import fitting
-from epdctl.encoder.dispatch import (
+from epdctl.encoder.dispatch import Dispatcher
+from epdctl.encoder.items import (
     ENDED,
     TRANSITIONS,
     Action,
     Cancel,
-    Dispatcher,
     Ended,
     ItemKey,
     ItemState,
     RankKey,
     Send,
 )
+from epdctl.encoder.roster import FULL_SECONDS, Outlook
 from epdctl.ids import Incarnation, RankName, RequestId
 from epdctl.wire.encode import FailureKind
 
@@ -35,8 +37,15 @@ def key(number: int, request: str = "r", client: bytes = b"gateway", attempt: in
     return ItemKey(client, RequestId(request), attempt, number)
 
 
-def dispatcher(cap: int = 2, queue: int = 4, remember: int = 0) -> Dispatcher:
-    return Dispatcher(cap=cap, queue=queue, remember=remember, draw=itertools.count(1).__next__)
+def names(*numbers: int) -> frozenset[RankName]:
+    return frozenset(RankName(f"encoder/{number}") for number in numbers)
+
+
+COMING = Outlook(names(0, 1))
+
+
+def dispatcher(cap: int = 2, queue: int = 4, remember: int = 0, wait: float = math.inf) -> Dispatcher:
+    return Dispatcher(cap=cap, queue=queue, remember=remember, wait=wait, draw=itertools.count(1).__next__)
 
 
 def sends(actions: list[Action]) -> list[tuple[int, str]]:
@@ -64,10 +73,33 @@ def test_what_a_leaving_rank_refuses_goes_to_another() -> None:
     router.changed([rank(0), rank(1)], [], 0)
     router.submit(key(0), 10, 0)
     assert sends(router.refused(1, rank(0), 1)) == [(0, "encoder/1")]
-    (end,) = router.refused(2, rank(1), 1)
-    assert isinstance(end, Ended)
-    assert (end.kind, end.lost) == (FailureKind.RANK_LOST, ()), "nobody was lost with it"
+    assert router.refused(2, rank(1), 1) == []
+    assert router.submit(key(1), 10, 1) == [], "who has said so is given nothing more"
+    assert router.changed([], [rank(0), rank(1)], 2, outlook=COMING) == []
+    assert sends(router.changed([rank(0, 2)], [], 3)) == [(0, "encoder/0")], "it was never on that one"
     router.check()
+
+
+def test_a_rank_that_says_full_is_left_alone_for_a_moment_and_ends_nothing() -> None:
+    router = dispatcher(cap=3)
+    router.changed([rank(0), rank(1)], [], 0)
+    for number in range(2):
+        router.submit(key(number), 10, 0)
+    assert sends(router.full(1, rank(0), 0)) == [(0, "encoder/1")]
+    assert router.full(3, rank(1), 0) == [], "nobody else is there to ask"
+    assert router.submit(key(2), 10, 0) == [], "and it stands behind the one that was there before"
+    assert router.next_deadline() == FULL_SECONDS
+    assert sends(router.tick(FULL_SECONDS)) == [(0, "encoder/0"), (2, "encoder/1")]
+    router.check()
+
+
+def test_a_rank_that_said_full_has_room_when_something_of_it_has_ended() -> None:
+    router = dispatcher(cap=3)
+    router.changed([rank(0)], [], 0)
+    for number in range(2):
+        router.submit(key(number), 10, 0)
+    assert router.full(2, rank(0), 0) == []
+    assert sends(router.encoded(1, rank(0), 0)) == [(1, "encoder/0")]
 
 
 def test_whoever_waits_learns_which_ranks_went_away_with_the_item() -> None:
@@ -158,7 +190,8 @@ def test_an_item_is_on_a_rank_of_one_name_once_even_after_its_restart() -> None:
     router.submit(key(0), 10, 0)
     (end,) = router.changed([rank(0, 2)], [rank(0)], 1)
     assert isinstance(end, Ended)
-    assert (end.kind, end.text) == (FailureKind.RANK_LOST, "lost with encoder/0; no other encoder is ready")
+    text = "lost with encoder/0; no other encoder is ready; none is coming"
+    assert (end.kind, end.text) == (FailureKind.RANK_LOST, text)
     assert len(router) == 0
 
 
@@ -169,16 +202,85 @@ def test_one_table_in_which_one_leaves_and_another_joins_loses_nothing() -> None
     assert sends(router.changed([rank(1)], [rank(0)], 1)) == [(0, "encoder/1")]
 
 
-def test_a_moved_item_that_waits_is_lost_when_its_last_other_rank_dies_too() -> None:
+def test_a_moved_item_waits_for_a_rank_it_has_not_been_on_and_is_lost_when_there_is_none() -> None:
     router = dispatcher(cap=1)
     router.changed([rank(0), rank(1)], [], 0)
     router.submit(key(0), 10, 0)
     router.submit(key(1), 10, 0)
-    assert router.changed([], [rank(0)], 1) == []
-    assert sorted(ends(router.changed([], [rank(1)], 1))) == [
-        (0, ItemState.FAILED, FailureKind.RANK_LOST),
-        (1, ItemState.FAILED, FailureKind.RANK_LOST),
-    ]
+    assert router.changed([], [rank(0)], 1, outlook=Outlook(names(0))) == []
+    both = Outlook(names(0, 1))
+    assert router.changed([], [rank(1)], 1, outlook=both) == [], "0 has not been on 1, nor 1 on 0"
+    assert sends(router.changed([rank(0, 2)], [], 2, outlook=Outlook(names(1)))) == [(1, "encoder/0")]
+    (end,) = router.changed([], [], 3, outlook=Outlook(frozenset(), "encoder/1 is failed: no weights"))
+    assert isinstance(end, Ended)
+    assert (end.item.item, end.kind) == (0, FailureKind.RANK_LOST)
+    assert end.text == "lost with encoder/0; no other encoder is ready; encoder/1 is failed: no weights"
+    assert end.lost == (rank(0),)
+    router.check()
+
+
+def test_an_item_of_a_rank_that_died_waits_for_the_one_that_is_on_its_way_back() -> None:
+    """It failed at once with its whole time left, while a new item of the same moment waited."""
+    router = dispatcher()
+    router.changed([rank(0)], [], 0, outlook=Outlook(names(1)))
+    router.submit(key(0), 300, 0)
+    assert router.changed([], [rank(0)], 2, outlook=COMING) == []
+    assert router.submit(key(1), 300, 2) == []
+    assert sends(router.changed([rank(1)], [], 5, outlook=COMING)) == [(0, "encoder/1"), (1, "encoder/1")]
+
+
+def test_an_item_waits_only_so_long_for_somebody_to_wait_for() -> None:
+    router = dispatcher(wait=30, cap=1)
+    assert router.submit(key(0), 300, 0) == []
+    assert router.next_deadline() == 30
+    assert router.tick(29.9) == []
+    (end,) = router.tick(30)
+    text = "no encoder is ready; it waited 30 s (limits.wait_seconds)"
+    assert (end.kind, end.text) == (FailureKind.NO_RANK, text)  # type: ignore[union-attr]
+    router.changed([rank(0)], [], 40, outlook=COMING)
+    router.submit(key(1), 300, 40)
+    router.submit(key(2), 300, 40)
+    assert router.tick(290) == [], "behind a busy rank it has its whole time"
+    router.changed([], [rank(0)], 291, outlook=COMING)
+    router.submit(key(3), 400, 291)
+    assert ends(router.tick(300)) == [(number, ItemState.FAILED, FailureKind.NO_RANK) for number in (1, 2)]
+    router.changed([rank(1)], [], 310, outlook=COMING)
+    router.changed([], [rank(1)], 311, outlook=COMING)
+    assert router.next_deadline() == 341, "what is lost waits from then on"
+    (end,) = router.tick(341)
+    text = "lost with encoder/1; no other encoder is ready; it waited 30 s (limits.wait_seconds)"
+    assert (end.kind, end.text) == (FailureKind.RANK_LOST, text)  # type: ignore[union-attr]
+    router.check()
+
+
+def test_where_every_rank_is_gone_for_good_nobody_waits() -> None:
+    router = dispatcher(wait=30, cap=1)
+    router.submit(key(0), 300, 0)
+    gone = Outlook(frozenset(), "encoder/0 is failed: no weights")
+    (end,) = router.changed([], [], 1, outlook=gone)
+    text = "no encoder is ready; encoder/0 is failed: no weights"
+    assert (end.kind, end.text) == (FailureKind.NO_RANK, text)  # type: ignore[union-attr]
+    assert ends(router.submit(key(1), 300, 2)) == [(1, ItemState.FAILED, FailureKind.NO_RANK)]
+    router.changed([rank(1)], [], 3, outlook=gone)
+    assert sends(router.submit(key(2), 300, 3)) == [(2, "encoder/1")]
+    assert router.submit(key(3), 300, 3) == []
+
+
+def test_a_connection_that_breaks_calls_its_items_off_and_gives_them_to_others_until_it_stands_again() -> None:
+    router = dispatcher()
+    router.changed([rank(0), rank(1)], [], 0)
+    router.submit(key(0), 10, 0)
+    actions = router.cut(rank(0), 1)
+    assert actions[0] == Cancel(rank(0), 1)
+    assert sends(actions) == [(0, "encoder/1")]
+    assert sends(router.submit(key(1), 10, 1)) == [(1, "encoder/1")], "not where nothing arrives"
+    assert router.encoded(1, rank(0), 1) == []
+    assert router.submit(key(2), 10, 1) == []
+    assert sends(router.mended(rank(0), 2)) == [(2, "encoder/0")]
+    assert router.cut(rank(7), 2) == []
+    router.cut(rank(0), 3)
+    router.changed([], [rank(0)], 3)
+    router.check()
 
 
 def test_without_a_rank_items_wait_for_one_until_their_deadline() -> None:

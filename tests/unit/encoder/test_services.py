@@ -50,7 +50,7 @@ from epdctl.wire.encode import (
     RouterToWorker,
     WorkerToRouter,
 )
-from epdctl.wire.lifecycle import Endpoints, Peer
+from epdctl.wire.lifecycle import Absent, Endpoints, Peer
 from epdctl.wire.sockets import Inbox, Link
 from epdctl.wire.transfer import WRITER_TO_RECEIVER, RemoteLease, TensorSpec, Write
 from tests.support.ranks import Facts, make_peer, make_spec, run
@@ -410,11 +410,63 @@ def test_the_router_says_no_rank_full_and_lost(sockets: Path) -> None:
     in_world(sockets, test)
 
 
+def absent(rank: str, hopeless: str | None = None) -> Absent:
+    name = RankName(rank)
+    return Absent(rank=name, stage=name.stage, incarnation=Incarnation(1), hopeless=hopeless)
+
+
+def test_without_a_rank_an_item_waits_a_while_and_not_at_all_where_none_is_coming(sockets: Path) -> None:
+    """``/encode`` hung for its whole time, 300 s, where a gateway says 503 after limits.wait_seconds."""
+
+    async def test(world: World) -> None:
+        _, gateway, answers = await world.router(wait_seconds=0.01)
+        gateway.send(world.job(0), [picture(ROWS, 1)])
+        (end,) = await answers.count(1)
+        text = "no encoder is ready; it waited 0.01 s (limits.wait_seconds)"
+        assert (end.kind, end.text) == (FailureKind.NO_RANK, text)
+
+    in_world(sockets, test)
+
+    async def hopeless(world: World) -> None:
+        router, gateway, answers = await world.router(wait_seconds=3600.0)
+        gateway.send(world.job(0), [picture(ROWS, 1)])
+        await turns_until(lambda: router.pulse().inflight == 1)
+        router.absent_changed([absent("encoder/0", "failed: no weights"), absent("encoder/1"), absent("prefill/0")])
+        world.tell()
+        assert router.pulse().inflight == 1, "one of them may come"
+        router.absent_changed([absent("encoder/0", "failed: no weights"), absent("prefill/0")])
+        world.tell()
+        (end,) = await answers.count(1)
+        text = "no encoder is ready; encoder/0 is failed: no weights"
+        assert (end.kind, end.text) == (FailureKind.NO_RANK, text)
+
+    in_world(sockets, hopeless)
+
+
+def test_an_item_whose_rank_died_waits_for_the_one_that_is_coming_back_and_then_only_so_long(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        router, gateway, answers = await world.router(wait_seconds=0.2)
+        await world.encoder(gate.tower(), 0)
+        gateway.send(world.job(0), [picture(ROWS, 1)])
+        await gate.began.count(1)
+        del world.peers["encoder/0"]
+        router.absent_changed([absent("encoder/0"), absent("encoder/1")])
+        world.tell()
+        assert router.pulse().waiting == 1
+        (end,) = await answers.count(1)
+        text = "lost with encoder/0; no other encoder is ready; it waited 0.2 s (limits.wait_seconds)"
+        assert (end.kind, end.text) == (FailureKind.RANK_LOST, text)
+        gate.open.set()
+
+    in_world(sockets, test)
+
+
 def test_a_client_that_gives_up_frees_its_place_everywhere(sockets: Path) -> None:
     async def test(world: World) -> None:
         gate = Gate()
         router, gateway, answers = await world.router(inflight=1)
-        encoder = await world.encoder(gate.tower())
+        encoder = await world.encoder(gate.tower(), limits=Limits(inflight=1))
         gateway.send(world.job(0, "left"), [picture(ROWS, 0)])
         gateway.send(world.job(1, "left"), [picture(ROWS, 1)])
         gateway.send(world.job(2, "stays"), [picture(ROWS, 2)])
@@ -426,6 +478,52 @@ def test_a_client_that_gives_up_frees_its_place_everywhere(sockets: Path) -> Non
         await router.drain()
         await encoder.drain()
         assert (router.pulse().inflight, encoder.pulse().inflight) == (0, 0)
+
+    in_world(sockets, test)
+
+
+def test_the_place_of_an_item_that_was_given_up_is_free_for_the_next_one(sockets: Path) -> None:
+    """Whoever gives an item up sends the next one right behind; that one was told FULL."""
+
+    async def test(world: World) -> None:
+        gate = Gate()
+        encoder = await world.encoder(gate.tower(), limits=Limits(inflight=1))
+        world.peers["encoder-router/0"] = make_peer("encoder-router/0")
+        world.tell()
+        router, answers = world.as_router()
+        router.send(EncodeItem(dispatch=1, job=world.job(0)), [picture(ROWS, 0)])
+        await gate.began.count(1)
+        router.send(CancelItem(dispatch=1))
+        router.send(EncodeItem(dispatch=2, job=world.job(1)), [picture(ROWS, 1)])
+        assert [message.dispatch for message in await answers.until(of(ItemSized, 2))] == [1, 2]
+        del world.peers["encoder-router/0"]
+        world.tell()  # the next router's items may come in this very turn
+        assert encoder.pulse().inflight == 0
+        router.send(EncodeItem(dispatch=3, job=world.job(2)), [picture(ROWS, 2)])
+        gate.open.set()
+        await answers.until(of(ItemEncoded, 1))
+        assert [message.dispatch for message in answers.seen] == [1, 2, 3, 3]
+
+    in_world(sockets, test)
+
+
+def test_a_rank_with_less_room_than_was_thought_ends_nothing(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        router, gateway, answers = await world.router(inflight=4)
+        await world.encoder(gate.tower(), 0, limits=Limits(inflight=1))
+        for index in range(2):
+            gateway.send(world.job(index), [picture(ROWS, index)])
+        await gate.began.count(1)
+        await turns_until(lambda: router.waiting == 1)
+        await world.encoder(ToyTower(), 1, limits=Limits(inflight=1))
+        (first,) = await answers.count(1)
+        assert (type(first), first.index, first.by) == (Encoded, 1, "encoder/1"), "another had room"
+        for index in range(2, 6):
+            gateway.send(world.job(index), [picture(ROWS, index)])
+        await answers.count(5)
+        gate.open.set()
+        assert {type(told) for told in await answers.count(6)} == {Encoded}
 
     in_world(sockets, test)
 
