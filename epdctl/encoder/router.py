@@ -112,6 +112,7 @@ class RouterService:
         self._encoders: Links[WorkerToRouter, RouterToWorker] = Links(
             WORKER_TO_ROUTER, ROUTER_TO_WORKER, self._answered, stages=frozenset({Stage.ENCODER})
         )
+        self._encoders.watch(self._stands)
 
     async def start(self, progress: Progress) -> Endpoints:
         self._inbox = Inbox(self._endpoint, CLIENT_TO_ROUTER, self._arrived)
@@ -155,6 +156,12 @@ class RouterService:
         self._rearm()
         if self._place.lost(peers):
             self.cut_off()
+
+    def _stands(self, peer: Peer, stands: bool) -> None:
+        """A rank that died is cut off first, and withdrawn a moment later; one that is alive is there again soon."""
+        change = self._dispatcher.mended if stands else self._dispatcher.cut
+        self._apply(change(_key(peer), self._clock()))
+        self._rearm()
 
     def cut_off(self) -> None:
         """This router had been given up, and with it every item that it was given."""

@@ -56,7 +56,7 @@ from epdctl.wire.encode import (
     WorkerToRouter,
 )
 from epdctl.wire.lifecycle import Endpoints, Facts, Peer
-from epdctl.wire.sockets import Inbox, Sender
+from epdctl.wire.sockets import MAX_FRAME_BYTES, Inbox, Sender
 from epdctl.wire.trace import Kind
 from epdctl.wire.transfer import RemoteLease, TensorSpec
 
@@ -261,9 +261,13 @@ class EncoderService:
         return _Answer(await self._into_slot(work, work.job.slot))
 
     async def _into_the_answer(self, work: _Work) -> _Answer:
-        """For a reader without slots: the bytes go back by way of the router."""
+        """For a reader without slots: the bytes go back by way of the router, in one frame."""
+        spec = self._spec_of(work.job.item.rows)
+        if spec.nbytes > MAX_FRAME_BYTES:
+            text = f"{spec.nbytes} bytes of embeddings do not fit an answer, which holds {MAX_FRAME_BYTES}"
+            raise Refused(FailureKind.TOO_LARGE, text)
         with self._here.makings.open(work.media, work.job.item) as reading:
-            spec = self._spec_of(await reading.size())
+            await reading.size()
             work.way.enter("encoding", reading.source.value)
             self._tell(work.router, ItemSized(dispatch=work.dispatch, spec=spec))
             embedding = await reading.embedding()
@@ -326,15 +330,15 @@ class EncoderService:
             log.exception("preprocessing failed for item %d", item.index)
             raise Refused(FailureKind.INTERNAL, f"preprocessing failed: {error}") from error
 
-    def _spec_of(self, size: Size) -> TensorSpec:
+    def _spec_of(self, rows: int) -> TensorSpec:
         tower = self._here.tower
         dtype = str(tower.dtype).removeprefix("torch.")
-        nbytes = size.rows * tower.width * tower.dtype.itemsize
-        return TensorSpec(dtype=dtype, shape=[size.rows, tower.width], nbytes=nbytes)
+        nbytes = rows * tower.width * tower.dtype.itemsize
+        return TensorSpec(dtype=dtype, shape=[rows, tower.width], nbytes=nbytes)
 
     def _sized(self, slot: RemoteLease, size: Size) -> TensorSpec:
         """What will be written, once it is sure that the slot has room for it."""
-        spec = self._spec_of(size)
+        spec = self._spec_of(size.rows)
         room = sum(extent.nbytes for extent in slot.extents)
         if spec.nbytes > room:
             raise Refused(FailureKind.INTERNAL, f"{spec.nbytes} bytes of embeddings do not fit a slot of {room}")

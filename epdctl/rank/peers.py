@@ -23,7 +23,7 @@ def _key(peer: Peer) -> PeerKey:
     return peer.rank, peer.incarnation
 
 
-def _ignore(_: Peer) -> None:
+def _ignore(*_: object) -> None:
     """Nobody needs to know."""
 
 
@@ -126,7 +126,13 @@ class Links(Generic[In, Out]):
         self._outgoing = outgoing
         self._received = received
         self._lost = lost
+        self._standing: Callable[[Peer, bool], None] = _ignore
         self._links: dict[PeerKey, Link[In, Out]] = {}
+
+    def watch(self, standing: Callable[[Peer, bool], None]) -> None:
+        """``standing(peer, stands)`` runs when the connection to one that is in the table broke, which may have cost
+        what was under way on it, and when it stands, for the first time or again."""
+        self._standing = standing
 
     def peers_changed(self, peers: Sequence[Peer]) -> Changes:
         changes = self.table.replace(peers)
@@ -153,7 +159,12 @@ class Links(Generic[In, Out]):
         def received(message: In, frames: list[memoryview]) -> None:
             self._received(peer, message, frames)
 
-        return Link(peer.endpoints.inbox, self._incoming, self._outgoing, received)
+        def standing(stands: bool) -> None:
+            self._standing(peer, stands)
+
+        link = Link(peer.endpoints.inbox, self._incoming, self._outgoing, received)
+        link.watch(standing)
+        return link
 
     def close(self) -> None:
         for link in self._links.values():

@@ -17,21 +17,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from epdctl.errors import BadMessage, PeerGone
 from epdctl.wire.message import Codec
+from epdctl.wire.monitor import BROKEN, CONNECTED, STANDS, Monitor
 
-__all__ = ["Buffer", "Inbox", "Link", "Sender"]
+__all__ = ["MAX_FRAME_BYTES", "Buffer", "Inbox", "Link", "Sender"]
 
 log = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
 Sender = bytes  # the identity of one connected Link, as its Inbox sees it
 
-MAX_FRAME_BYTES = 256 << 20
+MAX_FRAME_BYTES = 256 << 20  # ZMQ drops the connection that brings a larger one, and does not make it anew
 HIGH_WATER = 4096  # messages, each way
 BURST = 64  # messages handled before the loop's other work gets a turn
+REOPEN_SECONDS = 0.1  # before a connection that broke is made anew
 ZERO_COPY_BYTES = 65_536  # below this a copy is cheaper than tracking the buffer
 
 # Numbers, not enums: combining those for every frame was a tenth of the router's time.
@@ -51,14 +52,7 @@ class _Socket:
 
     def __init__(self, kind: int) -> None:
         self._loop = asyncio.get_running_loop()
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.SNDHWM, HIGH_WATER),
-            (zmq.RCVHWM, HIGH_WATER),
-            (zmq.MAXMSGSIZE, MAX_FRAME_BYTES),
-        ):
-            self._socket.setsockopt(option, value)
+        self._socket = _made(kind)
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._turn: asyncio.Handle | None = None
         self.closed = False
@@ -69,15 +63,20 @@ class _Socket:
         self._later()
 
     def _later(self) -> None:
-        if self._turn is None and not self.closed:
+        if self._turn is None and not self._shut:
             self._turn = self._loop.call_soon(self._events)
+
+    @property
+    def _shut(self) -> bool:
+        """There is no socket to do anything with."""
+        return self._socket.closed
 
     def _events(self) -> None:
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
         for _ in range(BURST):
-            if self.closed:
+            if self._shut:
                 return
             if not self._advance(int(self._socket.getsockopt(zmq.EVENTS))):
                 return
@@ -117,14 +116,36 @@ class _Socket:
                 self._socket.send(_as_received(frame), flags, copy=False)
         self._later()
 
-    def close(self) -> None:
-        if self.closed:
-            return
-        self.closed = True
+    def _release(self) -> None:
         if self._turn is not None:
             self._turn.cancel()
-        self._loop.remove_reader(self._fd)
-        self._socket.close(linger=0)
+            self._turn = None
+        if not self._shut:
+            self._loop.remove_reader(self._fd)
+            self._socket.close(linger=0)
+
+    def close(self) -> None:
+        self.closed = True
+        self._release()
+
+
+def _made(kind: int) -> zmq.Socket[bytes]:
+    made: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+    for option, value in (
+        (zmq.LINGER, 0),
+        (zmq.SNDHWM, HIGH_WATER),
+        (zmq.RCVHWM, HIGH_WATER),
+        (zmq.MAXMSGSIZE, MAX_FRAME_BYTES),
+    ):
+        made.setsockopt(option, value)
+    return made
+
+
+def _check(frames: Sequence[Buffer]) -> None:
+    """What is too large for the other end is refused here: there it would cost the whole connection."""
+    for frame in frames:
+        if len(frame) > MAX_FRAME_BYTES:
+            raise BadMessage(f"a frame of {len(frame)} bytes; the limit is {MAX_FRAME_BYTES}")
 
 
 @contextlib.contextmanager
@@ -183,9 +204,10 @@ class Inbox(_Socket, Generic[In]):
         self._handler(frames[0].bytes, message, _payload(frames[2:]))
 
     def reply(self, to: Sender, message: Out, codec: Codec[Out], frames: Sequence[Buffer] = ()) -> None:
-        """Raises PeerGone when the sender has closed or stopped reading."""
+        """Raises PeerGone when the sender has closed or stopped reading, BadMessage for a frame that is too large."""
         if self.closed:
             raise PeerGone("this inbox is closed")
+        _check(frames)
         try:
             self._transmit([to, codec.encode(message), *frames])
         except zmq.ZMQError as error:
@@ -214,17 +236,56 @@ class Link(_Socket, Generic[In, Out]):
         self._incoming = incoming
         self._outgoing = outgoing
         self._handler = handler
+        self._send_buffer = send_buffer if endpoint.startswith("ipc://") else 0
+        self._standing: Callable[[bool], None] | None = None
         self._outbox: deque[list[Buffer]] = deque()
-        self._monitor: zmq.Socket[bytes] | None = None
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        if send_buffer and endpoint.startswith("ipc://"):
-            self._widen(send_buffer)
+        self._monitor: Monitor | None = None
+        self._reopening: asyncio.TimerHandle | None = None
         try:
-            self._socket.connect(endpoint)
+            self._connect()
         except zmq.ZMQError as error:
             self.close()
             raise PeerGone(f"cannot connect to {endpoint!r}: {error}") from error
+
+    def _connect(self) -> None:
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        if self._send_buffer or self._standing is not None:
+            self._monitor = Monitor(self._socket, self._noticed)
+        self._socket.connect(self.endpoint)
         self._start()
+
+    def watch(self, standing: Callable[[bool], None]) -> None:
+        """``standing`` runs with True when the connection stands from now on, and with False when it broke, which may
+        cost whatever was under way on it; it is made anew then, also where ZMQ has given it up. Called right after the
+        link was made.
+        """
+        self._standing = standing
+        if self._monitor is None:
+            self._monitor = Monitor(self._socket, self._noticed)
+
+    def _noticed(self, event: int, value: int) -> None:
+        if event == CONNECTED and self._send_buffer:
+            self._widen(value)
+        elif self._standing is not None and event == STANDS:
+            self._standing(True)
+        elif self._standing is not None and event == BROKEN:
+            self._broke()
+            self._standing(False)
+
+    def _broke(self) -> None:
+        """What has come is still handled; what waits in the outbox goes out when the connection stands again."""
+        log.info("the connection to %s broke", self.endpoint)
+        for _ in range(HIGH_WATER):
+            if self._shut or not super()._advance(int(self._socket.getsockopt(zmq.EVENTS))):
+                break
+        if not self.closed:
+            self._release()
+            self._reopening = self._loop.call_later(REOPEN_SECONDS, self._reopen)
+
+    def _reopen(self) -> None:
+        self._socket = _made(zmq.DEALER)
+        self._fd = int(self._socket.getsockopt(zmq.FD))
+        self._connect()
 
     def _advance(self, events: int) -> bool:
         if self._outbox and events & _WRITABLE:
@@ -234,7 +295,7 @@ class Link(_Socket, Generic[In, Out]):
 
     def _flush(self) -> None:
         with contextlib.suppress(zmq.Again):
-            while self._outbox:
+            while self._outbox and not self._shut:
                 self._transmit(self._outbox[0])
                 self._outbox.popleft()
 
@@ -249,35 +310,32 @@ class Link(_Socket, Generic[In, Out]):
     def send(self, message: Out, frames: Sequence[Buffer] = ()) -> None:
         """Send now or, while the connection is being made, as soon as it stands.
 
-        Raises PeerGone when the link is closed or its outbox is full.
+        Raises PeerGone when the link is closed or its outbox is full, BadMessage for a frame that is too large.
         """
         if self.closed:
             raise PeerGone(f"{self.endpoint} was withdrawn")
         if len(self._outbox) >= HIGH_WATER:
             raise PeerGone(f"{self.endpoint} does not read")
+        _check(frames)
         self._outbox.append([self._outgoing.encode(message), *frames])
         self._flush()
 
-    def _widen(self, nbytes: int) -> None:
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED)
-        self._loop.add_reader(self._monitor.fileno(), self._connected, self._monitor, nbytes)
-        self._connected(self._monitor, nbytes)  # no edge comes before its events have been asked for once
+    def _widen(self, connection: int) -> None:
+        with contextlib.suppress(OSError):  # it may be gone again
+            wide = socket.socket(fileno=connection)
+            try:
+                wide.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
+            finally:
+                wide.detach()  # it stays ZMQ's
 
-    def _connected(self, monitor: zmq.Socket[bytes], nbytes: int) -> None:
-        while int(monitor.getsockopt(zmq.EVENTS)) & _READABLE:
-            fd = parse_monitor_message(monitor.recv_multipart())["value"]
-            with contextlib.suppress(OSError):  # it may be gone again
-                connection = socket.socket(fileno=fd)
-                try:
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
-                finally:
-                    connection.detach()  # it stays ZMQ's
+    def _release(self) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+        super()._release()
 
     def close(self) -> None:
+        if self._reopening is not None:
+            self._reopening.cancel()
         self._outbox.clear()
-        if self._monitor is not None:
-            self._loop.remove_reader(self._monitor.fileno())
-            self._socket.disable_monitor()
-            self._monitor.close(linger=0)
-            self._monitor = None
         super().close()

@@ -148,6 +148,10 @@ class World:
             budget_s=budget,
         )
 
+    def inline(self, index: int = 0, **changed: Any) -> Encode:
+        """One without a slot."""
+        return msgspec.structs.replace(self.job(index, **changed), slot=None, notify="")
+
 
 def in_world(
     sockets: Path, test: Callable[[World], Coroutine[Any, Any, None]], unhandled: list[BaseException] | None = None
@@ -544,6 +548,82 @@ def test_draining_finishes_what_is_there_and_takes_nothing_new(sockets: Path) ->
         gate.open.set()
         await drained
         await answers.until(of(ItemEncoded, 1))
+
+    in_world(sockets, test)
+
+
+def test_an_embedding_that_no_answer_holds_is_refused_before_anything_is_done_about_it(
+    sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZMQ gave the connection up for it, and the rank was a black hole from then on."""
+    monkeypatch.setattr("epdctl.encoder.worker.MAX_FRAME_BYTES", NBYTES)
+
+    async def test(world: World) -> None:
+        tower = ToyTower()
+        _, gateway, answers = await world.router()
+        await world.encoder(tower)
+        gateway.send(world.inline(0, rows=ROWS + 1, grid=[1, 2, 2 * ROWS + 2]), [picture(ROWS + 1, 1)])
+        (end,) = await answers.count(1)
+        text = f"{NBYTES + WIDTH * 4} bytes of embeddings do not fit an answer, which holds {NBYTES}"
+        assert (end.kind, end.text) == (FailureKind.TOO_LARGE, text)
+        gateway.send(world.inline(1), [picture(ROWS, 2)])
+        gateway.send(
+            world.job(2, rows=ROWS + 1, grid=[1, 2, 2 * ROWS + 2], slot=world.prefill.lease(1 << 10)),
+            [picture(ROWS + 1, 3)],
+        )
+        await answers.until(of(Encoded, 2))
+        assert sorted(seed for batch in tower.batches for seed in batch) == [2, 3]
+
+    in_world(sockets, test)
+
+
+class RudeEncoder:
+    """Answers its first item with a frame that no link takes."""
+
+    def __init__(self, world: World) -> None:
+        self.endpoint = f"ipc://{world.sockets}/rude"
+        self.told: list[RouterToWorker] = []
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(self.endpoint)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._socket.fileno(), self._answer)
+        world.stack.callback(self._socket.close)
+        world.stack.callback(loop.remove_reader, self._socket.fileno())
+
+    def _answer(self) -> None:
+        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            sender, word, *_ = self._socket.recv_multipart()
+            message = ROUTER_TO_WORKER.decode(word)
+            self.told.append(message)
+            if isinstance(message, EncodeItem):
+                first = len(self.told) == 1
+                spec = TensorSpec(dtype="float32", shape=[1], nbytes=4)
+                answer = WORKER_TO_ROUTER.encode(ItemEncoded(dispatch=message.dispatch, spec=spec))
+                self._socket.send_multipart([sender, answer, bytes(2 << 20 if first else 4)])
+
+
+def test_a_rank_whose_connection_broke_is_given_its_items_again_once_it_stands(
+    sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("epdctl.wire.sockets.MAX_FRAME_BYTES", 1 << 20)
+
+    async def test(world: World) -> None:
+        router, gateway, answers = await world.router()
+        rude = RudeEncoder(world)
+        world.peers["encoder/0"] = make_peer("encoder/0", Endpoints(inbox=rude.endpoint))
+        router.absent_changed([absent("encoder/1")])
+        world.tell()
+        gateway.send(world.inline(0), [picture(ROWS, 0)])
+        await turns_until(lambda: router.pulse().waiting == 1)
+        gateway.send(world.inline(1), [picture(ROWS, 1)])
+        (told,) = await answers.until(of(Encoded, 1))
+        assert (told.index, told.by) == (1, "encoder/0")
+        kinds = [type(message) for message in rude.told]
+        assert kinds == [EncodeItem, CancelItem, EncodeItem], "what it may still be at is called off first"
+        await world.encoder(ToyTower(), 1)
+        told = (await answers.until(of(Encoded, 2)))[-1]
+        assert (told.index, told.by) == (0, "encoder/1"), "once on each rank, whatever became of it there"
 
     in_world(sockets, test)
 

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import zmq
 
-from epdctl.errors import PeerGone
+from epdctl.errors import BadMessage, PeerGone
 from epdctl.wire import sockets as wire
 from epdctl.wire.message import Codec, Message
 from epdctl.wire.sockets import Inbox, Link
@@ -147,20 +147,119 @@ def test_a_bad_answer_is_counted_by_the_link(sockets: Path) -> None:
     run(work())
 
 
-def test_a_frame_above_the_sockets_own_limit_never_arrives(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frame_above_the_limit_is_refused_where_it_is_sent_and_both_ends_go_on(
+    sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cost the whole connection, for ever, and neither end was told."""
     monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 1 << 20)
 
     async def work() -> None:
         bench = Bench(sockets)
-        flood, polite = bench.link(), bench.link()
-        flood.send(Ping(number=1), [bytes(2 << 20)])
-        polite.send(Ping(number=2), [bytes(1 << 20)])
+        link = bench.link()
+        with pytest.raises(BadMessage, match="a frame of 2097152 bytes; the limit is 1048576"):
+            link.send(Ping(number=1), [b"small", bytes(2 << 20)])
+        link.send(Ping(number=2), [bytes(1 << 20)])
+        ((sender, number, _),) = await bench.got.count(1)
+        assert number == 2
+        with pytest.raises(BadMessage):
+            bench.inbox.reply(sender, Pong(number=1), PONG, [bytes(2 << 20)])
+        bench.inbox.reply(sender, Pong(number=2), PONG, [bytes(1 << 20)])
+        assert [number for number, _ in await bench.answers.count(1)] == [2]
+        link.close()
+        bench.inbox.close()
+
+    run(work())
+
+
+def test_a_stranger_with_a_frame_above_the_limit_costs_nobody_else_anything(
+    sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 1 << 20)
+
+    async def work() -> None:
+        bench = Bench(sockets)
+        stranger: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.connect(bench.endpoint)
+        stranger.send_multipart([PING.encode(Ping(number=1)), bytes(2 << 20)])
+        link = bench.link()
+        link.send(Ping(number=2))
         await bench.got.count(1)
-        polite.send(Ping(number=3))
-        await bench.got.count(2)
-        assert [number for _, number, _ in bench.got.seen] == [2, 3]
-        for each in (flood, polite, bench.inbox):
+        assert [number for _, number, _ in bench.got.seen] == [2]
+        for each in (stranger, link, bench.inbox):
             each.close()
+
+    run(work())
+
+
+class Rude:
+    """A peer that answers with a frame beyond every limit, until it is told to behave."""
+
+    def __init__(self, sockets: Path) -> None:
+        self.endpoint = f"ipc://{sockets}/rude"
+        self.heard = 0
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.bind(self.endpoint)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self.socket.fileno(), self._answer)
+
+    def _answer(self) -> None:
+        while int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            sender = self.socket.recv_multipart()[0]
+            self.heard += 1
+            self.socket.send_multipart([sender, PONG.encode(Pong(number=self.heard))])
+            if self.heard == 1:
+                self.socket.send_multipart([sender, PONG.encode(Pong(number=0)), bytes(2 << 20)])
+
+    def close(self) -> None:
+        self._loop.remove_reader(self.socket.fileno())
+        self.socket.close()
+
+
+def test_a_connection_that_zmq_gave_up_is_noticed_and_made_anew(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 1 << 20)
+
+    async def work() -> None:
+        rude, answers, stands = Rude(sockets), Facts(), Facts()
+        link: Link[Pong, Ping] = Link(rude.endpoint, PONG, PING, lambda message, _: answers.add(message.number))
+        link.watch(stands.add)
+        link.send(Ping(number=1))
+        await stands.until(lambda seen: False in seen)
+        assert answers.seen == [1], "what came before it is not lost"
+        link.send(Ping(number=2))
+        assert await answers.count(2) == [1, 2]
+        assert stands.seen[-2:] == [False, True]
+        link.close()
+        rude.close()
+
+    run(work())
+
+
+def test_a_link_may_be_closed_when_it_breaks_or_before_it_is_made_anew(sockets: Path) -> None:
+    async def work() -> None:
+        broken = Facts()
+        bench = Bench(sockets)
+        first, second = bench.link(), bench.link()
+
+        def tell(stands: bool, closing: Link[Pong, Ping] | None = None) -> None:
+            if not stands:
+                broken.add(1)
+                if closing is not None:
+                    closing.close()
+
+        first.watch(lambda stands: tell(stands, first))
+        second.watch(tell)
+        for link in (first, second):
+            link.send(Ping(number=1))
+        await bench.got.count(2)
+        bench.inbox.close()
+        await broken.count(2)
+        second.send(Ping(number=2))
+        second.close()
+        for link in (first, second):
+            with pytest.raises(PeerGone, match="withdrawn"):
+                link.send(Ping(number=3))
 
     run(work())
 
