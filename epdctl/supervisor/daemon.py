@@ -29,7 +29,7 @@ from epdctl.supervisor.figures import figures_of
 from epdctl.supervisor.gang import Changed, Faulted, Gang, may_start
 from epdctl.supervisor.member import Life, Member, RankStream
 from epdctl.supervisor.merging import run_merge
-from epdctl.supervisor.order import STOPS_FIRST, States, next_to_stop
+from epdctl.supervisor.order import States, before, front_of, next_to_stop
 from epdctl.supervisor.peers import PeerTable
 from epdctl.supervisor.report import status_reply
 from epdctl.supervisor.rundir import RunDir
@@ -294,19 +294,22 @@ class Daemon:
         states = self._states()
         ready = [member for member in self.members.values() if self._may_start(member, states)]
         self._queue.extend((member, DependenciesReady()) for member in ready)
-        if self._restarting and not self._draining_first():
-            self._queue.extend((member, RestartRequested()) for member in self._restarting)
-            self._restarting.clear()
+        self._queue.extend((member, RestartRequested()) for member in self._next_to_restart())
         if self.stopping:
             ranks = [rank for rank in next_to_stop(self.ranks, states) if rank not in self._stop.told]
             self._stop.told.update(ranks)
             self._queue.extend((self.members[rank], StopRequested()) for rank in ranks)
         return bool(self._queue)
 
-    def _draining_first(self) -> bool:
-        """Requests that others are needed for are still being finished."""
-        members = self.members.values()
-        return any(member.rank.state is RankState.DRAINING and member.name.stage in STOPS_FIRST for member in members)
+    def _next_to_restart(self) -> list[Member]:
+        """None while those that stop before them still finish requests."""
+        front = front_of([member.name for member in self._restarting])
+        draining = [name for name, member in self.members.items() if member.rank.state is RankState.DRAINING]
+        if not front or any(before(name, front[0]) for name in draining):
+            return []
+        now = [member for member in self._restarting if member.name in front]
+        self._restarting = [member for member in self._restarting if member not in now]
+        return now
 
     def _may_start(self, member: Member, states: States) -> bool:
         if self.stopping or member.rank.state is not RankState.WAITING:

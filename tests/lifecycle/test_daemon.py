@@ -65,6 +65,14 @@ def test_the_gateway_drains_before_the_others_are_told(begin: Begin) -> None:
     assert [fact.name for fact in cluster.facts("gateway/0") if fact.name.startswith("drain")] == ["drain", "drained"]
 
 
+def test_the_encoders_drain_after_their_router(begin: Begin) -> None:
+    """They drained together: what waited at the router could go nowhere, and held everybody up for the whole drain."""
+    cluster = begin({"encoder-router/0": Script(drain_beats=3), "encoder/0": Script()})
+    cluster.until_ready()
+    moves = [(str(event.rank), event.state) for event in cluster.down() if event.kind == "state"]
+    assert moves.index(("encoder-router/0", STOPPED)) < moves.index(("encoder/0", RankState.DRAINING))
+
+
 def test_a_forced_down_asks_nobody_to_drain(begin: Begin) -> None:
     cluster = begin({"gateway/0": Script(drain_beats=10**9), "decode/0": Script(ignore_term=True)})
     cluster.until_ready()

@@ -314,14 +314,19 @@ def test_a_death_is_told_and_so_is_that_nobody_will_start_it_again(place: dict[s
     play(place, act, DECODE, "gateway/0")
 
 
-def test_a_restart_of_everything_lets_the_gateway_finish_first(place: dict[str, str]) -> None:
+def test_a_restart_of_everything_goes_front_to_back(place: dict[str, str]) -> None:
+    front = ("gateway/0", "encoder-router/0")
+
     async def act(scene: Scene) -> None:
-        hellos = [scene.connect(process) for process in scene.launcher.launched]
-        for hello in hellos:
+        hellos = {hello.rank: hello for hello in map(scene.connect, scene.launcher.launched)}
+        for hello in hellos.values():
             scene.daemon.hear(hello, Ready(endpoints=Endpoints()))
         assert set(scene.daemon.restart(list(scene.daemon.members))) == set(scene.daemon.members)
-        assert (scene.state("gateway/0"), scene.state()) == (RankState.DRAINING, RankState.READY)
-        scene.daemon.hear(next(hello for hello in hellos if hello.rank == "gateway/0"), Drained())
-        assert (scene.state("gateway/0"), scene.state()) == (RankState.STOPPING, RankState.DRAINING)
+        for number, name in enumerate(front):
+            states = [scene.state(rank) for rank in (*front, DECODE)]
+            assert states[number:] == [RankState.DRAINING, *[RankState.READY] * (2 - number)]
+            scene.daemon.hear(hellos[RankName(name)], Drained())
+            assert scene.state(name) is RankState.STOPPING
+        assert scene.state() is RankState.DRAINING
 
-    play(place, act, DECODE, "gateway/0")
+    play(place, act, DECODE, *front)
