@@ -13,11 +13,14 @@ V = TypeVar("V")
 
 
 class EmbeddingKey(NamedTuple):
-    """All that an embedding depends on but the model and its processor, which are a process's own and never change."""
+    """All that an embedding depends on but the model and its processor, which are a process's own and never change.
+
+    How many media a request has is not among it: a family that treats a lone picture otherwise (LLaVA-OneVision tiles
+    it) gives it another grid, and the chat that goes on finds its first picture again when it has two.
+    """
 
     content_hash: str
     modality: str
-    of: int  # some families tile a lone picture and not one of several
     grid: tuple[int, ...]
     rows: int
 
@@ -26,7 +29,7 @@ def key_of(item: MediaItem) -> EmbeddingKey | None:
     """None for an item whose content nobody has named: it is like no other."""
     if not item.content_hash:
         return None
-    return EmbeddingKey(item.content_hash, item.modality, item.of, tuple(item.grid), item.rows)
+    return EmbeddingKey(item.content_hash, item.modality, tuple(item.grid), item.rows)
 
 
 class Cache(Generic[V]):

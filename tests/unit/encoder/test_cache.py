@@ -15,7 +15,7 @@ ITEM = MediaItem(index=3, modality=Modality.IMAGE, content_hash="ab", of=2, grid
 
 
 def key(name: str) -> EmbeddingKey:
-    return EmbeddingKey(name, "image", 1, (1, 2, 2), 1)
+    return EmbeddingKey(name, "image", (1, 2, 2), 1)
 
 
 @settings(max_examples=200, deadline=None)
@@ -44,13 +44,12 @@ def test_it_keeps_what_was_used_last_and_never_more_than_its_bytes(
         assert (cache.bytes, len(cache)) == (sum(kept.values()), len(kept))
 
 
-@pytest.mark.parametrize(
-    "changed", [{"content_hash": "cd"}, {"modality": "audio"}, {"of": 1}, {"grid": [1, 6, 4]}, {"rows": 5}]
-)
+@pytest.mark.parametrize("changed", [{"content_hash": "cd"}, {"modality": "audio"}, {"grid": [1, 6, 4]}, {"rows": 5}])
 def test_whatever_changes_an_embedding_changes_its_key(changed: dict) -> None:
     assert key_of(msgspec.structs.replace(ITEM, **changed)) != key_of(ITEM)
 
 
-def test_the_place_in_a_request_changes_nothing_and_an_item_without_a_hash_is_like_no_other() -> None:
-    assert key_of(msgspec.structs.replace(ITEM, index=0)) == key_of(ITEM)
+def test_the_rest_of_its_request_changes_nothing_and_an_item_without_a_hash_is_like_no_other() -> None:
+    """Every turn of a chat with one picture more missed what the turns before it had left."""
+    assert key_of(msgspec.structs.replace(ITEM, index=0, of=5)) == key_of(ITEM)
     assert key_of(msgspec.structs.replace(ITEM, content_hash="")) is None

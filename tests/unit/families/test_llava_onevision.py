@@ -12,10 +12,12 @@ import pytest
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
+from epdctl.encoder.cache import EmbeddingKey, key_of
 from epdctl.errors import LoadError
 from epdctl.families import open_family
 from epdctl.families.base import Family, PictureHeader, Span
 from epdctl.families.llava_onevision import LONGEST
+from epdctl.wire.encode import MediaItem
 
 IMAGE = 77
 PUBLISHED = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
@@ -83,6 +85,19 @@ def test_rows_are_those_of_the_processor_for_every_size_and_count(name: str, tmp
             rows = len(own.replace_image_token(seen, draw.randrange(count)))
             assert family.span(PictureHeader(width, height), count).rows == rows, (width, height, count)
     assert len(measured) >= 500
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_embedding_of_a_lone_picture_is_never_taken_for_that_of_one_of_several(name: str, tmp_path: Path) -> None:
+    family = open_family(checkpoint(tmp_path, *MODELS[name]))
+    for width, height in sizes(5, 100):
+        lone, pair, many = (_key(family.span(PictureHeader(width, height), of), of) for of in (1, 2, 7))
+        assert lone != pair == many, (width, height)
+
+
+def _key(span: Span, of: int) -> EmbeddingKey | None:
+    grid = list(span.grid)
+    return key_of(MediaItem(index=0, modality=span.modality, content_hash="ab", of=of, grid=grid, rows=span.rows))
 
 
 @pytest.mark.parametrize("name", ["few pinpoints", "small"])
