@@ -14,6 +14,7 @@ from epdctl.families import open_family
 from epdctl.families.base import Family
 from epdctl.families.samples import SAMPLES
 from epdctl.rank.headers import read_header
+from epdctl.rank.service import Proof
 from epdctl.wire.config import EncoderConfig, Limits, ModelConfig
 from epdctl.wire.encode import MediaItem
 
@@ -81,21 +82,27 @@ class Watch:
         if self.reason is None and before != self._seen:
             self._seen = before
             return
-        reason = await self._examine(before)
-        if reason is not None and self.reason is None:
-            log.error("this rank is not fit to serve: %s", reason)
-        self.reason = reason
-        self._seen = self._made()
+        await self.prove()
 
-    async def _examine(self, before: int) -> str | None:
+    async def prove(self) -> Proof:
+        """Now, whatever else gets done. What it finds is the rank's ``reason``; a canary that is right mends it."""
+        proof = await self._examine(self._made())
+        if proof.fault is not None and self.reason is None:
+            log.error("this rank is not fit to serve: %s", proof.fault)
+        if not proof.busy:
+            self.reason = proof.fault
+        self._seen = self._made()
+        return proof
+
+    async def _examine(self, before: int) -> Proof:
         try:
             async with asyncio.timeout(self._deadline):
                 norm = await self._measure()
         except TimeoutError:
             busy = self._made() != before
-            return None if busy else f"the test item was not encoded within {self._deadline:g} s"
+            return Proof(None if busy else f"the test item was not encoded within {self._deadline:g} s", busy)
         except EpdError as error:
-            return f"the test item was refused: {error.message}"
+            return Proof(f"the test item was refused: {error.message}")
         if abs(norm / self._norm - 1.0) <= BAND:  # false for nan too
-            return None
-        return f"the test item's embedding has norm {norm:.6g}; at the start it was {self._norm:.6g}"
+            return Proof()
+        return Proof(f"the test item's embedding has norm {norm:.6g}; at the start it was {self._norm:.6g}")

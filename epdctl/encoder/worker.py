@@ -29,7 +29,7 @@ from epdctl.rank.facts import facts_of
 from epdctl.rank.machine import Machine
 from epdctl.rank.peers import PeerTable, Place
 from epdctl.rank.profile import Profiler
-from epdctl.rank.service import Progress, Pulse, Recorded, Written
+from epdctl.rank.service import Progress, Proof, Pulse, Recorded, Written
 from epdctl.rank.tasks import Tasks
 from epdctl.telemetry.hops import Hops, Way
 from epdctl.transfer.base import Transport
@@ -301,6 +301,9 @@ class EncoderService:
     def _encoded(self, work: _Work, spec: TensorSpec, reading: Reading) -> ItemEncoded:
         kept = self._here.makings.cache.bytes
         return ItemEncoded(dispatch=work.dispatch, spec=spec, source=reading.source, cache_bytes=kept)
+
+    async def prove(self) -> Proof:
+        return await self._here.watch.prove()
 
     async def _measure(self) -> float:
         """The norm of the canary's embedding, made as every item's is."""

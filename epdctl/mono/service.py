@@ -15,7 +15,7 @@ from epdctl.encoder.worker import EncoderService
 from epdctl.ids import Stage
 from epdctl.rank.machine import NATIVE, Machine, Parts
 from epdctl.rank.peers import Place
-from epdctl.rank.service import Progress, Pulse, Written
+from epdctl.rank.service import Progress, Proof, Pulse, Written
 from epdctl.telemetry.hops import Hops
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import Endpoints, Peer
@@ -86,6 +86,10 @@ class MonoService:
             unhealthy=tower.unhealthy or language.unhealthy,
             embeddings=tower.embeddings,
         )
+
+    async def prove(self) -> Proof:
+        assert self._encoder is not None, "used before start"
+        return await self._encoder.prove()
 
     async def until_idle(self) -> None:
         await self._language.until_idle()

@@ -21,7 +21,7 @@ from epdctl.rank.capture import Capture, clock_of
 from epdctl.rank.fatal import Departure, fatal, status_of
 from epdctl.rank.figures import Enquiry
 from epdctl.rank.loading import Loads, in_thread
-from epdctl.rank.service import BecomesIdle, Factual, HearsAbsent, Service, TellsOfAll
+from epdctl.rank.service import BecomesIdle, Factual, HearsAbsent, Proof, Provable, Service, TellsOfAll
 from epdctl.rank.tasks import Tasks
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import (
@@ -37,6 +37,8 @@ from epdctl.wire.lifecycle import (
     Heartbeat,
     Hello,
     PeersChanged,
+    Prove,
+    Proved,
     RankToSupervisor,
     Ready,
     StartCapture,
@@ -259,6 +261,8 @@ class RankProcess:
                     self._capture.stop()
             case TellClock():
                 self._tell_clock(message)
+            case Prove(number=number):
+                self._tasks.start(self._prove(number), "proof")
             case Figures():
                 self._enquiry.told(message)
             case Unfit(text=text):
@@ -288,6 +292,14 @@ class RankProcess:
             self._post(CaptureWritten(capture=order.capture, error=f"{self._spec.rank} is still loading"))
         else:
             self._capture.start(order)
+
+    async def _prove(self, number: int) -> None:
+        service: object = self._service
+        if self._ready and isinstance(service, Provable):
+            proof = await service.prove()
+        else:
+            proof = Proof("it has no tower that is ready")
+        self._post(Proved(number=number, fault=proof.fault, busy=proof.busy))
 
     def _tell_clock(self, question: TellClock) -> None:
         clock = clock_of(self._service)

@@ -17,6 +17,8 @@ __all__ = [
     "HearsAbsent",
     "Profilable",
     "Progress",
+    "Proof",
+    "Provable",
     "Pulse",
     "Recorded",
     "Service",
@@ -51,6 +53,24 @@ class Recorded:
 
 
 Written = Callable[[Recorded], None]  # callable from any thread
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """``fault``: what was wrong with the canary's values, or that none came. None too where real work took all the time
+    there was, and got done: then it is ``busy``."""
+
+    fault: str | None = None
+    busy: bool = False
+
+
+@runtime_checkable
+class Provable(Protocol):
+    """A Service with a tower."""
+
+    async def prove(self) -> Proof:
+        """Encode the canary now, with a deadline of its own; a fault is the pulse's ``unhealthy`` from then on."""
+        ...
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from functools import partial
 
 from epdctl.control.select import select, select_logs
 from epdctl.supervisor import health
@@ -49,8 +50,12 @@ class Commands:
             await daemon.changed.wait(heard)
 
     async def health(self, command: GetHealth) -> HealthReply:
-        shallow = health.verdict(self._daemon.status().ranks)
-        return await health.deep(self._daemon.plan, shallow, command.budget_s) if command.deep else shallow
+        ranks = self._daemon.status().ranks
+        shallow = health.verdict(ranks)
+        if not command.deep:
+            return shallow
+        prove = partial(self._daemon.proofs.ask, health.seeing(ranks))
+        return await health.deep(self._daemon.plan, shallow, command.budget_s, prove)
 
     async def restart(self, command: Restart) -> Accepted:
         ranks = select(command.ranks or ["all"], self._daemon.ranks)

@@ -31,6 +31,7 @@ from epdctl.supervisor.member import Life, Member, RankStream
 from epdctl.supervisor.merging import run_merge
 from epdctl.supervisor.order import States, before, front_of, next_to_stop
 from epdctl.supervisor.peers import PeerTable
+from epdctl.supervisor.proofs import Proofs
 from epdctl.supervisor.report import status_reply
 from epdctl.supervisor.rundir import RunDir
 from epdctl.supervisor.states.actions import Action, Advertise, TellGang, Withdraw
@@ -59,6 +60,7 @@ from epdctl.wire.lifecycle import (
     Heartbeat,
     Hello,
     Loading,
+    Proved,
     RankToSupervisor,
     Ready,
     SupervisorToRank,
@@ -92,6 +94,7 @@ class Daemon:
         self.settled = asyncio.Event()  # a stop was asked for and every rank has ended
         self._luck = luck or Luck()
         self.events = EventLog(rundir.state.events, self._luck.clock)
+        self.proofs = Proofs(self)
         self.captures = Captures(self, rundir.state.captures, partial(run_merge, rundir.run))
         self.members = {rank.rank: Member.of(rank, self._luck.clock()) for rank in plan.ranks}
         self._effects = Effects(rundir, launcher, self.events, self._post)
@@ -150,7 +153,7 @@ class Daemon:
         """The one way in: ``event`` and all that follows from it have been handled when this returns."""
         self._post(self.members[rank], event)
 
-    # --- Studio: what captures need ---
+    # --- Studio and Ranks: what captures and proofs need ---
 
     @property
     def cluster(self) -> str:
@@ -199,14 +202,20 @@ class Daemon:
                 self._post(member, HeartbeatSeen(number, message.unhealthy, message.standstill_s))
             case Drained():
                 self._post(member, DrainedReported(number))
-            case CaptureWritten() | ClockTold():
-                self.captures.hear(member.name, number, message)
+            case CaptureWritten() | ClockTold() | Proved():
+                self._answered(member.name, number, message)
             case AskFigures():
                 self._effects.tell(member, figures_of(self.members.values()))
             case Fatal():
                 self._post(member, FatalReported(number, _last_words(message), message.restartable))
             case Hello():
                 log.warning("%s said Hello twice", member.name)
+
+    def _answered(self, rank: RankName, number: Incarnation, message: CaptureWritten | ClockTold | Proved) -> None:
+        if isinstance(message, Proved):
+            self.proofs.heard(rank, number, message)
+        else:
+            self.captures.hear(rank, number, message)
 
     def _readied(self, member: Member, life: Life, ready: Ready) -> None:
         serving = ((one.name, one.life.facts) for one in self.members.values() if one is not member and one.life)
@@ -224,6 +233,7 @@ class Daemon:
     def hung_up(self, hello: Hello) -> None:
         member = self.members[hello.rank]
         self.captures.died(member.name, hello.incarnation)
+        self.proofs.died(member.name, hello.incarnation)
         if member.life is not None and member.life.incarnation == hello.incarnation:
             self._effects.said_goodbye(member, member.life)
 

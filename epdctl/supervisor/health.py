@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from epdctl.errors import RankError
 from epdctl.families import modalities_of
-from epdctl.families.samples import MEDIA_TYPES, SAMPLES
-from epdctl.ids import Modality, Stage
+from epdctl.families.samples import MEDIA_TYPES, SAMPLES, marked
+from epdctl.ids import Modality, RankName, Stage
+from epdctl.supervisor.proofs import Finding
 from epdctl.topology.plan import Plan
 from epdctl.wire.control import HealthReply, Problem, RankState, RankStatus
 
-__all__ = ["CANARY", "DEGRADED", "HEALTHY", "UNHEALTHY", "Canary", "ask", "deep", "find_canary", "question", "verdict"]
+__all__ = [
+    "CANARY",
+    "DEGRADED",
+    "HEALTHY",
+    "UNHEALTHY",
+    "Canary",
+    "Prove",
+    "ask",
+    "deep",
+    "find_canary",
+    "question",
+    "seeing",
+    "verdict",
+]
 
 HEALTHY, DEGRADED, UNHEALTHY = "healthy", "degraded", "unhealthy"
 
+Prove = Callable[[float], Awaitable[Sequence[Finding]]]  # of every rank that has a tower, within so many seconds
+
+_SEEING = (Stage.ENCODER, Stage.MONO)
 _TOKENS = 4
 _CANARY_TOKENS = 32
 CANARY = "canary.json"
@@ -37,15 +56,39 @@ def verdict(ranks: Sequence[RankStatus]) -> HealthReply:
     return HealthReply(verdict=DEGRADED if problems else HEALTHY, problems=problems)
 
 
-async def deep(plan: Plan, shallow: HealthReply, budget_s: float) -> HealthReply:
-    """The shallow verdict, and a real request through every stage; its failure is ``unhealthy`` whatever ranks say."""
+def seeing(ranks: Sequence[RankStatus]) -> list[RankName]:
+    """Those that serve and have a tower, which only they themselves can prove one by one."""
+    return [rank.rank for rank in ranks if rank.stage in _SEEING and _serves(rank)]
+
+
+async def deep(plan: Plan, shallow: HealthReply, budget_s: float, prove: Prove) -> HealthReply:
+    """The shallow verdict, a real request through every stage, and a proof of every tower: the request reaches one of
+    each stage, and only values that a rank knows tell whether a model sees that has no answer of its own.
+
+    The failure of either is ``unhealthy`` whatever ranks say; a tower that is silent leaves less than ``healthy``.
+    """
+    began = time.monotonic()
+    async with asyncio.TaskGroup() as group:
+        asking = group.create_task(_timed(plan, budget_s))
+        await asyncio.wait([asking], timeout=budget_s / 2)  # first: a rank that is found unfit gives up what it has
+        findings = await prove(max(0.0, budget_s - (time.monotonic() - began)))
+    answer = asking.result()
+    problems = [*shallow.problems, *(Problem(rank=finding.rank, text=finding.text) for finding in findings)]
+    if isinstance(answer, RankError):
+        return HealthReply(verdict=UNHEALTHY, problems=[*problems, Problem(rank=None, text=answer.message)])
+    unfit = any(finding.unfit for finding in findings)
+    less = UNHEALTHY if unfit or shallow.verdict == UNHEALTHY else DEGRADED
+    return HealthReply(verdict=less if findings else shallow.verdict, problems=problems, deep_seconds=answer)
+
+
+async def _timed(plan: Plan, budget_s: float) -> float | RankError:
+    """How long the real request took, or what was wrong with its answer."""
     began = time.monotonic()
     try:
         await ask(plan, budget_s)
     except RankError as error:
-        problem = Problem(rank=None, text=error.message)
-        return HealthReply(verdict=UNHEALTHY, problems=[*shallow.problems, problem])
-    return HealthReply(verdict=shallow.verdict, problems=shallow.problems, deep_seconds=time.monotonic() - began)
+        return error
+    return time.monotonic() - began
 
 
 async def ask(plan: Plan, budget_s: float) -> None:
@@ -56,9 +99,12 @@ async def ask(plan: Plan, budget_s: float) -> None:
     if url is None:
         raise RankError("the cluster has no gateway to ask")
     try:
-        async with httpx.AsyncClient(timeout=budget_s, trust_env=False, headers=_key(plan)) as client:
+        async with (
+            asyncio.timeout(budget_s),
+            httpx.AsyncClient(timeout=None, trust_env=False, headers=_key(plan)) as client,
+        ):
             response = await client.post(f"{url}/v1/chat/completions", json=question(plan, canary))
-    except httpx.TimeoutException as error:
+    except TimeoutError as error:
         raise RankError(f"the real request had no answer within {budget_s:g} s") from error
     except httpx.HTTPError as error:
         raise RankError(f"the real request did not get through: {str(error) or type(error).__name__}") from error
@@ -83,8 +129,12 @@ class Canary(msgspec.Struct, frozen=True):
 
     @property
     def parts(self) -> list[dict[str, object]]:
+        """Raises RankError for what is no such file."""
         known = ((Modality.IMAGE, self.pictures), (Modality.AUDIO, self.sounds))
-        return [_part(modality, each) for modality, files in known for each in files]
+        try:
+            return [_part(modality, base64.b64decode(each)) for modality, files in known for each in files]
+        except ValueError as error:
+            raise RankError(f"{CANARY} holds something that cannot be asked about: {error}") from error
 
 
 def find_canary(plan: Plan) -> Canary | None:
@@ -118,17 +168,19 @@ def _media(plan: Plan) -> list[dict[str, object]]:
     if (tower := _tower(plan)) is None:
         return []
     modality = modalities_of(tower)[0]
-    return [_part(modality, base64.b64encode(SAMPLES[modality]).decode())]
+    return [_part(modality, SAMPLES[modality])]
 
 
-def _part(modality: Modality, encoded: str) -> dict[str, object]:
+def _part(modality: Modality, file: bytes) -> dict[str, object]:
+    """In bytes that nobody has seen before: encoders remember what they saw, and this is to be looked at."""
     kind = f"{modality}_url"
+    encoded = base64.b64encode(marked(file, secrets.token_hex(16))).decode()
     return {"type": kind, kind: {"url": f"data:{MEDIA_TYPES[modality]};base64,{encoded}"}}
 
 
 def _tower(plan: Plan) -> str | None:
     """The family of the model, where some rank has its tower."""
-    towers = (rank for rank in plan.ranks if rank.stage in (Stage.ENCODER, Stage.MONO))
+    towers = (rank for rank in plan.ranks if rank.stage in _SEEING)
     return next((rank.config.model.family for rank in towers), None)
 
 

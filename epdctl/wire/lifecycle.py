@@ -32,6 +32,8 @@ __all__ = [
     "Loading",
     "Peer",
     "PeersChanged",
+    "Prove",
+    "Proved",
     "RankFigures",
     "RankToSupervisor",
     "Ready",
@@ -175,6 +177,14 @@ class ClockTold(Message, frozen=True):
     told: int
 
 
+class Proved(Message, frozen=True):
+    """``fault``: why this rank is not fit to serve, as its own canary has just shown."""
+
+    number: int  # of the question
+    fault: str | None = None
+    busy: bool = False  # real work took all the time there was for it, and got done
+
+
 class AskFigures(Message, frozen=True):
     """Of every rank; a gateway's metrics tell them."""
 
@@ -210,6 +220,12 @@ class StopCapture(Message, frozen=True):
     capture: str
 
 
+class Prove(Message, frozen=True):
+    """To a rank with a tower: encode the canary now, whatever else there is, and say what came of it."""
+
+    number: int
+
+
 class TellClock(Message, frozen=True):
     asked: int  # nanoseconds of unix time, on the supervisor's clock
 
@@ -236,8 +252,10 @@ class Unfit(Message, frozen=True):
     text: str
 
 
-RankToSupervisor = Hello | Loading | Ready | Heartbeat | Drained | CaptureWritten | ClockTold | AskFigures | Fatal
-SupervisorToRank = Drain | PeersChanged | StartCapture | StopCapture | TellClock | Figures | Unfit
+RankToSupervisor = (
+    Hello | Loading | Ready | Heartbeat | Drained | CaptureWritten | ClockTold | Proved | AskFigures | Fatal
+)
+SupervisorToRank = Drain | PeersChanged | StartCapture | StopCapture | TellClock | Prove | Figures | Unfit
 
 RANK_TO_SUPERVISOR: Codec[RankToSupervisor] = Codec(RankToSupervisor)
 SUPERVISOR_TO_RANK: Codec[SupervisorToRank] = Codec(SupervisorToRank)

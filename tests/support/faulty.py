@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 import torch
@@ -17,12 +18,15 @@ from epdctl.wire.config import ModelConfig, RankSpec
 from epdctl.wire.encode import EncodeItem, MediaItem, RouterToWorker
 from epdctl.wire.sockets import Sender
 
+BLIND = "blind"
+
 
 class BlindTower:
-    """Sees the first batch, which proves the rank ready, and makes zeros of all that comes later."""
+    """Sees the first batch, which proves the rank ready, and makes zeros of what comes once ``blind`` says so."""
 
-    def __init__(self, tower: Tower) -> None:
+    def __init__(self, tower: Tower, blind: Callable[[], bool] = lambda: True) -> None:
         self._tower = tower
+        self._blind = blind
         self._proved = False
 
     @property
@@ -38,7 +42,7 @@ class BlindTower:
 
     def encode(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
         embeddings = self._tower.encode(batch)
-        if self._proved:
+        if self._proved and self._blind():
             return [torch.zeros_like(embedding) for embedding in embeddings]
         self._proved = True
         return embeddings
@@ -46,6 +50,11 @@ class BlindTower:
 
 def load_blind(model: ModelConfig, device: torch.device) -> Tower:
     return BlindTower(load_tower(model, device))
+
+
+def load_blind_later(model: ModelConfig, device: torch.device) -> Tower:
+    """Blind from the moment on that a file BLIND lies beside the weights."""
+    return BlindTower(load_tower(model, device), Path(model.path, BLIND).exists)
 
 
 class SwappingEncoder(EncoderService):
@@ -76,6 +85,10 @@ def _showing(place: EncodeItem, other: EncodeItem) -> EncodeItem:
 
 def blind(spec: RankSpec) -> MonoService:
     return MonoService(spec, encoder=lambda part, beside: EncoderService(part, load=load_blind, beside=beside))
+
+
+def blind_later(spec: RankSpec) -> MonoService:
+    return MonoService(spec, encoder=lambda part, beside: EncoderService(part, load=load_blind_later, beside=beside))
 
 
 def swapping(spec: RankSpec) -> MonoService:

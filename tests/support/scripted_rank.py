@@ -34,6 +34,8 @@ from epdctl.wire.lifecycle import (
     Hello,
     Loading,
     PeersChanged,
+    Prove,
+    Proved,
     RankToSupervisor,
     Ready,
     StartCapture,
@@ -71,6 +73,9 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     no_beats: bool = False
     unhealthy: str | None = None
     standstill: float = 0.0  # what every heartbeat says of the work under way, seconds
+    unfit: str | None = None  # what it says when it is to prove itself …
+    silent_proof: bool = False  # … or it says nothing …
+    die_in_proof: bool = False
     deaf: bool = False  # read nothing after Hello
     drain_beats: int = 0  # heartbeats until Drained
     die_in_capture: bool = False
@@ -179,9 +184,18 @@ class Actor:
                 await self.start_capture(message)
             case StopCapture():
                 await self.write_capture()
+            case Prove(number=number):
+                await self.prove(number)
             case TellClock(asked=asked):
                 now = self.clock()
                 await self.line.send(ClockTold(asked=asked, heard=now, told=now))
+
+    async def prove(self, number: int) -> None:
+        self.fact("prove")
+        if self.script.die_in_proof:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not self.script.silent_proof:
+            await self.line.send(Proved(number=number, fault=self.script.unfit))
 
     async def start_capture(self, message: StartCapture) -> None:
         if self.script.die_in_capture:

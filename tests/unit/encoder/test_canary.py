@@ -14,6 +14,7 @@ from PIL import Image
 from epdctl.encoder.canary import Watch
 from epdctl.errors import EpdError, RequestError
 from epdctl.families.samples import PNG
+from epdctl.rank.service import Proof
 from epdctl.wire.config import EncoderConfig
 from tests.support.ranks import run
 
@@ -122,6 +123,26 @@ def test_once_sick_only_a_canary_mends_it_not_a_completion() -> None:
         tower.made += 1
         await watch.check()
         assert watch.reason is None
+
+    watching(test)
+
+
+def test_it_is_proved_on_request_whatever_gets_done_and_being_busy_mends_nothing() -> None:
+    async def test() -> None:
+        tower = Tower(1.0, 0.0, never)
+        watch = Watch(tower.measure, lambda: tower.made, NOW)
+        await watch.calibrate()
+        tower.made += 1  # a periodic check would be left out
+        proof = await watch.prove()
+        assert proof.fault == watch.reason == "the test item's embedding has norm 0; at the start it was 1"
+
+        async def overtaken() -> float:
+            tower.made += 1
+            return await never()
+
+        tower.norms.insert(0, overtaken)
+        assert await watch.prove() == Proof(busy=True)
+        assert watch.reason == proof.fault, "others got done, and nobody looked at what came of them"
 
     watching(test)
 
