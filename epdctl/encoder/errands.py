@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
@@ -14,14 +16,17 @@ from epdctl.encoder.delivery import Parcel, deliver
 from epdctl.encoder.jobs import Job, Jobs
 from epdctl.encoder.orders import Destination, EncodeBody, SendBody, target_of
 from epdctl.errors import RequestError
+from epdctl.rank.web import failure
 from epdctl.wire.deliver import Embeddings
-from epdctl.wire.encode import MediaItem
+from epdctl.wire.encode import FailureKind, MediaItem
 from epdctl.wire.transfer import TensorSpec
 
 __all__ = ["Errands", "safetensors"]
 
 SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name for a dtype → the format's
 
+WORD_SECONDS = 1.0  # beyond its budget: the router ends a request's items in time, and says why
+REMEMBERED = 256  # parts that were held and failed, until somebody asks for them
 Key = tuple[str, int]  # req_id, part_idx
 
 
@@ -31,18 +36,16 @@ class _Held:
 
     body: EncodeBody
     job: Job
-    nbytes: int
     alarm: asyncio.TimerHandle
     sent: int = 0
 
 
 class Errands:
-    def __init__(self, jobs: Jobs, limit: int) -> None:
+    def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
-        self._limit = limit
         self._held: dict[Key, _Held] = {}
         self._coming: set[Key] = set()  # being sized
-        self.held_bytes = 0
+        self._failed: OrderedDict[Key, RequestError] = OrderedDict()  # held once: why there is nothing to send
 
     async def encode(
         self, body: EncodeBody, items: Sequence[tuple[MediaItem, bytes]], budget: float, *, anywhere: bool
@@ -51,10 +54,10 @@ class Errands:
         to = target_of(body, anywhere=anywhere)
         if to is None:
             return await self._hold(body, items, budget)
-        loop = asyncio.get_running_loop()
-        ends = loop.time() + budget
+        ends = asyncio.get_running_loop().time() + budget
         job = self._jobs.start(items, budget)
         try:
+            await job.embeddings(ends + WORD_SECONDS)
             return await _hand_out(body, job, to, ends)
         finally:
             self._jobs.forget(job)
@@ -64,44 +67,62 @@ class Errands:
         key = (body.req_id, body.part_idx)
         if key in self._held or key in self._coming:
             raise RequestError(409, f"part {body.part_idx} of {body.req_id} is held already", code="duplicate")
+        self._failed.pop(key, None)
         self._coming.add(key)
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + budget
         job = self._jobs.start(items, budget)
         try:
-            specs = await job.sizes()
-            nbytes = sum(spec.nbytes for spec in specs)
-            if self.held_bytes + nbytes > self._limit:
-                text = f"{self.held_bytes} bytes of embeddings wait for /send; the limit is {self._limit}"
-                raise RequestError(429, text, code="full", retry_after=1)
+            specs = await job.sizes(ends + WORD_SECONDS)
         except BaseException:
             self._jobs.forget(job)
             raise
         finally:
             self._coming.discard(key)
-        alarm = asyncio.get_running_loop().call_later(budget, self._release, key)
-        self._held[key] = _Held(body, job, nbytes, alarm)
-        self.held_bytes += nbytes
+        self._held[key] = _Held(body, job, loop.call_at(ends, self._late, key))
+        job.failed = partial(self._fail, key)
         return JSONResponse(_sizes(body, job, specs))
 
     async def send(self, body: SendBody, budget: float, *, anywhere: bool) -> Response:
-        """Raises RequestError: 404 for what is not held (any more)."""
+        """Raises RequestError: 404 for what is not held (any more), the job's own for what could not be made."""
         key = (body.req_id, body.part_idx)
         to = target_of(body, anywhere=anywhere)
         if to is None:
             raise RequestError(400, "deliver_to is missing", param="deliver_to")
+        if (error := self._failed.pop(key, None)) is not None:
+            raise error
         held = self._held.get(key)
         if held is None:
             raise RequestError(404, f"no embeddings of part {body.part_idx} of {body.req_id} are held", code="unknown")
-        response = await _hand_out(held.body, held.job, to, asyncio.get_running_loop().time() + budget)
+        try:
+            response = await _hand_out(held.body, held.job, to, asyncio.get_running_loop().time() + budget)
+        except RequestError as error:
+            if error is held.job.error:
+                self._failed.pop(key, None)  # it has been heard
+            raise
         held.sent += 1
         if held.sent >= body.receive_count and self._held.get(key) is held:
             self._release(key)
         return response
 
-    def _release(self, key: Key) -> None:
+    def _late(self, key: Key) -> None:
+        text = f"part {key[1]} of {key[0]} was held until its request's time ended"
+        self._release(key, failure(FailureKind.DEADLINE, text))
+
+    def _fail(self, key: Key) -> None:
+        """Its job has failed by itself: nothing is held any more, so that it may be asked for again."""
+        held = self._held.get(key)
+        if held is None or held.job.error is None:
+            return
+        self._failed[key] = held.job.error
+        if len(self._failed) > REMEMBERED:
+            self._failed.popitem(last=False)
+        self._release(key)
+
+    def _release(self, key: Key, why: RequestError | None = None) -> None:
         held = self._held.pop(key)
         held.alarm.cancel()
-        self.held_bytes -= held.nbytes
-        self._jobs.forget(held.job)
+        self._jobs.forget(held.job, why)
 
     def close(self) -> None:
         for key in list(self._held):
@@ -109,8 +130,8 @@ class Errands:
 
 
 async def _hand_out(body: EncodeBody, job: Job, to: Destination, ends: float) -> Response:
-    rows = await job.embeddings()
-    specs = await job.sizes()
+    rows = await job.embeddings(ends)
+    specs = await job.sizes(ends)
     if not to.ports:
         return await asyncio.to_thread(_inline, body, job.items, specs, rows)
     message = Embeddings(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
 from epdctl.errors import PeerGone, RequestError
@@ -26,63 +27,129 @@ from epdctl.wire.encode import (
 from epdctl.wire.sockets import Link
 from epdctl.wire.transfer import TensorSpec
 
-__all__ = ["Job", "Jobs"]
+__all__ = ["Account", "Job", "Jobs"]
+
+log = logging.getLogger(__name__)
 
 ATTEMPT = 1  # an id of ours for every job, so that two requests with one req_id have nothing in common
 
 
-class Job:
-    """The items of one request: first their sizes, then their embeddings; or the error that ended all of them."""
+class Account:
+    """Bytes of embeddings that are here, or have been told to come, of every job together."""
 
-    def __init__(self, request: RequestId, items: Sequence[MediaItem]) -> None:
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+    def take(self, nbytes: int) -> bool:
+        """False when there is no room for so many more."""
+        if self.held + nbytes > self.limit:
+            return False
+        self.held += nbytes
+        return True
+
+    def give_back(self, nbytes: int) -> None:
+        self.held -= nbytes
+
+
+class Job:
+    """The items of one request: first their sizes, then their embeddings; or the error that ended all of them.
+
+    It holds its embeddings' bytes of the ``account`` from the moment they are sized until it has failed or is released.
+    ``failed`` is called once, if that is how it ends.
+    """
+
+    def __init__(self, request: RequestId, items: Sequence[MediaItem], account: Account) -> None:
         self.request = request
         self.items = items
+        self.error: RequestError | None = None
+        self.failed: Callable[[], None] = _nobody
+        self._account = account
+        self._held = 0
         self._specs: dict[int, TensorSpec] = {}
         self._rows: dict[int, memoryview] = {}
-        self._error: RequestError | None = None
         self._changed = asyncio.Event()
 
     @property
-    def ended(self) -> bool:
-        return self._error is not None or len(self._rows) == len(self.items)
+    def complete(self) -> bool:
+        return len(self._rows) == len(self.items)
 
-    async def sizes(self) -> list[TensorSpec]:
-        """Raises RequestError."""
-        await self._until(self._specs)
+    async def sizes(self, ends: float) -> list[TensorSpec]:
+        """``ends``: on the loop's clock. Raises RequestError."""
+        await self._until(self._specs, ends)
         return [self._specs[item.index] for item in self.items]
 
-    async def embeddings(self) -> list[memoryview]:
+    async def embeddings(self, ends: float) -> list[memoryview]:
         """The bytes of each item's rows. Raises RequestError."""
-        await self._until(self._rows)
+        await self._until(self._rows, ends)
         return [self._rows[item.index] for item in self.items]
 
-    async def _until(self, told: dict[int, TensorSpec] | dict[int, memoryview]) -> None:
-        while len(told) < len(self.items):
-            if self._error is not None:
-                raise self._error
-            self._changed.clear()
-            await self._changed.wait()
+    async def _until(self, told: dict[int, TensorSpec] | dict[int, memoryview], ends: float) -> None:
+        try:
+            async with asyncio.timeout_at(ends):
+                while self.error is None and len(told) < len(self.items):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError as error:
+            text = f"{len(told)} of {len(self.items)} items were there when the request's time ended"
+            raise failure(FailureKind.DEADLINE, text) from error
+        if self.error is not None:
+            raise self.error
 
     def hear(self, message: RouterToClient, frames: Sequence[memoryview]) -> None:
+        if self.error is not None:
+            return
         match message:
             case Sized(index=index, spec=spec):
-                self._specs[index] = spec
+                self._sized(index, spec)
             case Encoded(index=index, spec=TensorSpec() as spec) if len(frames) == 1 and len(frames[0]) == spec.nbytes:
-                self._specs[index] = spec
-                self._rows[index] = frames[0]
+                if self._sized(index, spec):
+                    self._rows[index] = frames[0]
             case Encoded(by=by):
-                self._error = self._error or failure(FailureKind.INTERNAL, f"{by} sent no embedding")
+                self.fail(failure(FailureKind.INTERNAL, f"{by} sent no embedding"))
             case EncodeFailed(kind=kind, text=text):
-                self._error = self._error or failure(kind, text)
+                self.fail(failure(kind, text))
             case _:
                 assert_never(message)
         self._changed.set()
 
+    def _sized(self, index: int, spec: TensorSpec) -> bool:
+        """Said again when the item goes to another rank."""
+        known = self._specs.get(index)
+        more = spec.nbytes - (0 if known is None else known.nbytes)
+        if not self._account.take(more):
+            limit = self._account.limit
+            kind = FailureKind.TOO_LARGE if self._held + more > limit else FailureKind.FULL
+            self.fail(failure(kind, f"{self._account.held} of {limit} bytes of embeddings are taken; {more} more came"))
+            return False
+        self._held += more
+        self._specs[index] = spec
+        return True
+
+    def fail(self, error: RequestError) -> None:
+        """Whoever waits for it is told; it means nothing to a job that is complete."""
+        if self.error is not None or self.complete:
+            return
+        self.error = error
+        self.release()
+        self._changed.set()
+        self.failed()
+
+    def release(self) -> None:
+        """Its bytes are nobody's any more, or those of the one who hands them out."""
+        self._account.give_back(self._held)
+        self._held = 0
+
+
+def _nobody() -> None:
+    """Nobody needs to know."""
+
 
 class Jobs:
-    """Every job whose request is still here."""
+    """Every job whose request is still here. ``limit``: bytes of their embeddings together."""
 
-    def __init__(self, inbox: str) -> None:
+    def __init__(self, inbox: str, limit: int) -> None:
+        self.account = Account(limit)
         self._jobs: dict[RequestId, Job] = {}
         self._link: Link[RouterToClient, ClientToRouter] = Link(
             inbox, ROUTER_TO_CLIENT, CLIENT_TO_ROUTER, self._answered
@@ -94,7 +161,7 @@ class Jobs:
     def start(self, items: Sequence[tuple[MediaItem, bytes]], budget: float) -> Job:
         """Raises RequestError (429) when the router does not even read."""
         request = RequestId(f"http-{secrets.token_hex(12)}")
-        job = self._jobs[request] = Job(request, [item for item, _ in items])
+        job = self._jobs[request] = Job(request, [item for item, _ in items], self.account)
         try:
             for item, media in items:
                 message = Encode(request=request, attempt=ATTEMPT, item=item, slot=None, notify="", budget_s=budget)
@@ -104,16 +171,25 @@ class Jobs:
             raise failure(FailureKind.FULL, error.message) from error
         return job
 
-    def forget(self, job: Job) -> None:
-        """Cancels what of it is still under way."""
-        if self._jobs.pop(job.request, None) is None or job.ended or self._link.closed:
-            return
-        self._link.send(CancelEncode(request=job.request, attempt=ATTEMPT))
+    def forget(self, job: Job, why: RequestError | None = None) -> None:
+        """Cancels what of it is still under way; whoever still waits for it is told ``why``."""
+        known = self._jobs.pop(job.request, None) is not None
+        if known and not job.complete and not self._link.closed:
+            self._cancel(job)
+        job.fail(why or failure(FailureKind.RANK_LOST, "the request was given up"))
+        job.release()
+
+    def _cancel(self, job: Job) -> None:
+        try:
+            self._link.send(CancelEncode(request=job.request, attempt=ATTEMPT))
+        except PeerGone as error:  # its items end with their budgets
+            log.warning("the router did not hear that %s was given up: %s", job.request, error)
 
     def _answered(self, message: RouterToClient, frames: list[memoryview]) -> None:
         if (job := self._jobs.get(message.request)) is not None:
             job.hear(message, frames)
 
     def close(self) -> None:
+        for job in list(self._jobs.values()):
+            self.forget(job, failure(FailureKind.RANK_LOST, "the encoder is being stopped"))
         self._link.close()
-        self._jobs.clear()

@@ -33,9 +33,10 @@ class Proof:
 
     async def _try(self) -> str | None:
         try:
+            ends = asyncio.get_running_loop().time() + self._seconds
             job = self._jobs.start([(self._canary.item, self._canary.media)], self._seconds)
             try:
-                (rows,), (spec,) = await job.embeddings(), await job.sizes()
+                (rows,), (spec,) = await job.embeddings(ends), await job.sizes(ends)
             finally:
                 self._jobs.forget(job)
         except RequestError as error:

@@ -82,6 +82,8 @@ class Surface(Protocol):
 
     def stop_listening(self) -> None: ...
 
+    async def until_idle(self) -> None: ...
+
     async def close(self) -> None: ...
 
 
@@ -317,6 +319,8 @@ class RouterService:
         if self._surface is not None:
             self._surface.stop_listening()
         await self.until_idle()
+        if self._surface is not None:  # embeddings are on their way to readers
+            await self._surface.until_idle()
 
     async def close(self) -> None:
         if self._surface is not None:

@@ -24,6 +24,7 @@ from epdctl.encoder.jobs import Jobs
 from epdctl.encoder.orders import EncodeBody, SendBody, parse
 from epdctl.encoder.profiles import Profiles
 from epdctl.encoder.proof import Proof
+from epdctl.encoder.requests import OpenRequests
 from epdctl.encoder.verdict import judge
 from epdctl.errors import LoadError, RequestError
 from epdctl.families import open_family
@@ -71,8 +72,8 @@ class HttpSurface:
         self._planned = spec.config.encoder.ranks
         self._family = open_family(Path(spec.config.model.path))
         self._token = _read_token(http)
-        self._jobs = Jobs(inbox)
-        self._errands = Errands(self._jobs, http.held_bytes)
+        self._jobs = Jobs(inbox, http.held_bytes)
+        self._errands = Errands(self._jobs)
         self._proof = Proof(self._jobs, family_canary(self._family), spec.config.encoder.canary_deadline)
         self._profiles = Profiles(fleet, http.profiles)
         self._pool = ThreadPoolExecutor(THREADS, "intake")
@@ -80,10 +81,12 @@ class HttpSurface:
         self._meters = EncoderMeters(
             pending=lambda: {str(key.rank): pending for key, pending in fleet.ranks()},
             waiting=lambda: fleet.waiting,
-            held=lambda: self._errands.held_bytes,
+            held=lambda: self._jobs.account.held,
         )
         self._listener = bind(http.host, http.port)
-        self._server = HttpServer(self._app(), self._listener)
+        self._requests = OpenRequests(self._app())
+        self._server = HttpServer(self._requests, self._listener)
+        self._draining = False
 
     @property
     def url(self) -> str:
@@ -93,7 +96,12 @@ class HttpSurface:
         await self._server.start()
 
     def stop_listening(self) -> None:
+        """What is open goes on; what still comes over connections that are there is refused."""
+        self._draining = True
         self._server.stop_listening()
+
+    async def until_idle(self) -> None:
+        await self._requests.until_none()
 
     async def close(self) -> None:
         await self._server.close()
@@ -143,6 +151,7 @@ class HttpSurface:
     async def _answered(self, request: Request, handler: Handler) -> Response:
         try:
             self._check_token(request)
+            self._check_open(request)
             return await handler(request)
         except RequestError as error:
             return _refusal(error)
@@ -156,6 +165,10 @@ class HttpSurface:
         shown = request.headers.get("authorization", "")
         if self._token is not None and not hmac.compare_digest(shown.encode(), f"Bearer {self._token}".encode()):
             raise RequestError(401, "show the token: Authorization: Bearer …", code="unauthorized")
+
+    def _check_open(self, request: Request) -> None:
+        if self._draining and request.method == "POST":
+            raise RequestError(503, "the encoder is being stopped", code="draining", retry_after=1)
 
     async def _encode(self, request: Request) -> Response:
         raw = await self._body(request)

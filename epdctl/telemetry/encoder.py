@@ -24,7 +24,9 @@ class EncoderMeters:
         self.registry = CollectorRegistry()
         self.registry.register(_Pending(pending))
         Gauge("epdctl_encoder_waiting", "Items no rank has room for yet", registry=self.registry).set_function(waiting)
-        Gauge("epdctl_encoder_held_bytes", "Embeddings that wait for /send", registry=self.registry).set_function(held)
+        Gauge("epdctl_encoder_held_bytes", "Embeddings on their way to readers", registry=self.registry).set_function(
+            held
+        )
         self.items = self._counter("epdctl_encoder_items", "Items by how they ended", "end")
         self.sources = self._counter(
             "epdctl_encoder_embeddings", "Embeddings by where they came from: made, shared or cached", "rank", "source"

@@ -149,7 +149,9 @@ class EncoderHttpSection(_Section):
     )
     strict: bool = Field(default=False, description="/health answers 503 when any one rank does not serve.")
     profiles: str | None = Field(default=None, min_length=1, description="Directory of what /start_profile records.")
-    held: Bytes = Field(default=512 << 20, description="Embeddings that wait for /send, together.")
+    held: Bytes = Field(
+        default=512 << 20, description="Embeddings of all its requests together, until readers have them."
+    )
 
 
 class RoutedEncoderStage(EncoderStage):

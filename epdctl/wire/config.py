@@ -66,7 +66,7 @@ class EncoderHttp(Part, frozen=True):
     token_file: str | None = None  # its content is the bearer token; None only on loopback
     strict: bool = False  # one rank that does not serve is a 503 of /health
     profiles: str | None = None  # directory of /start_profile; None: it is refused
-    held_bytes: int = 512 << 20  # embeddings that wait for /send
+    held_bytes: int = 512 << 20  # embeddings of all its requests together, from their size to the reader
 
 
 class EncoderConfig(Part, frozen=True):

@@ -1,0 +1,32 @@
+"""The HTTP requests that are open: counted from their first byte to the last of their answers, and waited for."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+__all__ = ["OpenRequests"]
+
+
+class OpenRequests:
+    """An ASGI app around another one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._open = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._open += 1
+        self._none.clear()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._none.set()
+
+    async def until_none(self) -> None:
+        await self._none.wait()
