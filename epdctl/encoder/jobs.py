@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import assert_never
 
 from epdctl.errors import PeerGone, RequestError
-from epdctl.ids import RequestId
+from epdctl.ids import RankName, RequestId
 from epdctl.rank.web import failure
 from epdctl.wire.encode import (
     CLIENT_TO_ROUTER,
@@ -63,6 +63,7 @@ class Job:
         self.request = request
         self.items = items
         self.error: RequestError | None = None
+        self.by: RankName | None = None  # who made the last of them
         self.failed: Callable[[], None] = _nobody
         self._account = account
         self._held = 0
@@ -105,6 +106,7 @@ class Job:
             case Encoded(index=index, spec=TensorSpec() as spec) if len(frames) == 1 and len(frames[0]) == spec.nbytes:
                 if self._sized(index, spec):
                     self._rows[index] = frames[0]
+                    self.by = message.by
             case Encoded(by=by):
                 self.fail(failure(FailureKind.INTERNAL, f"{by} sent no embedding"))
             case EncodeFailed(kind=kind, text=text):

@@ -75,6 +75,9 @@ class Profiles:
             self._written[by] = message
             self._changed.set()
 
+    def ranks_changed(self) -> None:
+        self._changed.set()
+
     async def stop(self) -> tuple[dict[str, object], bool]:
         """What became of each trace, and whether all of them are there. Raises RequestError (400)."""
         if not self._open:

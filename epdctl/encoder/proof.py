@@ -1,56 +1,146 @@
-"""``/health_generate``: a real medium through router and rank and back, with its values checked."""
+"""``/health_generate``: a real medium through router and rank and back, and a proof of every rank that is open."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy
 
 from epdctl.encoder.canary import BAND, Canary
+from epdctl.encoder.dispatch import RankKey
 from epdctl.encoder.jobs import Jobs
 from epdctl.errors import RequestError
+from epdctl.ids import RankName
+from epdctl.wire.encode import FailureKind, ItemEncoded, Prove, Proved, Source
 from epdctl.wire.transfer import TensorSpec
 
-__all__ = ["Proof", "norm_of"]
+__all__ = ["BUSY", "FINE", "Outcome", "Prober", "norm_of"]
+
+SLACK_SECONDS = 1.0  # beyond its own deadline, for a rank to say that it has passed
+FINE, BUSY = "fine", "busy: real work took all the time, and got done"
+CROWDED = frozenset(kind.value for kind in (FailureKind.FULL, FailureKind.DEADLINE))  # codes of errors
 
 
-class Proof:
-    """Any number of askers share the one that is under way: a storm of probes is no load."""
+class _Fleet(Protocol):
+    def open_ranks(self) -> Sequence[RankKey]: ...
 
-    def __init__(self, jobs: Jobs, canary: Canary, seconds: float) -> None:
+    def tell(self, rank: RankKey, message: Prove) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """``encode``: FINE, BUSY, or what was wrong with an item that went the way of all items, and ``by`` which rank.
+    ``ranks``: the same of each rank's own proof; ``faults`` are those of them that are faults."""
+
+    encode: str
+    by: RankName | None
+    ranks: Mapping[RankName, str]
+
+    @property
+    def faults(self) -> dict[RankName, str]:
+        return {rank: word for rank, word in self.ranks.items() if word not in (FINE, BUSY)}
+
+    @property
+    def broken(self) -> bool:
+        """The way itself is, and not only a rank that is known to be unfit."""
+        return self.encode not in (FINE, BUSY) and self.by not in self.faults
+
+
+class Prober:
+    """Any number of askers share the probe that is under way: a storm of probes is no load."""
+
+    def __init__(self, fleet: _Fleet, jobs: Jobs, canary: Canary, seconds: float) -> None:
+        self._fleet = fleet
         self._jobs = jobs
         self._canary = canary
         self._seconds = seconds
         self._norm: float | None = None  # of the first that was right
-        self._running: asyncio.Task[str | None] | None = None
+        self._made: Counter[RankName] = Counter()  # real embeddings, by who made them
+        self._numbers = itertools.count(1)
+        self._asked: dict[RankKey, tuple[int, asyncio.Future[Proved | None]]] = {}
+        self._running: asyncio.Task[Outcome] | None = None
 
-    async def fault(self) -> str | None:
-        """None: it was encoded in time, and rightly."""
+    def encoded(self, by: RankName, message: ItemEncoded) -> None:
+        if message.source is Source.MADE:
+            self._made[by] += 1
+
+    def proved(self, by: RankKey, message: Proved) -> None:
+        number, answer = self._asked.get(by, (0, None))
+        if answer is not None and number == message.number and not answer.done():
+            answer.set_result(message)
+
+    def ranks_changed(self) -> None:
+        """One that has left meanwhile says nothing any more."""
+        there = set(self._fleet.open_ranks())
+        for key, (_, answer) in self._asked.items():
+            if key not in there and not answer.done():
+                answer.set_result(None)
+
+    async def outcome(self) -> Outcome:
         if self._running is None or self._running.done():
-            self._running = asyncio.get_running_loop().create_task(self._try(), name="proof")
+            self._running = asyncio.get_running_loop().create_task(self._probe(), name="probe")
         return await asyncio.shield(self._running)
 
-    async def _try(self) -> str | None:
+    async def close(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
+
+    async def _probe(self) -> Outcome:
+        before = Counter(self._made)
+        keys = self._fleet.open_ranks()
+        proving = asyncio.gather(*(self._prove(key, before) for key in keys))
+        (encode, by), words = await asyncio.gather(self._encode(), proving)
+        if isinstance(encode, RequestError):
+            crowded = encode.code in CROWDED and self._made != before
+            encode = BUSY if crowded else f"the test item was not encoded: {encode.message}"
+        ranks = {key.rank: word for key, word in zip(keys, words, strict=True) if word is not None}
+        return Outcome(encode, by, ranks)
+
+    async def _encode(self) -> tuple[str | RequestError, RankName | None]:
+        ends = asyncio.get_running_loop().time() + self._seconds + SLACK_SECONDS
         try:
-            ends = asyncio.get_running_loop().time() + self._seconds
             job = self._jobs.start([(self._canary.item, self._canary.media)], self._seconds)
             try:
                 (rows,), (spec,) = await job.embeddings(ends), await job.sizes(ends)
             finally:
                 self._jobs.forget(job)
         except RequestError as error:
-            return f"the test item was not encoded: {error.message}"
-        return self._judged(norm_of(rows, spec))
+            return error, None
+        return self._judged(norm_of(rows, spec)), job.by
 
-    def _judged(self, norm: float) -> str | None:
+    def _judged(self, norm: float) -> str:
         if not math.isfinite(norm) or norm == 0.0:
             return f"the test item's embedding has norm {norm}"
         if self._norm is None:
             self._norm = norm
         if abs(norm / self._norm - 1.0) <= BAND:
-            return None
+            return FINE
         return f"the test item's embedding has norm {norm:.6g}; the first one had {self._norm:.6g}"
+
+    async def _prove(self, key: RankKey, before: Mapping[RankName, int]) -> str | None:
+        """The rank's word; None when it has left."""
+        answer: asyncio.Future[Proved | None] = asyncio.get_running_loop().create_future()
+        number = next(self._numbers)
+        self._asked[key] = number, answer
+        self._fleet.tell(key, Prove(number=number))
+        try:
+            async with asyncio.timeout(self._seconds + SLACK_SECONDS):
+                proved = await answer
+        except TimeoutError:
+            busy = self._made[key.rank] != before.get(key.rank, 0)
+            return BUSY if busy else f"asked to prove itself, it did not answer within {self._seconds:g} s"
+        finally:
+            del self._asked[key]
+        if proved is None:
+            return None
+        return BUSY if proved.busy else proved.fault or FINE
 
 
 def norm_of(rows: memoryview, spec: TensorSpec) -> float:

@@ -16,6 +16,7 @@ import msgspec
 from epdctl.encoder.dispatch import Dispatcher
 from epdctl.encoder.items import Action, Cancel, Ended, ItemKey, ItemState, RankKey, Send
 from epdctl.encoder.roster import Outlook
+from epdctl.encoder.verdict import Roster
 from epdctl.errors import PeerGone
 from epdctl.ids import RankName, Stage
 from epdctl.rank.peers import Links, Place
@@ -39,6 +40,8 @@ from epdctl.wire.encode import (
     ItemFailed,
     ItemSized,
     Profiled,
+    Prove,
+    Proved,
     RankRef,
     RouterToClient,
     RouterToWorker,
@@ -80,6 +83,10 @@ class Surface(Protocol):
 
     def profiled(self, by: RankName, message: Profiled) -> None: ...
 
+    def proved(self, by: RankKey, message: Proved) -> None: ...
+
+    def ranks_changed(self) -> None: ...
+
     def stop_listening(self) -> None: ...
 
     async def until_idle(self) -> None: ...
@@ -106,6 +113,7 @@ class RouterService:
         self._media_bytes = 0
         self._completed = 0
         self._draining = False
+        self._absent: Sequence[Absent] = ()
         self._idle = asyncio.Event()
         self._idle.set()
         self._alarm: asyncio.TimerHandle | None = None
@@ -134,20 +142,28 @@ class RouterService:
     # -- what the surface asks --
 
     def ranks(self) -> list[tuple[RankKey, int]]:
-        """Those that items may go to, with how many each works on."""
+        """Those that have items or may get some, with how many each works on."""
         return [(rank, self._dispatcher.pending(rank)) for rank in self._dispatcher.ranks]
+
+    def roster(self) -> Roster:
+        resting = [_key(peer) for peer in self._encoders.table if not peer.accepting]
+        return Roster(self.ranks(), resting, self._absent)
+
+    def open_ranks(self) -> list[RankKey]:
+        return [_key(peer) for peer in self._encoders.table.accepting]
 
     @property
     def waiting(self) -> int:
         return self._dispatcher.waiting
 
-    def tell(self, rank: RankKey, message: StartProfile | StopProfile) -> None:
+    def tell(self, rank: RankKey, message: StartProfile | StopProfile | Prove) -> None:
         """A rank that is gone meanwhile does not answer."""
         self._say(rank, message)
 
     def absent_changed(self, absent: Sequence[Absent]) -> None:
         """Taken in with the table that comes with it: whoever joins by that one is in neither list until then."""
         self._outlook = _outlook([each for each in absent if each.stage is Stage.ENCODER])
+        self._absent = absent
 
     def peers_changed(self, peers: Sequence[Peer]) -> None:
         changes = self._encoders.peers_changed(peers)
@@ -156,6 +172,8 @@ class RouterService:
         actions = self._dispatcher.changed(tuple(joined), tuple(left), self._clock(), resting, self._outlook)
         self._apply(actions)
         self._rearm()
+        if self._surface is not None:
+            self._surface.ranks_changed()
         if self._place.lost(peers):
             self.cut_off()
 
@@ -213,6 +231,9 @@ class RouterService:
             case Profiled():
                 if self._surface is not None:
                     self._surface.profiled(peer.rank, message)
+            case Proved():
+                if self._surface is not None:
+                    self._surface.proved(_key(peer), message)
             case ItemFailed(kind=FailureKind.NO_RANK):
                 self._apply(self._dispatcher.refused(message.dispatch, _key(peer), now))
                 self._rearm()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -23,9 +23,9 @@ from epdctl.encoder.errands import Errands
 from epdctl.encoder.jobs import Jobs
 from epdctl.encoder.orders import EncodeBody, SendBody, parse
 from epdctl.encoder.profiles import Profiles
-from epdctl.encoder.proof import Proof
+from epdctl.encoder.proof import Prober
 from epdctl.encoder.requests import OpenRequests
-from epdctl.encoder.verdict import judge
+from epdctl.encoder.verdict import Roster, Verdict, judge
 from epdctl.errors import LoadError, RequestError
 from epdctl.families import open_family
 from epdctl.families.base import Span
@@ -35,7 +35,7 @@ from epdctl.rank.web import HttpServer, HungUp, address_of, bind, unless_hung_up
 from epdctl.telemetry.encoder import EncoderMeters
 from epdctl.telemetry.metrics import CONTENT_TYPE
 from epdctl.wire.config import EncoderHttp, RankSpec
-from epdctl.wire.encode import ItemEncoded, MediaItem, Profiled, StartProfile, StopProfile
+from epdctl.wire.encode import ItemEncoded, MediaItem, Profiled, Prove, Proved, StartProfile, StopProfile
 
 __all__ = ["Fleet", "HttpSurface"]
 
@@ -53,10 +53,14 @@ class Fleet(Protocol):
 
     def ranks(self) -> list[tuple[RankKey, int]]: ...
 
+    def open_ranks(self) -> list[RankKey]: ...
+
+    def roster(self) -> Roster: ...
+
     @property
     def waiting(self) -> int: ...
 
-    def tell(self, rank: RankKey, message: StartProfile | StopProfile) -> None: ...
+    def tell(self, rank: RankKey, message: StartProfile | StopProfile | Prove) -> None: ...
 
 
 class HttpSurface:
@@ -74,7 +78,8 @@ class HttpSurface:
         self._token = _read_token(http)
         self._jobs = Jobs(inbox, http.held_bytes)
         self._errands = Errands(self._jobs)
-        self._proof = Proof(self._jobs, family_canary(self._family), spec.config.encoder.canary_deadline)
+        canary, seconds = family_canary(self._family), spec.config.encoder.canary_deadline
+        self._prober = Prober(fleet, self._jobs, canary, seconds)
         self._profiles = Profiles(fleet, http.profiles)
         self._pool = ThreadPoolExecutor(THREADS, "intake")
         self._body_bytes = 0
@@ -105,6 +110,7 @@ class HttpSurface:
 
     async def close(self) -> None:
         await self._server.close()
+        await self._prober.close()
         self._errands.close()
         self._jobs.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -114,12 +120,20 @@ class HttpSurface:
     def encoded(self, by: RankName, message: ItemEncoded) -> None:
         self._meters.sources.labels(by, message.source.value).inc()
         self._meters.cache_bytes.labels(by).set(message.cache_bytes)
+        self._prober.encoded(by, message)
 
     def ended(self, end: Ended) -> None:
         self._meters.items.labels(end.state.value if end.kind is None else end.kind.value).inc()
 
     def profiled(self, by: RankName, message: Profiled) -> None:
         self._profiles.written(by, message)
+
+    def proved(self, by: RankKey, message: Proved) -> None:
+        self._prober.proved(by, message)
+
+    def ranks_changed(self) -> None:
+        self._prober.ranks_changed()
+        self._profiles.ranks_changed()
 
     # -- the app --
 
@@ -241,16 +255,21 @@ class HttpSurface:
 
     async def _health(self, _: Request) -> Response:
         """Answers at once, from what is known: it waits for no rank."""
-        verdict = judge(self._planned, self._fleet.ranks(), strict=self._http.strict)
+        verdict = self._verdict()
         return JSONResponse(verdict.as_json(), status_code=verdict.status)
 
+    def _verdict(self, faults: Mapping[RankName, str] | None = None) -> Verdict:
+        return judge(self._planned, self._fleet.roster(), strict=self._http.strict, faults=faults)
+
     async def _health_generate(self, request: Request) -> Response:
-        verdict = judge(self._planned, self._fleet.ranks(), strict=self._http.strict)
-        if verdict.status != 200:
+        if (verdict := self._verdict()).status != 200:
             return JSONResponse(verdict.as_json(), status_code=verdict.status)
-        fault = await unless_hung_up(request.receive, self._proof.fault())
-        body = {**verdict.as_json(), "encode": fault or "fine"}
-        return JSONResponse(body, status_code=200 if fault is None else 503)
+        outcome = await unless_hung_up(request.receive, self._prober.outcome())
+        verdict = self._verdict(outcome.faults)
+        body = {**verdict.as_json(), "encode": outcome.encode, "proofs": dict(outcome.ranks)}
+        if outcome.broken:
+            return JSONResponse({**body, "status": "unhealthy"}, status_code=503)
+        return JSONResponse(body, status_code=verdict.status)
 
     async def _start_profile(self, request: Request) -> Response:
         raw = await self._body(request)

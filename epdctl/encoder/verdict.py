@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from epdctl.encoder.dispatch import RankKey
 from epdctl.ids import RankName, Stage
+from epdctl.wire.lifecycle import Absent
 
-__all__ = ["RankVerdict", "Verdict", "judge"]
+__all__ = ["RankVerdict", "Roster", "Verdict", "judge"]
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """What the router knows of encoder ranks. ``there``: with what each works on; those ``resting`` finish it and get
+    nothing new. ``absent``: planned, and not there."""
+
+    there: Sequence[tuple[RankKey, int]] = ()
+    resting: Collection[RankKey] = ()
+    absent: Sequence[Absent] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RankVerdict:
-    """``epdctl status`` has the reason why a rank does not serve: the daemon knows it, the router does not."""
+    """``reason``: why it does not serve, as far as that is known here; ``epdctl status`` knows more."""
 
     rank: RankName
-    serves: bool
-    incarnation: int | None
-    pending: int
+    state: str  # ready | draining | unfit | not serving
+    incarnation: int | None = None
+    pending: int = 0
+    reason: str | None = None
+
+    @property
+    def serves(self) -> bool:
+        return self.state == "ready"
 
     def as_json(self) -> dict[str, object]:
-        state = "ready" if self.serves else "not serving"
-        return {"rank": str(self.rank), "state": state, "incarnation": self.incarnation, "pending": self.pending}
+        known: dict[str, object] = {"rank": str(self.rank), "state": self.state}
+        known |= {"incarnation": self.incarnation, "pending": self.pending}
+        return known if self.reason is None else {**known, "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +57,9 @@ class Verdict:
         }
 
 
-def judge(planned: int, ready: Sequence[tuple[RankKey, int]], *, strict: bool) -> Verdict:
-    """``planned``: how many ranks there should be; ``ready``: those items may go to, with what each works on."""
-    there: Mapping[RankName, tuple[RankKey, int]] = {key.rank: (key, pending) for key, pending in ready}
-    names = sorted({RankName.of(Stage.ENCODER, number) for number in range(planned)} | set(there))
-    ranks = [_verdict(name, there.get(name)) for name in names]
+def judge(planned: int, roster: Roster, *, strict: bool, faults: Mapping[RankName, str] | None = None) -> Verdict:
+    """``planned``: how many ranks there should be; ``faults``: of those that were proved unfit just now."""
+    ranks = _verdicts(planned, roster, faults or {})
     serving = sum(rank.serves for rank in ranks)
     if not serving:
         return Verdict("unhealthy", 503, ranks)
@@ -53,7 +68,27 @@ def judge(planned: int, ready: Sequence[tuple[RankKey, int]], *, strict: bool) -
     return Verdict("healthy", 200, ranks)
 
 
-def _verdict(name: RankName, there: tuple[RankKey, int] | None) -> RankVerdict:
-    if there is None:
-        return RankVerdict(name, serves=False, incarnation=None, pending=0)
-    return RankVerdict(name, serves=True, incarnation=there[0].incarnation, pending=there[1])
+def _verdicts(planned: int, roster: Roster, faults: Mapping[RankName, str]) -> list[RankVerdict]:
+    found = {RankName.of(Stage.ENCODER, number): _unknown(number) for number in range(planned)}
+    found |= {each.rank: _missing(each) for each in roster.absent if each.stage is Stage.ENCODER}
+    for key, pending in roster.there:
+        state, reason = "ready", faults.get(key.rank)
+        if key in roster.resting:
+            state, reason = "draining", "it finishes what it has"
+        elif reason is not None:
+            state = "unfit"
+        found[key.rank] = RankVerdict(key.rank, state, key.incarnation, pending, reason)
+    return [found[rank] for rank in sorted(found)]
+
+
+def _unknown(number: int) -> RankVerdict:
+    return RankVerdict(RankName.of(Stage.ENCODER, number), "not serving")
+
+
+def _missing(absent: Absent) -> RankVerdict:
+    reason = absent.hopeless
+    if reason is None and absent.died:
+        reason = f"its process {absent.incarnation} ended by a fault"
+    if reason is None and absent.incarnation == 0:
+        reason = "it has not been started yet"
+    return RankVerdict(absent.rank, "not serving", reason=reason)

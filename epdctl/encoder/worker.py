@@ -50,6 +50,8 @@ from epdctl.wire.encode import (
     ItemSized,
     MediaItem,
     Profiled,
+    Prove,
+    Proved,
     RouterToWorker,
     StartProfile,
     StopProfile,
@@ -210,6 +212,8 @@ class EncoderService:
                     self._accept(_Work(router, dispatch, job, frames[0], way))
             case CancelItem(dispatch=dispatch):
                 self._cancel(dispatch)
+            case Prove(number=number):
+                self._tasks.start(self._prove(router, number), "proof")
             case StartProfile():
                 self._profile(router, message)
             case StopProfile():
@@ -304,6 +308,10 @@ class EncoderService:
 
     async def prove(self) -> Proof:
         return await self._here.watch.prove()
+
+    async def _prove(self, router: Sender, number: int) -> None:
+        proof = await self.prove()
+        self._tell(router, Proved(number=number, fault=proof.fault, busy=proof.busy))
 
     async def _measure(self) -> float:
         """The norm of the canary's embedding, made as every item's is."""

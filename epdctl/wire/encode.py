@@ -28,6 +28,8 @@ __all__ = [
     "ItemSized",
     "MediaItem",
     "Profiled",
+    "Prove",
+    "Proved",
     "RankRef",
     "RouterToClient",
     "RouterToWorker",
@@ -178,6 +180,20 @@ class Profiled(Message, frozen=True):
     note: str | None = None  # why there is none, where that is no fault
 
 
+class Prove(Message, frozen=True):
+    """Encode the canary now, past the router's queue, and say what came of it."""
+
+    number: int
+
+
+class Proved(Message, frozen=True):
+    """``fault``: why this rank is not fit to serve; ``busy``: real work took all the time there was, and got done."""
+
+    number: int  # of the question
+    fault: str | None = None
+    busy: bool = False
+
+
 class EmbeddingLanded(Message, frozen=True):
     """To the slot's owner: this item may be read."""
 
@@ -191,8 +207,8 @@ class EmbeddingLanded(Message, frozen=True):
 
 ClientToRouter = Encode | CancelEncode
 RouterToClient = Sized | Encoded | EncodeFailed
-RouterToWorker = EncodeItem | CancelItem | StartProfile | StopProfile
-WorkerToRouter = ItemSized | ItemEncoded | ItemFailed | Profiled
+RouterToWorker = EncodeItem | CancelItem | StartProfile | StopProfile | Prove
+WorkerToRouter = ItemSized | ItemEncoded | ItemFailed | Profiled | Proved
 EncoderToLanguage = EmbeddingLanded
 
 CLIENT_TO_ROUTER: Codec[ClientToRouter] = Codec(ClientToRouter)

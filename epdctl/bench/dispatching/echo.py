@@ -13,6 +13,7 @@ from epdctl.wire.encode import (
     CancelItem,
     EncodeItem,
     ItemEncoded,
+    Prove,
     RouterToWorker,
     StartProfile,
     StopProfile,
@@ -42,7 +43,7 @@ class Echo:
                 self._inbox.reply(router, ItemEncoded(dispatch=dispatch, spec=_SPEC), WORKER_TO_ROUTER)
             case CancelItem():
                 pass  # it is done already
-            case StartProfile() | StopProfile():
+            case StartProfile() | StopProfile() | Prove():
                 pass  # nobody asks for one here
             case _:
                 assert_never(message)

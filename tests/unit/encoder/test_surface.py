@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,20 @@ from epdctl.encoder.client import Part, Reader
 from epdctl.encoder.dispatch import RankKey
 from epdctl.encoder.jobs import Jobs
 from epdctl.encoder.orders import EncodeBody, SendBody, parse, target_of
-from epdctl.encoder.proof import Proof, norm_of
+from epdctl.encoder.proof import BUSY, FINE, Prober, norm_of
 from epdctl.encoder.router import RouterService
-from epdctl.encoder.verdict import judge
+from epdctl.encoder.surface import HttpSurface
+from epdctl.encoder.verdict import Roster, judge
 from epdctl.encoder.worker import EncoderService
 from epdctl.engine.api import Prepared
 from epdctl.errors import RequestError
 from epdctl.families.samples import PNG
-from epdctl.ids import Incarnation, Modality, RankName
+from epdctl.ids import Incarnation, Modality, RankName, Stage
+from epdctl.rank.service import HearsAbsent
 from epdctl.wire.config import EncoderConfig, EncoderHttp, Limits, ModelConfig
 from epdctl.wire.deliver import ENCODER_TO_READER, READER_TO_ENCODER, Embeddings, Received
-from epdctl.wire.encode import MediaItem
+from epdctl.wire.encode import MediaItem, Prove
+from epdctl.wire.lifecycle import Absent
 from epdctl.wire.sockets import Inbox, Sender
 from epdctl.wire.transfer import TensorSpec
 from tests.support.ranks import Facts, make_spec
@@ -94,6 +97,13 @@ class Site:
     async def send(self, **fields: Any) -> httpx.Response:
         return await self.http.post("/send", json={"req_id": "a", **fields})
 
+    @property
+    def surface(self) -> HttpSurface:
+        router = self.world.services["encoder-router/0"]
+        assert isinstance(router, RouterService)
+        assert isinstance(router._surface, HttpSurface)
+        return router._surface
+
     def reader(self, **options: Any) -> tuple[Reader, int]:
         port = free_port()
         reader = Reader("127.0.0.1", port, **options)
@@ -101,7 +111,15 @@ class Site:
         return reader, port
 
 
-def at_site(sockets: Path, tmp_path: Path, test: Test, *, limits: Limits = Limits(), **http: Any) -> None:  # noqa: B008
+def at_site(
+    sockets: Path,
+    tmp_path: Path,
+    test: Test,
+    *,
+    limits: Limits = Limits(),  # noqa: B008
+    canary_deadline: float = 30.0,
+    **http: Any,
+) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "qwen2_5_vl", "image_token_id": 9, "eos_token_id": 1})
     )
@@ -109,7 +127,7 @@ def at_site(sockets: Path, tmp_path: Path, test: Test, *, limits: Limits = Limit
 
     async def work(world: World) -> None:
         surface = EncoderHttp(port=free_port(), **http)
-        config = EncoderConfig(ranks=2, http=surface, canary_deadline=30.0)
+        config = EncoderConfig(ranks=2, http=surface, canary_deadline=canary_deadline)
         model = ModelConfig(path=str(tmp_path), name="tiny", family="qwen2_5_vl")
         spec = make_spec("encoder-router/0", world.sockets, encoder=config, model=model, limits=limits)
         peer = await world.add(RouterService(spec), "encoder-router/0")
@@ -450,13 +468,116 @@ def test_health_counts_the_ranks_of_the_plan_and_proves_it_with_a_picture(socket
         await site.encoder(1)
         assert (await site.http.get("/health")).json()["status"] == "healthy"
         storm = await asyncio.gather(*(site.http.get("/health_generate") for _ in range(20)))
-        assert {(reply.status_code, reply.json()["encode"]) for reply in storm} == {(200, "fine")}
+        assert {(reply.status_code, reply.json()["encode"]) for reply in storm} == {(200, FINE)}
         del site.world.peers["encoder/1"]
         site.world.tell()
         tower.encode = lambda batch: [torch.full((item.rows, WIDTH), torch.nan) for item in batch]  # type: ignore[method-assign]
         reply = await site.http.get("/health_generate")
         assert reply.status_code == 503
         assert "norm nan" in reply.json()["encode"]
+
+    at_site(sockets, tmp_path, test)
+
+
+def blind(batch: Sequence[Prepared]) -> list[torch.Tensor]:
+    return [torch.zeros(item.rows, WIDTH) for item in batch]
+
+
+def test_every_rank_is_proved_and_one_that_is_blind_is_named(sockets: Path, tmp_path: Path) -> None:
+    """The probe went to whichever rank had least to do, and the others were never looked at."""
+
+    async def test(site: Site) -> None:
+        towers = [PictureTower(), PictureTower()]
+        for number, tower in enumerate(towers):
+            await site.encoder(number, tower)
+        reply = await site.http.get("/health_generate")
+        assert (reply.status_code, reply.json()["status"]) == (200, "healthy")
+        assert reply.json()["proofs"] == {"encoder/0": "fine", "encoder/1": "fine"}
+        towers[1].encode = blind  # type: ignore[method-assign]
+        for _ in range(2):  # wherever the item went that goes the way of all items
+            reply = await site.http.get("/health_generate")
+            assert (reply.status_code, reply.json()["status"], reply.json()["serving"]) == (200, "degraded", "1 of 2")
+            assert [rank["state"] for rank in reply.json()["ranks"]] == ["ready", "unfit"]
+            assert "has norm 0; at the start it was" in reply.json()["proofs"]["encoder/1"]
+        towers[0].encode = blind  # type: ignore[method-assign]
+        reply = await site.http.get("/health_generate")
+        assert (reply.status_code, reply.json()["status"]) == (503, "unhealthy")
+
+    at_site(sockets, tmp_path, test)
+
+
+def test_a_crowd_is_no_illness_while_its_items_get_done(sockets: Path, tmp_path: Path) -> None:
+    """22 of 30 probes of an encoder that had all hands full were 503."""
+
+    async def test(site: Site) -> None:
+        gate, tower = held(site)
+        await site.encoder(tower=tower)
+        running = [asyncio.ensure_future(site.encode(seed, deliver_to="inline")) for seed in (1, 2)]
+        await turns_until(lambda: site.world.services["encoder-router/0"].pulse().inflight == 2)
+        probing = asyncio.ensure_future(site.http.get("/health_generate"))
+        await turns_until(lambda: 'epdctl_encoder_items_total{end="full"} 1.0' in site.surface._meters.text().decode())
+        gate.open.set()
+        reply = await probing
+        assert (reply.status_code, reply.json()["encode"]) == (200, BUSY), reply.text
+        assert reply.json()["proofs"] == {"encoder/0": "fine"}
+        assert [(await one).status_code for one in running] == [200, 200]
+
+    at_site(sockets, tmp_path, test, limits=Limits(inflight=1, queue=1))
+
+
+def test_a_crowd_of_which_nothing_gets_done_is_an_illness(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        gate, tower = held(site)
+        await site.encoder(tower=tower)
+        running = [asyncio.ensure_future(site.encode(seed, deliver_to="inline")) for seed in (1, 2)]
+        await turns_until(lambda: site.world.services["encoder-router/0"].pulse().inflight == 2)
+        reply = await site.http.get("/health_generate")
+        assert (reply.status_code, reply.json()["status"]) == (503, "unhealthy")
+        assert "was not encoded: 1 pictures are waiting" in reply.json()["encode"]
+        assert "did not answer within 0.1 s" in reply.json()["proofs"]["encoder/0"]
+        gate.open.set()
+        assert [(await one).status_code for one in running] == [200, 200]
+
+    at_site(sockets, tmp_path, test, limits=Limits(inflight=1, queue=1), canary_deadline=0.1)
+
+
+def test_a_rank_that_leaves_is_not_waited_for(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        gate, tower = held(site)
+        await site.encoder(0, tower)
+        await site.encoder(1)
+        running = asyncio.ensure_future(site.encode(1, deliver_to="inline"))
+        await gate.began.count(1)  # on encoder/0, whose canary has to wait
+        probing = asyncio.ensure_future(site.http.get("/health_generate"))
+        await turns_until(lambda: bool(site.surface._prober._asked))
+        del site.world.peers["encoder/0"]
+        site.world.tell()
+        reply = await probing
+        assert (reply.status_code, reply.json()["status"]) == (200, "degraded")
+        assert reply.json()["proofs"] == {"encoder/1": "fine"}
+        gate.open.set()
+        assert (await running).status_code == 200
+
+    at_site(sockets, tmp_path, test)
+
+
+def test_a_rank_that_drains_is_not_counted_among_those_that_serve(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        for number in range(2):
+            await site.encoder(number)
+        peer = site.world.peers["encoder/1"]
+        site.world.peers["encoder/1"] = msgspec.structs.replace(peer, accepting=False)
+        site.world.tell()
+        reply = await site.http.get("/health")
+        assert (reply.status_code, reply.json()["serving"]) == (200, "1 of 2")
+        assert [rank["state"] for rank in reply.json()["ranks"]] == ["ready", "draining"]
+        del site.world.peers["encoder/1"]
+        router = site.world.services["encoder-router/0"]
+        assert isinstance(router, HearsAbsent)
+        gone = Absent(rank=peer.rank, stage=peer.stage, incarnation=peer.incarnation, hopeless="failed: no memory")
+        router.absent_changed([gone])
+        site.world.tell()
+        assert (await site.http.get("/health")).json()["ranks"][1]["reason"] == "failed: no memory"
 
     at_site(sockets, tmp_path, test)
 
@@ -530,6 +651,14 @@ def test_metrics_tell_what_was_made_and_what_was_remembered(sockets: Path, tmp_p
     at_site(sockets, tmp_path, test)
 
 
+class NoRanks:
+    def open_ranks(self) -> list[RankKey]:
+        return []
+
+    def tell(self, rank: RankKey, message: Prove) -> None:
+        raise AssertionError("there is none")
+
+
 def test_a_storm_of_probes_is_one_probe(sockets: Path) -> None:
     async def test(world: World) -> None:
         _, _, _ = await world.router()
@@ -538,12 +667,12 @@ def test_a_storm_of_probes_is_one_probe(sockets: Path) -> None:
         jobs = Jobs(str(world.peers["encoder-router/0"].endpoints.inbox), 1 << 20)
         world.stack.callback(jobs.close)
         item = MediaItem(index=0, modality=Modality.IMAGE, content_hash="", of=1, grid=[1, 2, 2 * ROWS], rows=ROWS)
-        proof = Proof(jobs, Canary(picture(ROWS, 3), item), 60.0)
-        asking = [asyncio.ensure_future(proof.fault()) for _ in range(9)]
+        prober = Prober(NoRanks(), jobs, Canary(picture(ROWS, 3), item), 60.0)
+        asking = [asyncio.ensure_future(prober.outcome()) for _ in range(9)]
         await gate.began.count(1)
         assert len(jobs) == 1
         gate.open.set()
-        assert await asyncio.gather(*asking) == [None] * 9
+        assert {outcome.encode for outcome in await asyncio.gather(*asking)} == {FINE}
         assert len(gate.began.seen) == 1
         assert len(jobs) == 0
 
@@ -553,8 +682,12 @@ def test_a_storm_of_probes_is_one_probe(sockets: Path) -> None:
 # -- pure --
 
 
-def ready(*numbers: int) -> list[tuple[RankKey, int]]:
-    return [(RankKey(RankName(f"encoder/{number}"), Incarnation(1)), number) for number in numbers]
+def key(number: int) -> RankKey:
+    return RankKey(RankName(f"encoder/{number}"), Incarnation(1))
+
+
+def ready(*numbers: int) -> Roster:
+    return Roster([(key(number), number) for number in numbers])
 
 
 @pytest.mark.parametrize(
@@ -573,6 +706,29 @@ def test_the_verdict(planned: int, there: tuple[int, ...], strict: bool, word: s
     verdict = judge(planned, ready(*there), strict=strict)
     assert (verdict.word, verdict.status) == (word, status)
     assert len(verdict.ranks) == max(planned, len(there))
+
+
+def test_a_rank_that_drains_or_is_unfit_does_not_serve_and_a_missing_one_has_its_reason() -> None:
+    absent = [
+        Absent(rank=RankName("encoder/3"), stage=Stage.ENCODER, incarnation=Incarnation(2), died=True),
+        Absent(
+            rank=RankName("encoder/4"), stage=Stage.ENCODER, incarnation=Incarnation(1), hopeless="failed: no memory"
+        ),
+        Absent(rank=RankName("encoder/5"), stage=Stage.ENCODER, incarnation=Incarnation(0)),
+        Absent(rank=RankName("decode/0"), stage=Stage.DECODE, incarnation=Incarnation(1)),
+    ]
+    roster = Roster([(key(0), 1), (key(1), 2), (key(2), 0)], resting=[key(1)], absent=absent)
+    verdict = judge(6, roster, strict=False, faults={RankName("encoder/2"): "norm 0"})
+    assert (verdict.word, verdict.as_json()["serving"]) == ("degraded", "1 of 6")
+    assert [(rank.state, rank.reason) for rank in verdict.ranks] == [
+        ("ready", None),
+        ("draining", "it finishes what it has"),
+        ("unfit", "norm 0"),
+        ("not serving", "its process 2 ended by a fault"),
+        ("not serving", "failed: no memory"),
+        ("not serving", "it has not been started yet"),
+    ]
+    assert judge(1, Roster([(key(0), 1)], resting=[key(0)]), strict=False).status == 503
 
 
 def test_with_a_token_deliveries_may_go_to_other_machines() -> None:
