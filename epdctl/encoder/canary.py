@@ -22,6 +22,7 @@ __all__ = ["BAND", "Canary", "Watch", "family_canary", "model_canary"]
 
 log = logging.getLogger(__name__)
 
+MOST_LEFT_OUT = 5  # times in a row that real work takes the canary's place
 BAND = 0.05  # how far the norm may be from the first one, as a part of it: batches change 16-bit numbers a little
 
 
@@ -50,13 +51,24 @@ class Watch:
     """``measure`` encodes the canary and returns the norm of what came; ``made`` counts the items encoded so far.
 
     The canary is left out only while ``made`` advances: work that merely waits proves nothing, and a rank that is slow
-    because it is busy is not sick.
+    because it is busy is not sick. Nor is it left out for long: values that are finite, as those of ``made`` are, may
+    be wrong. ``spoilt`` counts the items whose embeddings were not finite: after such a one it is never left out.
     """
 
-    def __init__(self, measure: Callable[[], Awaitable[float]], made: Callable[[], int], config: EncoderConfig) -> None:
+    def __init__(
+        self,
+        measure: Callable[[], Awaitable[float]],
+        made: Callable[[], int],
+        config: EncoderConfig,
+        *,
+        spoilt: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.reason: str | None = None  # why the rank is unhealthy
         self._measure = measure
         self._made = made
+        self._spoilt = spoilt
+        self._spoilt_before = 0
+        self._left_out = 0  # times in a row
         self._every = config.canary_seconds
         self._deadline = config.canary_deadline
         self._norm = math.nan
@@ -65,7 +77,7 @@ class Watch:
     async def calibrate(self) -> None:
         """The first encode of this process: what the later ones are held against. Raises EpdError."""
         self._norm = await self._measure()
-        self._seen = self._made()
+        self._seen, self._spoilt_before = self._made(), self._spoilt()
         if not math.isfinite(self._norm) or self._norm == 0.0:
             raise EpdError(
                 f"the tower made an embedding of norm {self._norm} of the test item",
@@ -78,20 +90,27 @@ class Watch:
             await self.check()
 
     async def check(self) -> None:
-        before = self._made()
-        if self.reason is None and before != self._seen:
-            self._seen = before
+        made = self._made()
+        proved = made != self._seen and self._spoilt() == self._spoilt_before
+        if self.reason is None and proved and self._left_out < MOST_LEFT_OUT:
+            self._seen = made
+            self._left_out += 1
             return
         await self.prove()
 
     async def prove(self) -> Proof:
         """Now, whatever else gets done. What it finds is the rank's ``reason``; a canary that is right mends it."""
+        spoilt = self._spoilt() - self._spoilt_before
         proof = await self._examine(self._made())
+        if spoilt:
+            log.warning("%d embeddings were not finite", spoilt)
+        if proof.fault is not None and spoilt:
+            proof = Proof(f"{proof.fault}; {spoilt} embeddings before it were not finite")
         if proof.fault is not None and self.reason is None:
             log.error("this rank is not fit to serve: %s", proof.fault)
         if not proof.busy:
             self.reason = proof.fault
-        self._seen = self._made()
+        self._seen, self._spoilt_before, self._left_out = self._made(), self._spoilt(), 0
         return proof
 
     async def _examine(self, before: int) -> Proof:

@@ -9,12 +9,22 @@ from typing import NamedTuple
 import torch
 
 from epdctl.encoder.batching import fitting
+from epdctl.encoder.making import Refused
 from epdctl.encoder.stream import DeviceStream
 from epdctl.engine.api import Prepared, Tower
 from epdctl.rank.compute import ComputeThread
 from epdctl.rank.profile import Profiler
+from epdctl.wire.encode import FailureKind
 
-__all__ = ["Forward"]
+__all__ = ["Forward", "NotFinite"]
+
+
+class NotFinite(Refused):
+    """This item's embedding holds something that is no number; others of its batch may be fine."""
+
+    def __init__(self, embedding: torch.Tensor) -> None:
+        self.embedding = embedding
+        super().__init__(FailureKind.INTERNAL, "its embedding is not finite: the tower made nan or infinity of it")
 
 
 class _Waiting(NamedTuple):
@@ -38,7 +48,8 @@ class Forward:
         self._wake = asyncio.Event()
         self._stream = DeviceStream()
         self.batches = 0
-        self.made = 0  # items
+        self.made = 0  # items whose embeddings are finite …
+        self.spoilt = 0  # … and those whose are not
 
     @property
     def waiting(self) -> int:
@@ -46,7 +57,7 @@ class Forward:
         return len(self._waiting)
 
     async def encode(self, prepared: Prepared) -> torch.Tensor:
-        """[rows, width]. Cancelling the wait takes the item out, unless its forward has begun."""
+        """[rows, width]. Cancelling the wait takes the item out, unless its forward has begun. Raises NotFinite."""
         result: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(prepared, result))
         self._wake.set()
@@ -61,10 +72,18 @@ class Forward:
                 continue
             embeddings = await self._compute.run(lambda batch=batch: self._forward(batch))  # type: ignore[misc]
             self.batches += 1
-            self.made += len(batch)
-            for item, embedding in zip(batch, embeddings, strict=True):
-                if not item.result.done():
-                    item.result.set_result(embedding)
+            for item, (embedding, finite) in zip(batch, embeddings, strict=True):
+                self._settle(item, embedding, finite)
+
+    def _settle(self, item: _Waiting, embedding: torch.Tensor, finite: bool) -> None:
+        self.made += finite
+        self.spoilt += not finite
+        if item.result.done():
+            return
+        if finite:
+            item.result.set_result(embedding)
+        else:
+            item.result.set_exception(NotFinite(embedding))
 
     def _next_batch(self) -> list[_Waiting]:
         """The front of the queue, without those that were cancelled."""
@@ -72,7 +91,19 @@ class Forward:
         count = fitting((item.prepared.patches for item in self._waiting), self._budget)
         return [self._waiting.popleft() for _ in range(count)]
 
-    def _forward(self, batch: list[_Waiting]) -> list[torch.Tensor]:
-        embeddings = self._stream.run(lambda: self._tower.encode([item.prepared for item in batch]))
+    def _forward(self, batch: list[_Waiting]) -> list[tuple[torch.Tensor, bool]]:
+        """With whether each is finite: a rank that always has work has little time for its canary."""
+
+        def work() -> list[torch.Tensor]:
+            embeddings = self._tower.encode([item.prepared for item in batch])
+            return [*embeddings, _finite(embeddings)]
+
+        *embeddings, finite = self._stream.run(work)
         self._profiler.step()
-        return embeddings
+        return list(zip(embeddings, finite.tolist(), strict=True))
+
+
+def _finite(embeddings: list[torch.Tensor]) -> torch.Tensor:
+    """[items] bool, on their device: one nan or infinity makes a sum that is not finite, and no sum of ours overflows
+    float32."""
+    return torch.isfinite(torch.stack([embedding.sum(dtype=torch.float32) for embedding in embeddings]))

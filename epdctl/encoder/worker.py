@@ -16,7 +16,7 @@ from typing import Protocol, assert_never
 import torch
 
 from epdctl.encoder.canary import Canary, Watch, model_canary
-from epdctl.encoder.forward import Forward
+from epdctl.encoder.forward import Forward, NotFinite
 from epdctl.encoder.making import Makings, Reading, Refused, Size
 from epdctl.encoder.notices import Notices
 from epdctl.engine.api import Prepared, Tower, WarmsUp
@@ -147,7 +147,7 @@ class EncoderService:
         forward = Forward(tower, self._compute, profiler, self._spec.config.encoder.batch_patches)
         config = self._spec.config.encoder
         makings = Makings(self._prepared, forward.encode, self._tasks, config.cache_bytes)
-        watch = Watch(self._measure, lambda: forward.made, config)
+        watch = Watch(self._measure, lambda: forward.made, config, spoilt=lambda: forward.spoilt)
         transport = open_transport(self._spec.config.transfer, self._spec)
         inbox = Inbox(self._spec.endpoint("inbox"), ROUTER_TO_WORKER, self._arrived)
         self._loaded = _Loaded(tower, forward, makings, watch, profiler, transport, inbox)
@@ -316,7 +316,11 @@ class EncoderService:
     async def _measure(self) -> float:
         """The norm of the canary's embedding, made as every item's is."""
         canary = self._canary(self._spec.config.model)
-        embedding = await self._here.forward.encode(await self._prepared(memoryview(canary.media), canary.item))
+        prepared = await self._prepared(memoryview(canary.media), canary.item)
+        try:
+            embedding = await self._here.forward.encode(prepared)
+        except NotFinite as error:
+            embedding = error.embedding
         return await self._compute.run(lambda: float(torch.linalg.vector_norm(embedding.float())))
 
     async def _prepared(self, media: memoryview, item: MediaItem) -> Prepared:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from epdctl.encoder.canary import Watch
+from epdctl.encoder.canary import MOST_LEFT_OUT, Watch
 from epdctl.errors import EpdError, RequestError
 from epdctl.families.samples import PNG
 from epdctl.rank.service import Proof
@@ -143,6 +143,45 @@ def test_it_is_proved_on_request_whatever_gets_done_and_being_busy_mends_nothing
         tower.norms.insert(0, overtaken)
         assert await watch.prove() == Proof(busy=True)
         assert watch.reason == proof.fault, "others got done, and nobody looked at what came of them"
+
+    watching(test)
+
+
+def test_a_rank_that_always_has_work_is_proved_all_the_same_now_and_then() -> None:
+    """Zeros are finite: a tower that went blind under load was never found."""
+
+    async def test() -> None:
+        tower = Tower(1.0, 0.0)
+        watch = Watch(tower.measure, lambda: tower.made, PATIENT)
+        await watch.calibrate()
+        for _ in range(MOST_LEFT_OUT):
+            tower.made += 1
+            await watch.check()
+        assert tower.proofs == 1
+        tower.made += 1
+        await watch.check()
+        assert "has norm 0" in str(watch.reason)
+
+    watching(test)
+
+
+def test_numbers_that_are_none_bring_the_canary_and_are_named_with_what_it_finds() -> None:
+    async def test() -> None:
+        tower = Tower(1.0, 1.0, math.nan)
+        spoilt = [0]
+        watch = Watch(tower.measure, lambda: tower.made, PATIENT, spoilt=lambda: spoilt[0])
+        await watch.calibrate()
+        tower.made += 1
+        spoilt[0] = 1
+        await watch.check()
+        assert (tower.proofs, watch.reason) == (2, None), "that picture's own fault"
+        tower.made += 1
+        await watch.check()
+        assert tower.proofs == 2
+        tower.made += 1
+        spoilt[0] = 3
+        await watch.check()
+        assert "has norm nan; at the start it was 1; 2 embeddings before it were not finite" in str(watch.reason)
 
     watching(test)
 

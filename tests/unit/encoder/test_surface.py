@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import math
 import socket
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -474,7 +475,34 @@ def test_health_counts_the_ranks_of_the_plan_and_proves_it_with_a_picture(socket
         tower.encode = lambda batch: [torch.full((item.rows, WIDTH), torch.nan) for item in batch]  # type: ignore[method-assign]
         reply = await site.http.get("/health_generate")
         assert reply.status_code == 503
-        assert "norm nan" in reply.json()["encode"]
+        assert "its embedding is not finite" in reply.json()["encode"]
+        assert "has norm nan" in reply.json()["proofs"]["encoder/0"]
+
+    at_site(sockets, tmp_path, test)
+
+
+def partly_spoilt(batch: Sequence[Prepared]) -> list[torch.Tensor]:
+    seeds = [int(item.pixels[0, 0]) for item in batch]
+    made = [embedding(item.rows, seed) for item, seed in zip(batch, seeds, strict=True)]
+    for each, seed in zip(made, seeds, strict=True):
+        each[-1, -1] = math.inf if seed == 66 else each[-1, -1]
+    return made
+
+
+def test_an_embedding_that_is_not_finite_goes_to_nobody(sockets: Path, tmp_path: Path) -> None:
+    """A rank that always had work gave nan to everybody, and was never asked for its canary."""
+
+    async def test(site: Site) -> None:
+        tower = PictureTower()
+        await site.encoder(tower=tower)
+        tower.encode = partly_spoilt  # type: ignore[method-assign]
+        replies = await asyncio.gather(*(site.encode(seed, deliver_to="inline") for seed in (5, 66, 7)))
+        assert [reply.status_code for reply in replies] == [200, 502, 200]
+        assert "not finite" in replies[1].json()["message"]
+        encoder = site.world.services["encoder/0"]
+        assert isinstance(encoder, EncoderService)
+        assert (encoder._here.forward.made, encoder._here.forward.spoilt) == (1 + 2, 1), "with the canary of the start"
+        assert encoder.pulse().unhealthy is None
 
     at_site(sockets, tmp_path, test)
 
