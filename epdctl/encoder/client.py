@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ __all__ = ["Embedded", "Part", "Reader"]
 log = logging.getLogger(__name__)
 
 MAX_PARTS = 4096  # that nobody has asked for yet; beyond it deliveries are turned away
+MAX_BYTES = 1 << 30  # of those parts together
+REMEMBERED = 4096  # deliveries that were taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +54,23 @@ class Part:
     num_parts: int
     items: Sequence[Embedded]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(len(item.rows) for item in self.items)
+
 
 class Reader:
-    """Listens at one port; made and used inside one event loop. ``token``: what deliveries must show.
+    """Listens at one port; made and used inside one event loop. ``token``: what deliveries must show; ``max_bytes``: of
+    the parts together that nobody has asked for yet.
 
     Raises OSError when the port cannot be bound.
     """
 
-    def __init__(self, host: str, port: int, *, token: str = "") -> None:
+    def __init__(self, host: str, port: int, *, token: str = "", max_bytes: int = MAX_BYTES) -> None:
         self._token = token
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._taken: OrderedDict[str, None] = OrderedDict()
         self._parts: dict[tuple[str, int], Part] = {}
         self._arrived = asyncio.Event()
         self._inbox: Inbox[EncoderToReader] = Inbox(f"tcp://{host}:{port}", ENCODER_TO_READER, self._received)
@@ -79,17 +90,29 @@ class Reader:
                     await self._arrived.wait()
         except TimeoutError as error:
             raise DeadlineExceeded(f"part {part_idx} of {req_id} did not come within {seconds:g} s") from error
-        return self._parts.pop((req_id, part_idx))
+        part = self._parts.pop((req_id, part_idx))
+        self._bytes -= part.nbytes
+        return part
 
     def _received(self, sender: Sender, message: Embeddings, frames: list[memoryview]) -> None:
         fault = self._fault(message, frames)
         if fault is None:
-            self._parts[message.req_id, message.part_idx] = _part(message, frames)
-            self._arrived.set()
+            self._take(message, frames)
             self._answer(sender, Received(delivery=message.delivery))
         else:
             log.warning("turned a delivery away: %s", fault)
             self._answer(sender, Unwanted(delivery=message.delivery, text=fault))
+
+    def _take(self, message: Embeddings, frames: Sequence[memoryview]) -> None:
+        """What was taken before comes again when our answer was lost."""
+        if message.delivery in self._taken:
+            return
+        part = self._parts[message.req_id, message.part_idx] = _part(message, frames)
+        self._bytes += part.nbytes
+        self._taken[message.delivery] = None
+        if len(self._taken) > REMEMBERED:
+            self._taken.popitem(last=False)
+        self._arrived.set()
 
     def _fault(self, message: Embeddings, frames: Sequence[memoryview]) -> str | None:
         if not hmac.compare_digest(message.token.encode(), self._token.encode()):
@@ -98,9 +121,17 @@ class Reader:
             return "the frames are not as long as their specs say"
         if len(message.grids) != len(message.specs):
             return "grids and specs are of different numbers"
+        return None if message.delivery in self._taken else self._crowd(message)
+
+    def _crowd(self, message: Embeddings) -> str | None:
         if (message.req_id, message.part_idx) in self._parts:
-            return f"part {message.part_idx} of {message.req_id} is here already"
-        return f"{MAX_PARTS} parts wait to be read" if len(self._parts) >= MAX_PARTS else None
+            return f"another part {message.part_idx} of {message.req_id} waits to be read"
+        if len(self._parts) >= MAX_PARTS:
+            return f"{MAX_PARTS} parts wait to be read"
+        more = sum(spec.nbytes for spec in message.specs)
+        if self._bytes + more > self._max_bytes:
+            return f"{self._bytes} of at most {self._max_bytes} bytes wait to be read; {more} more came"
+        return None
 
     def _answer(self, sender: Sender, message: ReaderToEncoder) -> None:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    message: Embeddings  # with an empty ``delivery``
+    message: Embeddings  # without a token
     rows: Sequence[memoryview]
 
 
@@ -58,7 +57,7 @@ async def _attempt(parcel: Parcel, endpoint: str, token: str, seconds: float) ->
 
 async def _hand_over(parcel: Parcel, endpoint: str, token: str) -> ReaderToEncoder:
     answered: asyncio.Future[ReaderToEncoder] = asyncio.get_running_loop().create_future()
-    message = msgspec.structs.replace(parcel.message, delivery=secrets.token_hex(8), token=token)
+    message = msgspec.structs.replace(parcel.message, token=token)
 
     def answer(reply: ReaderToEncoder, _: Sequence[memoryview]) -> None:
         if reply.delivery == message.delivery and not answered.done():

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from fastapi import Response
@@ -37,7 +37,12 @@ class _Held:
     body: EncodeBody
     job: Job
     alarm: asyncio.TimerHandle
-    sent: int = 0
+    answered: int = 0  # readers that got it in their answers
+    served: set[tuple[str, ...]] = field(default_factory=set)  # … and the ports of those that were connected to
+
+    @property
+    def readers(self) -> int:
+        return self.answered + len(self.served)
 
 
 class Errands:
@@ -100,8 +105,11 @@ class Errands:
             if error is held.job.error:
                 self._failed.pop(key, None)  # it has been heard
             raise
-        held.sent += 1
-        if held.sent >= body.receive_count and self._held.get(key) is held:
+        if to.ports:
+            held.served.add(tuple(to.endpoints))
+        else:
+            held.answered += 1
+        if held.readers >= body.receive_count and self._held.get(key) is held:
             self._release(key)
         return response
 
@@ -135,7 +143,7 @@ async def _hand_out(body: EncodeBody, job: Job, to: Destination, ends: float) ->
     if not to.ports:
         return await asyncio.to_thread(_inline, body, job.items, specs, rows)
     message = Embeddings(
-        delivery="",
+        delivery=job.request,
         req_id=body.req_id,
         part_idx=body.part_idx,
         num_parts=body.num_parts,

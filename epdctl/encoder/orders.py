@@ -52,7 +52,8 @@ class EncodeBody(_Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class SendBody(_Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``POST /send``: after ``receive_count`` of them the embeddings are forgotten."""
+    """``POST /send``: when ``receive_count`` readers have the embeddings they are forgotten; the same ports again are
+    the same reader."""
 
     receive_count: Annotated[int, msgspec.Meta(ge=1, le=MAX_SHARDS)] = 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,18 +48,22 @@ class Profiles:
         self._seconds = seconds
         self._open: dict[RankKey, str] = {}
         self._written: dict[RankName, Profiled] = {}
+        self._stopping = False
         self._changed = asyncio.Event()
 
     def start(self, raw: bytes) -> dict[str, object]:
-        """Raises RequestError (400)."""
+        """Raises RequestError (400, 503)."""
         steps = self._parsed(raw).num_steps
         if self._directory is None:
             raise RequestError(400, "no place for traces: write stages.encoder.http.profiles", code="no_place")
         if self._open:
             raise RequestError(400, "a profile is already running: stop it first", code="running")
+        ranks = [key for key, _ in self._fleet.ranks()]
+        if not ranks:
+            raise RequestError(503, "no rank is there that could be recorded", code="no_rank", retry_after=1)
         stamp = int(self._clock() * 1000)
         self._written.clear()
-        for key, _ in self._fleet.ranks():
+        for key in ranks:
             path = Path(self._directory) / f"{key.rank.file_stem}.{key.incarnation}.{stamp}.trace.json"
             self._open[key] = str(path)
             self._fleet.tell(key, StartProfile(path=str(path), steps=steps))
@@ -79,21 +84,28 @@ class Profiles:
         self._changed.set()
 
     async def stop(self) -> tuple[dict[str, object], bool]:
-        """What became of each trace, and whether all of them are there. Raises RequestError (400)."""
+        """What became of each trace, and whether all of them are there. Raises RequestError (400, 409)."""
         if not self._open:
             raise RequestError(400, "no profile is running", code="not_running")
+        if self._stopping:
+            raise RequestError(409, "somebody else is stopping it already", code="stopping")
+        self._stopping = True
+        try:
+            await self._end_all()
+            results = [self._result(key, path) for key, path in self._open.items()]
+        finally:
+            self._stopping = False
+            self._open.clear()
+        return {"profiles": results}, all(result["error"] is None for result in results)
+
+    async def _end_all(self) -> None:
         for key in self._open:
             self._fleet.tell(key, StopProfile())
-        try:
+        with contextlib.suppress(TimeoutError):  # it is told of each rank
             async with asyncio.timeout(self._seconds):
                 while not self._complete():
                     self._changed.clear()
                     await self._changed.wait()
-        except TimeoutError:
-            pass  # it is told of each rank below
-        results = [self._result(key, path) for key, path in self._open.items()]
-        self._open.clear()
-        return {"profiles": results}, all(result["error"] is None for result in results)
 
     def _complete(self) -> bool:
         """A rank that died meanwhile writes nothing any more."""

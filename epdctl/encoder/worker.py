@@ -16,6 +16,7 @@ from typing import Protocol, assert_never
 import torch
 
 from epdctl.encoder.canary import Canary, Watch, model_canary
+from epdctl.encoder.captures import naming_the_cache
 from epdctl.encoder.forward import Forward, NotFinite
 from epdctl.encoder.making import Makings, Reading, Refused, Size
 from epdctl.encoder.notices import Notices
@@ -366,7 +367,7 @@ class EncoderService:
             word = Profiled(path=order.path, error=recorded.error, note=recorded.note)
             loop.call_soon_threadsafe(self._tell, router, word)
 
-        self._here.profiler.start(order.path, order.steps, written)
+        self.start_capture(order.path, order.steps, written)
 
     def _tell(self, router: Sender, message: WorkerToRouter, *frames: memoryview) -> None:
         try:
@@ -394,7 +395,7 @@ class EncoderService:
         await self.until_idle()
 
     def start_capture(self, path: str, steps: int | None, written: Written) -> None:
-        self._here.profiler.start(path, steps, written)
+        self._here.profiler.start(path, steps, naming_the_cache(self._here.makings, written))
 
     def stop_capture(self) -> None:
         self._here.profiler.stop()

@@ -26,7 +26,7 @@ __all__ = [
 class Embeddings(Message, frozen=True):
     """One part of a request: the embedding of each of its items."""
 
-    delivery: str  # drawn for each delivery; the answer carries it
+    delivery: str  # of these embeddings, and so the same when they are delivered again; the answer carries it
     req_id: str
     part_idx: int
     num_parts: int

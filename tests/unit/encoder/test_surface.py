@@ -37,10 +37,10 @@ from epdctl.rank.service import HearsAbsent
 from epdctl.wire.config import EncoderConfig, EncoderHttp, Limits, ModelConfig
 from epdctl.wire.deliver import ENCODER_TO_READER, READER_TO_ENCODER, Embeddings, Received
 from epdctl.wire.encode import MediaItem, Prove
-from epdctl.wire.lifecycle import Absent
+from epdctl.wire.lifecycle import Absent, Endpoints
 from epdctl.wire.sockets import Inbox, Sender
 from epdctl.wire.transfer import TensorSpec
-from tests.support.ranks import Facts, make_spec
+from tests.support.ranks import Facts, make_peer, make_spec
 from tests.support.towers import CANARY_SEED, WIDTH, ToyTower, embedding, picture
 from tests.unit.encoder.test_services import Gate, World, in_world, turns_until
 
@@ -650,6 +650,88 @@ def test_a_profile_of_every_rank(sockets: Path, tmp_path: Path) -> None:
         assert any("arange" in event.get("name", "") for event in trace["traceEvents"])
 
     at_site(sockets, tmp_path, test, profiles=str(tmp_path / "traces"))
+
+
+def test_a_profile_of_nobody_is_refused_and_one_of_what_was_remembered_says_so(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        reply = await site.http.post("/start_profile")
+        assert (reply.status_code, reply.json()["code"]) == (503, "no_rank")
+        await site.encoder()
+        assert (await site.encode(1, deliver_to="inline")).status_code == 200
+        assert (await site.http.post("/start_profile")).status_code == 200
+        assert (await site.encode(1, deliver_to="inline")).status_code == 200, "from the cache"
+        (profile,) = (await site.http.post("/stop_profile")).json()["profiles"]
+        assert profile["note"].startswith("no batch ran while it recorded")
+        assert profile["note"].endswith(": 1 embeddings came from the cache")
+
+    at_site(sockets, tmp_path, test, profiles=str(tmp_path / "traces"))
+
+
+def test_a_profile_is_stopped_once_and_does_not_wait_for_the_dead(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        site.world.peers["encoder/0"] = make_peer("encoder/0", Endpoints(inbox=f"ipc://{sockets}/mute"))
+        site.world.tell()
+        assert (await site.http.post("/start_profile")).status_code == 200
+        stopping = asyncio.ensure_future(site.http.post("/stop_profile"))
+        await turns_until(lambda: site.surface._profiles._stopping)
+        reply = await site.http.post("/stop_profile")
+        assert (reply.status_code, reply.json()["code"]) == (409, "stopping")
+        del site.world.peers["encoder/0"]
+        site.world.tell()
+        reply = await stopping
+        assert (reply.status_code, reply.json()["profiles"][0]["error"]) == (500, "nothing was heard of its trace")
+
+    at_site(sockets, tmp_path, test, profiles=str(tmp_path / "traces"))
+
+
+def test_the_same_ports_again_are_the_same_reader(sockets: Path, tmp_path: Path) -> None:
+    """A second try of one shard's /send took the place of the shard that had not asked yet. And a reader that took the
+    embeddings, and whose answer was lost, did not want them again."""
+
+    async def test(site: Site) -> None:
+        await site.encoder()
+        assert (await site.encode(8)).status_code == 200
+        readers = [site.reader() for _ in range(2)]
+        for reader, port in [readers[0], readers[0], readers[1]]:
+            reply = await site.send(deliver_to="prefill", embedding_port=port, receive_count=2)
+            assert reply.status_code == 200, reply.text
+            assert len(reader._parts) == 1
+        for reader, _ in readers:
+            check(await reader.part("a", seconds=30), 8)
+        assert (await site.send(deliver_to="inline")).status_code == 404
+
+    at_site(sockets, tmp_path, test)
+
+
+def test_what_a_reader_has_read_is_not_put_before_it_again(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        await site.encoder()
+        assert (await site.encode(8)).status_code == 200
+        reader, port = site.reader()
+        for _ in range(2):
+            assert (await site.send(deliver_to="prefill", embedding_port=port, receive_count=9)).status_code == 200
+            if reader._parts:
+                check(await reader.part("a", seconds=30), 8)
+        assert not reader._parts
+        assert (await site.encode(9, deliver_to="caller", embedding_port=port)).status_code == 200
+        check(await reader.part("a", seconds=30), 9)
+
+    at_site(sockets, tmp_path, test)
+
+
+def test_a_reader_takes_so_many_bytes(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        await site.encoder()
+        reader, port = site.reader(max_bytes=100)
+        assert (await site.encode(1, deliver_to="caller", embedding_port=port)).status_code == 200
+        reply = await site.encode(2, deliver_to="caller", embedding_port=port)
+        assert (reply.status_code, "another part 0 of a" in reply.json()["message"]) == (502, True)
+        reply = await site.encode(2, req_id="b", deliver_to="caller", embedding_port=port)
+        assert (reply.status_code, "96 of at most 100 bytes" in reply.json()["message"]) == (502, True)
+        check(await reader.part("a", seconds=30), 1)
+        assert (await site.encode(2, req_id="b", deliver_to="caller", embedding_port=port)).status_code == 200
+
+    at_site(sockets, tmp_path, test)
 
 
 def test_without_a_place_there_is_no_profile(sockets: Path, tmp_path: Path) -> None:
