@@ -220,30 +220,36 @@ class RouterService:
         return None
 
     def _answered(self, peer: Peer, message: WorkerToRouter, frames: list[memoryview]) -> None:
-        now = self._clock()
         match message:
             case ItemSized():
                 self._sized(peer, message)
             case ItemEncoded():
                 if self._surface is not None:
                     self._surface.encoded(peer.rank, message)
+                now = self._clock()
                 self._apply(self._dispatcher.encoded(message.dispatch, _key(peer), now), message.spec, frames)
+            case ItemFailed():
+                self._failed(_key(peer), message)
             case Profiled():
                 if self._surface is not None:
                     self._surface.profiled(peer.rank, message)
             case Proved():
                 if self._surface is not None:
                     self._surface.proved(_key(peer), message)
-            case ItemFailed(kind=FailureKind.NO_RANK):
-                self._apply(self._dispatcher.refused(message.dispatch, _key(peer), now))
-                self._rearm()
-            case ItemFailed(kind=FailureKind.FULL):
-                self._apply(self._dispatcher.full(message.dispatch, _key(peer), now))
-                self._rearm()
-            case ItemFailed(kind=kind, text=text):
-                self._apply(self._dispatcher.failed(message.dispatch, _key(peer), (kind, text), now))
             case _:
                 assert_never(message)
+
+    def _failed(self, rank: RankKey, message: ItemFailed) -> None:
+        """A rank that has no room, or takes nothing more, says nothing of the item: others may."""
+        dispatch, now = message.dispatch, self._clock()
+        match message.kind:
+            case FailureKind.NO_RANK:
+                self._apply(self._dispatcher.refused(dispatch, rank, now))
+            case FailureKind.FULL:
+                self._apply(self._dispatcher.full(dispatch, rank, now))
+            case kind:
+                self._apply(self._dispatcher.failed(dispatch, rank, (kind, message.text), now))
+        self._rearm()
 
     def _sized(self, peer: Peer, message: ItemSized) -> None:
         """Passed on where nobody has told the client before what will come."""
