@@ -6,12 +6,13 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from epdctl.errors import PeerGone
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import (
     RANK_TO_SUPERVISOR,
@@ -77,8 +78,9 @@ class Supervisor:
         child = self.children[hello.rank]
         child.stream = stream
         child.said.add(hello)
-        while (message := await stream.receive()) is not None:
-            child.said.add(message)
+        with suppress(PeerGone):  # one that was killed before it had read all resets the stream
+            while (message := await stream.receive()) is not None:
+                child.said.add(message)
 
     async def start(self, rank: str, behaviour: str = "", **config: Any) -> Child:
         config.setdefault("service", "tests.support.fake_services:FakeService")
