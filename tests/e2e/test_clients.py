@@ -10,6 +10,7 @@ import re
 import struct
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,6 +28,7 @@ from openai.types.chat import ChatCompletionMessageParam, ChatCompletionTokenLog
 from epdctl.wire.control import RankState, RankStatus
 from tests.e2e.conftest import CHUNK, running
 from tests.support.cluster import Cluster, Part, content, data_url
+from tests.support.openapi import Described, one_node_changed
 from tests.support.reference import picture_bytes, reference_generate
 
 KEY = "a-key-for-tests-0123456789"
@@ -392,35 +394,93 @@ def refuse_all(http: httpx.Client, elsewhere: int) -> None:
 
 # -- anything at all --
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
+
+def damaged(data: bytes, draw: st.DrawFn) -> bytes:
+    """Cut off, or with a byte changed."""
+    at = draw(st.integers(0, len(data) - 1))
+    return data[:at] if draw(st.booleans()) else data[:at] + bytes([draw(st.integers(0, 255))]) + data[at + 1 :]
 
 
-def test_nothing_that_is_sent_is_a_500(http: httpx.Client) -> None:
-    """Requests as the OpenAPI description has them, with any one field replaced by anything."""
-    description = http.get("/openapi.json").json()
-    paths = {path: body["post"] for path, body in description["paths"].items() if "post" in body}
-    assert set(paths) == {"/v1/chat/completions", "/v1/completions"}
-    base = {"/v1/chat/completions": ask(), "/v1/completions": {"model": "tiny", "prompt": "x", "max_tokens": 2}}
+@st.composite
+def picture_urls(draw: st.DrawFn, elsewhere: int) -> str:
+    kind = draw(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP"]))
+    data = picture_bytes(draw(st.integers(0, 3)), draw(st.integers(28, 112)), draw(st.integers(28, 112)), kind)
+    there = f"http://127.0.0.1:{elsewhere}/"
+    match draw(st.sampled_from(["whole", "whole", "damaged", "cut base64", "fetched", "not fetched", "text"])):
+        case "whole":
+            return data_url(data)
+        case "damaged":
+            return data_url(damaged(data, draw))
+        case "cut base64":
+            return data_url(data)[: draw(st.integers(0, 200))]
+        case "fetched":
+            return f"{there}drawn/{draw(st.integers(0, 3))}.png"
+        case "not fetched":
+            strange = st.sampled_from(["large", "none", "detour", "drawn/0.png#x", "?", "\u2028", "%00"])
+            return draw(st.sampled_from([there, "http://localhost/", "https://[::1]/", "file:///"])) + draw(strange)
+    return draw(st.text(max_size=20))
 
-    def fields(path: str) -> list[str]:
-        ref = paths[path]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
-        return sorted(description["components"]["schemas"][ref.rpartition("/")[2]]["properties"])
 
-    @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
-    @given(data=st.data())
-    def attack(data: st.DataObject) -> None:
-        path = data.draw(st.sampled_from(sorted(base)))
-        name = data.draw(st.sampled_from(fields(path)))
-        values = data.draw(st.dictionaries(st.just(name) | st.sampled_from(fields(path)), JSON, max_size=2))
-        reply = http.post(path, content=json.dumps({**base[path], **values}).encode())
-        assert reply.status_code < 500, (values, reply.text)
-        assert reply.status_code == 200 or reply.json()["error"]["message"]
+def described(http: httpx.Client, elsewhere: int) -> Described:
+    """What a schema does not say: the model's name, what a URL is, and that answers should be short. Most parts are
+    words and pictures, which is what this model takes."""
+    schemas = http.get("/openapi.json").json()["components"]["schemas"]
+    known = Described(schemas, {"ImageUrl.url": picture_urls(elsewhere)})
+    picture, words = known.of("ImagePart"), known.of("TextPart")
+    text, parts = st.text(max_size=12), st.lists(st.one_of(picture, words, picture), min_size=1, max_size=3)
+    lengths = {f"{name}.max_tokens": st.integers(1, 4) for name in ("ChatRequest", "TextRequest")}
+    models = {f"{name}.model": st.just("tiny") for name in ("ChatRequest", "TextRequest")}
+    contents = st.one_of(parts, known.field("UserMessage", "content"), parts, text)
+    prompts = st.one_of(st.text(min_size=1, max_size=12), known.field("TextRequest", "prompt"))
+    said = {"UserMessage.content": contents, "TextRequest.prompt": prompts}
+    speakers = Described(schemas, {**known.instead, **said})
+    turns = st.lists(
+        st.one_of(*map(speakers.of, ("UserMessage", "SystemMessage", "UserMessage", "AssistantMessage"))),
+        min_size=1,
+        max_size=3,
+    )
+    return Described(schemas, {**speakers.instead, **lengths, **models, "ChatRequest.messages": turns})
 
-    attack()
+
+def attack(http: httpx.Client, elsewhere: int, **options: Any) -> Counter[str]:
+    """Requests as the OpenAPI description has them, whole or with one node changed. What became of them."""
+    fates: Counter[str] = Counter()
+    values = described(http, elsewhere)
+    chats, texts = values.of("ChatRequest"), values.of("TextRequest")
+    requests = st.one_of(
+        st.tuples(st.just("/v1/chat/completions"), chats),
+        st.tuples(st.just("/v1/chat/completions"), one_node_changed(chats)),
+        st.tuples(st.just("/v1/completions"), st.one_of(texts, one_node_changed(texts))),
+    )
+
+    @settings(deadline=None, suppress_health_check=list(HealthCheck), database=None, **options)
+    @given(requests)
+    def send(request: tuple[str, Any]) -> None:
+        path, body = request
+        reply = http.post(path, content=json.dumps(body).encode())
+        assert reply.status_code < 500, (body, reply.text)
+        if reply.status_code != 200:
+            assert reply.json()["error"]["message"], body
+        else:
+            assert '"error"' not in reply.text[:10], body
+        fates[f"{path}: {'answered' if reply.status_code == 200 else 'refused'}"] += 1
+        fates["a picture was seen"] += reply.status_code == 200 and '"image_url"' in json.dumps(body)
+
+    send()
+    return fates
+
+
+def test_nothing_that_is_sent_is_a_500(cluster: Cluster, http: httpx.Client, elsewhere: int) -> None:
+    fates = attack(http, elsewhere, max_examples=150, derandomize=True)
+    assert min(fates.values()) >= 5, f"too few of a kind: {fates}"
+    comes_to_rest(cluster)
+
+
+@pytest.mark.soak
+def test_nothing_new_that_is_sent_is_a_500(cluster: Cluster, http: httpx.Client, elsewhere: int) -> None:
+    """Other examples each time."""
+    attack(http, elsewhere, max_examples=3000, print_blob=True)
+    comes_to_rest(cluster)
 
 
 # -- clients that hang up --
