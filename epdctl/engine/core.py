@@ -12,10 +12,10 @@ from epdctl.engine.api import Advance, LanguageModel, NewSequence, StepInput, Vi
 from epdctl.engine.attention import PagedBatch, Span
 from epdctl.engine.kv import KvPool, Memory, own_memory
 from epdctl.engine.pages import pages_for
-from epdctl.engine.sampler import NonFiniteLogits, draw
+from epdctl.engine.sampler import Drawn, draw
 from epdctl.engine.scheduler import Slice, schedule
 from epdctl.engine.sequence import Sequence, SequenceState
-from epdctl.engine.settings import likelihood
+from epdctl.engine.settings import Ask
 from epdctl.engine.warmup import warm_up
 from epdctl.errors import RequestError
 from epdctl.wire.config import EngineConfig, ModelConfig
@@ -83,9 +83,8 @@ class Engine:
         if not parts:
             return []
         with torch.inference_mode():
-            logits = self.language.forward(self._input(parts))
-        rows = iter(logits)
-        return [self._advance(part, next(rows) if part.samples else None) for part in parts]
+            drawn = iter(self._drawn(self.language.forward(self._input(parts)), parts))
+        return [self._advance(part, next(drawn) if part.samples else Drawn()) for part in parts]
 
     def check(self) -> None:
         """Invariants, for tests and idle times. Raises AssertionError."""
@@ -132,31 +131,28 @@ class Engine:
             start += part.slice.count
         return embeds, Visual(mask.to(embeds.device), beyond[mask]) if beyond.shape[1] and mask.any() else None
 
-    def _advance(self, part: _Part, logits: torch.Tensor | None) -> Advance:
+    def _drawn(self, logits: torch.Tensor, parts: list[_Part]) -> list[Drawn]:
+        """One for each part that samples, in order."""
+        sequences = [part.sequence for part in parts if part.samples]
+        return draw(logits, [Ask(sequence.new.sampling, sequence.tokens) for sequence in sequences])
+
+    def _advance(self, part: _Part, drawn: Drawn) -> Advance:
         sequence = part.sequence
         sequence.enter(SequenceState.RUNNING)
         sequence.computed = part.end
-        token, finished, failed, likely = None, None, None, None
-        if logits is not None:
-            sampling = sequence.new.sampling
-            try:
-                token = draw(logits, sampling, sequence.tokens)
-                finished = sequence.append(token)
-                likely = None if sampling.logprobs is None else likelihood(logits, token, sampling.logprobs)
-            except NonFiniteLogits as error:
-                failed = str(error)
-        if finished is not None or failed is not None:
+        finished = None if drawn.token is None else sequence.append(drawn.token)
+        if finished is not None or drawn.failed is not None:
             sequence.enter(SequenceState.FINISHED)
             del self._sequences[sequence.new.id]
         return Advance(
             id=sequence.new.id,
             computed=sequence.computed,
             prompt_done=sequence.prompt_done,
-            token=token,
+            token=drawn.token,
             finished=finished,
             rope_delta=sequence.rope_delta,
-            likelihood=likely,
-            failed=failed,
+            likelihood=drawn.likelihood,
+            failed=drawn.failed,
         )
 
     def _positions(self, new: NewSequence) -> tuple[torch.Tensor, int]:

@@ -1,90 +1,111 @@
-"""From logits to a token. Noise is a function of (seed, position) alone: an answer does not depend on its neighbours in
-the batch, and one that is taken up again goes on as it would have.
+"""From logits to tokens: all sequences of a step together, on the logits' own device.
+
+Noise is a function of (seed, position, id) alone: an answer does not depend on its neighbours in the batch, and one
+that is taken up again goes on as it would have. Cuts come first, so that only what they leave needs noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from epdctl.engine.settings import adjusted
-from epdctl.wire.serve import Sampling
+from epdctl.engine.cuts import WIDTH, Wishes, drawn_freely, drawn_within
+from epdctl.engine.settings import Ask, adjusted, likelihoods
+from epdctl.wire.serve import Likelihood
 
-__all__ = ["NonFiniteLogits", "draw", "gumbel", "sample"]
+__all__ = ["Drawn", "draw"]
 
-Floats = npt.NDArray[np.float64]
+_ROWS = 8  # that need their whole vocabulary in order, at once on a GPU
 
-
-class NonFiniteLogits(ArithmeticError):
-    """The model gave NaN or infinity where a number was due."""
-
-
-def draw(logits: torch.Tensor, sampling: Sampling, tokens: Sequence[int]) -> int:
-    """The token behind ``tokens``, which are the sequence so far. ``logits``: [vocab]. Raises NonFiniteLogits."""
-    _refuse_non_finite(logits, len(tokens))
-    return _pick(adjusted(logits, sampling, tokens), sampling, len(tokens))
+Found = tuple[torch.Tensor, torch.Tensor]  # tokens, and whether the cuts were found within the width
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
-    """Without penalties. ``position``: index in the sequence of the token to be drawn. Raises NonFiniteLogits."""
-    _refuse_non_finite(logits, position)
-    return _pick(logits, sampling, position)
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """``failed``: the model gave NaN or infinity where a number was due, and there is no token."""
+
+    token: int | None = None
+    likelihood: Likelihood | None = None  # of ``token``, where its sampling asks for logprobs
+    failed: str | None = None
 
 
-def _refuse_non_finite(logits: torch.Tensor, position: int) -> None:
+def draw(logits: torch.Tensor, asks: Sequence[Ask]) -> list[Drawn]:
+    """One for each row of ``logits`` [n, vocab]. One copy comes back from the device; one more for log-probabilities,
+    and for rows whose cuts leave more than WIDTH tokens."""
+    if not asks:
+        return []
+    finite = torch.isfinite(logits.amin(1)) & torch.isfinite(logits.amax(1))
+    scores = adjusted(logits, asks)
+    tokens, settled, sound = torch.stack([*_drawn(scores, asks), finite]).tolist()
+    wide = [row for row in range(len(asks)) if sound[row] and not settled[row]]
+    for row, token in zip(wide, _among_all(scores, asks, wide), strict=True):
+        tokens[row] = token
+    likely = _likely(logits, asks, tokens)
+    return [
+        Drawn(tokens[row], likely.get(row)) if sound[row] else Drawn(None, failed=_fault(logits[row], ask))
+        for row, ask in enumerate(asks)
+    ]
+
+
+def _likely(logits: torch.Tensor, asks: Sequence[Ask], tokens: Sequence[int]) -> dict[int, Likelihood]:
+    """By row, of those that ask for it."""
+    tops = {row: ask.sampling.logprobs for row, ask in enumerate(asks) if ask.sampling.logprobs is not None}
+    if not tops:
+        return {}
+    rows = list(tops)
+    found = likelihoods(_taken(logits, rows), [tokens[row] for row in rows], list(tops.values()))
+    return dict(zip(rows, found, strict=True))
+
+
+def _among_all(scores: torch.Tensor, asks: Sequence[Ask], rows: Sequence[int]) -> list[int]:
+    """The same with the whole vocabulary in order, a few rows at a time."""
+    step = 1 if scores.is_cpu else _ROWS
+    some = (rows[start : start + step] for start in range(0, len(rows), step))
+    return [token for each in some for token in _within(scores, asks, each, scores.shape[1])[0].tolist()]
+
+
+def _drawn(scores: torch.Tensor, asks: Sequence[Ask]) -> Found:
+    tokens = torch.empty(len(asks), dtype=torch.int64, device=scores.device)
+    settled = torch.ones_like(tokens)
+    for rows, (found, done) in _by_kind(scores, asks):
+        at = torch.tensor(rows, device=scores.device)
+        tokens[at], settled[at] = found, done.long()
+    return tokens, settled
+
+
+def _by_kind(scores: torch.Tensor, asks: Sequence[Ask]) -> Iterator[tuple[list[int], Found]]:
+    """Rows whose ways to a token are alike."""
+    greedy = [row for row, ask in enumerate(asks) if ask.greedy]
+    free = [row for row, ask in enumerate(asks) if not ask.greedy and not ask.ordered]
+    listed = [row for row, ask in enumerate(asks) if ask.ordered and 0 < ask.sampling.top_k < WIDTH]
+    rest = sorted({*range(len(asks))} - {*greedy, *free, *listed})
+    if greedy:
+        found = _taken(scores, greedy).argmax(1)
+        yield greedy, (found, torch.ones_like(found))
+    if free:
+        found = drawn_freely(_taken(scores, free), _wishes(scores, asks, free))
+        yield free, (found, torch.ones_like(found))
+    if listed:
+        yield listed, _within(scores, asks, listed, 1 + max(asks[row].sampling.top_k for row in listed))
+    if rest:
+        yield rest, _within(scores, asks, rest, WIDTH)
+
+
+def _within(scores: torch.Tensor, asks: Sequence[Ask], rows: Sequence[int], width: int) -> Found:
+    return drawn_within(_taken(scores, rows), _wishes(scores, asks, rows), min(width, scores.shape[1]))
+
+
+def _wishes(scores: torch.Tensor, asks: Sequence[Ask], rows: Sequence[int]) -> Wishes:
+    return Wishes.of([asks[row] for row in rows], scores.shape[1], scores.device)
+
+
+def _taken(scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Not copied where it is all of them."""
+    return scores if len(rows) == len(scores) else scores[torch.tensor(rows, device=scores.device)]
+
+
+def _fault(logits: torch.Tensor, ask: Ask) -> str:
     bad = int((~torch.isfinite(logits)).sum())
-    if bad:
-        raise NonFiniteLogits(f"{bad} of {logits.numel()} logits at position {position} are not finite")
-
-
-def _pick(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
-    if sampling.temperature <= 0:
-        return int(logits.argmax())
-    scores = _above_min_p(logits.double().cpu().numpy() / sampling.temperature, sampling.min_p)
-    kept = _within_top_p(_within_top_k(scores, sampling.top_k), sampling.top_p)
-    return int(np.argmax(kept + gumbel(sampling.seed, position, kept.size)))
-
-
-def gumbel(seed: int, position: int, size: int) -> Floats:
-    """Standard Gumbel noise: adding it to scores and taking the largest draws from their softmax.
-
-    Taken from the raw words of a counter-based generator, so that no library's way to make floats can change it. The
-    position is the counter's second word: the first counts within one draw, and two draws never overlap.
-    """
-    words = np.random.Philox(key=seed % 2**64, counter=[0, position, 0, 0]).random_raw(size)
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # never 0 nor 1
-    noise: Floats = -np.log(-np.log(uniform))
-    return noise
-
-
-def _above_min_p(scores: Floats, min_p: float) -> Floats:
-    """Tokens whose share is at least ``min_p`` of the likeliest one's."""
-    if min_p <= 0:
-        return scores
-    return _only(scores, np.flatnonzero(scores >= scores.max() + np.log(min_p)))
-
-
-def _within_top_k(scores: Floats, top_k: int) -> Floats:
-    if not 0 < top_k < scores.size:
-        return scores
-    return _only(scores, np.argsort(-scores, kind="stable")[:top_k])
-
-
-def _within_top_p(scores: Floats, top_p: float) -> Floats:
-    """The likeliest tokens that together reach ``top_p``; the first one always."""
-    if top_p >= 1:
-        return scores
-    order = np.argsort(-scores, kind="stable")
-    shares = np.exp(scores[order] - scores[order[0]])
-    before = (np.cumsum(shares) - shares) / shares.sum()
-    before[0] = -1.0  # the likeliest stays even under top_p 0
-    return _only(scores, order[before < top_p])
-
-
-def _only(scores: Floats, keep: npt.NDArray[np.intp]) -> Floats:
-    result = np.full_like(scores, -np.inf)
-    result[keep] = scores[keep]
-    return result
+    return f"{bad} of {logits.numel()} logits at position {ask.position} are not finite"
