@@ -117,7 +117,7 @@ def _mass_of(scores: torch.Tensor, wishes: Wishes) -> torch.Tensor:
 def _apart(scores: torch.Tensor, wishes: Wishes) -> Iterator[tuple[torch.Tensor, Wishes]]:
     """Rows that are worked at together over the whole vocabulary, in double precision: on a CPU one lies in the cache,
     and on a GPU not all in memory."""
-    step = 1 if scores.is_cpu else _ROWS
+    step = 1 if _numpys(scores) else _ROWS
     for start in range(0, len(scores), step):
         rows = slice(start, start + step)
         yield scores[rows], wishes.some(rows)
@@ -125,7 +125,7 @@ def _apart(scores: torch.Tensor, wishes: Wishes) -> Iterator[tuple[torch.Tensor,
 
 def _noise(wishes: Wishes, ids: torch.Tensor, kept: torch.Tensor, size: int) -> torch.Tensor:
     """[n, width]. On a CPU every word counts: a few are made one by one, many by numpy."""
-    if not ids.is_cpu:
+    if not _numpys(ids):
         return gumbel_of(wishes.seed, wishes.position, ids)
     if ids.shape[1] == size:
         each = zip(wishes.seed, wishes.position, ids, strict=True)
@@ -138,9 +138,14 @@ def _noise(wishes: Wishes, ids: torch.Tensor, kept: torch.Tensor, size: int) -> 
 
 def _noise_of_all(wishes: Wishes, held: torch.Tensor) -> torch.Tensor:
     """[n, vocab]; on a CPU for one row."""
-    if held.is_cpu:
+    if _numpys(held):
         return _by_numpy(wishes.seed, wishes.position, held[0])
     return gumbel_rows(wishes.seed, wishes.position, held.shape[1])
+
+
+def _numpys(tensor: torch.Tensor) -> bool:
+    """It lies where numpy can work at it, whose sort and noise are many times as fast as torch's on a CPU."""
+    return tensor.is_cpu
 
 
 def _by_numpy(seed: torch.Tensor, position: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
@@ -149,7 +154,7 @@ def _by_numpy(seed: torch.Tensor, position: torch.Tensor, row: torch.Tensor) -> 
 
 def _likeliest(scores: torch.Tensor, width: int) -> torch.Tensor:
     """[n, width] tokens in their order; of equals the first comes first."""
-    if scores.is_cpu:
+    if _numpys(scores):
         return torch.stack([_likeliest_of(row, width) for row in scores])
     starts = range(0, len(scores), _ROWS)
     return torch.cat([_likeliest_of_some(scores[start : start + _ROWS], width) for start in starts])
@@ -162,7 +167,6 @@ def _likeliest_of_some(scores: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _likeliest_of(row: torch.Tensor, width: int) -> torch.Tensor:
-    """By numpy, whose sort is many times torch's."""
     keys = _keys(row).numpy()
     least = np.partition(keys, width - 1)[:width] if width < len(keys) else keys
     return torch.from_numpy(np.sort(least)) & _ID

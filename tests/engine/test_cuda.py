@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import torch
 
 from epdctl.engine.api import Tower
 from epdctl.engine.loading import load_language, load_tower
+from epdctl.engine.sampler import draw
+from epdctl.engine.settings import Ask
 from epdctl.engine.varlen import VARLEN
 from tests.engine.harness import Case, ask, media_item, pictures, question
 from tests.engine.test_parity import eight_pictures, long_prompt, no_picture, three_between_text
 from tests.support.checkpoints import model_config
+from tests.unit.engine.test_sampler import some_settings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,6 +50,14 @@ def test_packed_attention_is_chosen_and_gives_the_same_embeddings(checkpoint: Pa
         noise = float((split - due).norm() / due.norm())
         assert float((packed - due).norm() / due.norm()) < 2 * noise
         assert noise < 0.1
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 10.0])
+def test_tokens_are_drawn_as_on_the_cpu(spread: float) -> None:
+    choose = random.Random(3)
+    logits = spread * torch.randn(40, 20_000, generator=torch.Generator().manual_seed(5))
+    asks = [Ask(some_settings(choose), choose.choices(range(20_000), k=choose.randrange(1, 99))) for _ in logits]
+    assert [each.token for each in draw(logits.to(GPU), asks)] == [each.token for each in draw(logits, asks)]
 
 
 def embeddings(tower: Tower, checkpoint: Path) -> list[torch.Tensor]:
