@@ -1,18 +1,20 @@
-"""The families beside Qwen2.5-VL, each through encoder, prefill and decode: token by token what ``generate`` says."""
+"""The families beside Qwen2.5-VL, each through encoder, prefill and decode, and through encoder and language: token by
+token what ``generate`` says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.e2e.conftest import CHUNK, running
-from tests.e2e.test_parity import CASES, MIXED, Case, Truth, eight, no_picture, one, three_sizes
+from tests.e2e.test_parity import CASES, MIXED, Case, Truth, check_seeded, eight, no_picture
 from tests.support.checkpoints import NEWER, tiny_checkpoint
-from tests.support.cluster import EPD, GUARD_SECONDS, Answer, Cluster, Part, parse
+from tests.support.cluster import GUARD_SECONDS, LANGUAGE, TRIO, Answer, Cluster, Part, parse
 from tests.support.reference import picture_bytes
 
 
@@ -26,14 +28,22 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return tiny_checkpoint(tmp_path_factory, family=request.param)
 
 
-@pytest.fixture(scope="module")
-def truth(model: Path) -> Truth:
+@cache
+def truth_of(model: Path) -> Truth:
+    """Kept while the other family has its turn."""
     return Truth(model)
 
 
 @pytest.fixture(scope="module")
-def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    yield from running(Cluster(tmp_path_factory.mktemp("f"), EPD.format(model=model, chunk=CHUNK), name="family"))
+def truth(model: Path) -> Truth:
+    return truth_of(model)
+
+
+@pytest.fixture(scope="module", params=[TRIO, LANGUAGE], ids=["epd", "language"])
+def cluster(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One at a time: at most three processes with torch."""
+    topology = request.param.format(model=model, chunk=CHUNK)
+    yield from running(Cluster(tmp_path_factory.mktemp("f"), topology, name="family"))
 
 
 def test_the_truth_depends_on_each_picture_and_on_their_order(truth: Truth) -> None:
@@ -48,15 +58,12 @@ def test_the_truth_depends_on_each_picture_and_on_their_order(truth: Truth) -> N
 
 
 @pytest.mark.parametrize("case", [*CASES, wide_and_alone])
-def test_equals_generate(cluster: Cluster, truth: Truth, case: Case) -> None:
+@pytest.mark.parametrize("way", [Cluster.ask, Cluster.ask_streaming], ids=["whole", "streamed"])
+def test_equals_generate(
+    cluster: Cluster, truth: Truth, case: Case, way: Callable[[Cluster, list[Part]], Answer]
+) -> None:
     parts, answer = truth.of(case)
-    assert cluster.ask(parts) == answer
-
-
-@pytest.mark.parametrize("case", [one, three_sizes])
-def test_equals_generate_streamed(cluster: Cluster, truth: Truth, case: Case) -> None:
-    parts, answer = truth.of(case)
-    assert cluster.ask_streaming(parts) == answer
+    assert way(cluster, parts) == answer
 
 
 def test_sixteen_mixed_at_once(cluster: Cluster, truth: Truth) -> None:
@@ -64,6 +71,10 @@ def test_sixteen_mixed_at_once(cluster: Cluster, truth: Truth) -> None:
     with ThreadPoolExecutor(len(known)) as pool:
         answers: list[Answer] = list(pool.map(cluster.ask, [parts for parts, _ in known]))
     assert answers == [answer for _, answer in known]
+
+
+def test_a_seeded_answer_is_the_same_alone_and_in_company(cluster: Cluster, truth: Truth) -> None:
+    check_seeded(cluster, truth)
 
 
 def test_a_message_of_plain_words_reaches_the_model(cluster: Cluster, truth: Truth) -> None:

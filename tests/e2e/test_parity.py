@@ -115,6 +115,10 @@ def test_a_swap_or_a_change_of_pictures_shows_through_the_cluster(cluster: Clust
 
 
 def test_a_seeded_answer_is_the_same_alone_and_in_company(cluster: Cluster, truth: Truth) -> None:
+    check_seeded(cluster, truth)
+
+
+def check_seeded(cluster: Cluster, truth: Truth) -> None:
     parts, greedy = truth.of(one)
     options = {"temperature": 1.0, "seed": 7}
     alone = cluster.ask(parts, **options)

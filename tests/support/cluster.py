@@ -177,6 +177,16 @@ restart: {{initial: 0.1, maximum: 1}}
 limits: {{wait_seconds: 3m}}
 """
 
+TRIO = """
+model: {{path: {model}, name: tiny}}
+gateway: {{port: ${{EPDCTL_PORT}}}}
+stages:
+  encoder: {{dp: 1}}
+  prefill: {{chunk_tokens: {chunk}, kv_tokens: 16384}}
+  decode: {{kv_tokens: 16384}}
+limits: {{wait_seconds: 3m}}
+"""
+
 PAIRS = """
 model: {{path: {model}, name: tiny}}
 gateway: {{port: ${{EPDCTL_PORT}}}}
