@@ -235,7 +235,7 @@ class DecodeService(LanguageRank[DecodeStay, ToDecode]):
         self._run(stay, new)
 
     def _ends_with(self, sampling: Sampling, first: int) -> FinishReason | None:
-        if not sampling.ignore_eos and first in sampling.stop_token_ids:
+        if first in sampling.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if sampling.max_tokens <= 1 else None
 

@@ -68,7 +68,6 @@ class Sequence:
     def append(self, token: int) -> FinishReason | None:
         """Take a sampled token; says whether it was the last one, and why."""
         self.tokens.append(token)
-        sampling = self.new.sampling
-        if not sampling.ignore_eos and token in sampling.stop_token_ids:
+        if token in self.new.sampling.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.sampled >= self.new.max_new_tokens else None

@@ -42,7 +42,7 @@ def _sequences(engine: Engine, tokens: int) -> list[NewSequence]:
         NewSequence(
             id=f"warm-up {number}",
             tokens=[0] * tokens,
-            sampling=Sampling(max_tokens=ANSWER, ignore_eos=True, logprobs=1),
+            sampling=Sampling(max_tokens=ANSWER, logprobs=1),
             pages=range(number * needed, (number + 1) * needed),
             max_new_tokens=ANSWER,
         )

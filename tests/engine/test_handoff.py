@@ -129,7 +129,7 @@ def test_a_lost_page_would_show(
 ) -> None:
     """The proof that the tests above can fail: without its KV, decode says something else."""
     asked = prepared(two_between_text, checkpoint, tower)
-    question = replace(wire(asked), ignore_eos=True)
+    question = replace(wire(asked), stop=())
 
     async def scene() -> None:
         async with pair(setup(language, 40), setup(language, 64)) as ranks:

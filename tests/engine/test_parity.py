@@ -174,13 +174,13 @@ def test_a_sampled_answer_does_not_depend_on_its_company(
     assert ask(language, resumed) == alone[4:]
 
 
-def test_end_tokens_end_the_answer_unless_ignored(checkpoint: Path, tower: Tower, language: LanguageModel) -> None:
+def test_end_tokens_end_the_answer(checkpoint: Path, tower: Tower, language: LanguageModel) -> None:
     asked = question(no_picture, checkpoint, tower)
     third = asked.reference.answer[2]
     until = asked.reference.answer.index(third) + 1
     run = Run.make(language)
     run.admit("stops", replace(asked, sampling=Sampling(stop_token_ids=[third])))
-    run.admit("goes on", replace(asked, sampling=Sampling(stop_token_ids=[third], ignore_eos=True)))
+    run.admit("goes on", replace(asked, sampling=Sampling()))
     run.finish()
     assert run.finished == {"stops": FinishReason.STOP, "goes on": FinishReason.LENGTH}
     assert run.answers["stops"] == asked.reference.answer[:until]

@@ -158,8 +158,7 @@ class _Running:
         return float(self.tokens[position])
 
     def finished(self, token: int) -> FinishReason | None:
-        sampling = self.new.sampling
-        if not sampling.ignore_eos and token in sampling.stop_token_ids:
+        if token in self.new.sampling.stop_token_ids:
             return FinishReason.STOP
         sampled = len(self.tokens) - len(self.new.tokens)
         return FinishReason.LENGTH if sampled >= self.new.max_new_tokens else None
@@ -183,7 +182,6 @@ class Question:
     items: Sequence[PromptItem] = ()
     max_tokens: int = 5
     stop: Sequence[int] = ()
-    ignore_eos: bool = False
     budget_s: float = GUARD_SECONDS
     name: str = "r1"
     attempt: int = 1
@@ -195,7 +193,7 @@ class Question:
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(max_tokens=self.max_tokens, stop_token_ids=list(self.stop), ignore_eos=self.ignore_eos)
+        return Sampling(max_tokens=self.max_tokens, stop_token_ids=list(self.stop))
 
     @property
     def request(self) -> RequestId:

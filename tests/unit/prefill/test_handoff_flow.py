@@ -105,17 +105,6 @@ def test_an_end_token_ends_the_answer_and_is_counted_but_not_sent(place: int) ->
     run(scene())
 
 
-def test_with_ignore_eos_an_end_token_is_a_token() -> None:
-    free = alone(Question())
-    question = Question(stop=(free[0], free[2]), ignore_eos=True)
-
-    async def scene() -> None:
-        async with pair() as ranks:
-            assert await ranks.answer(question) == free
-
-    run(scene())
-
-
 def test_an_answer_of_one_token_never_enters_decodes_engine() -> None:
     question = Question(max_tokens=1)
 
