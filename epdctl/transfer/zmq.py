@@ -32,7 +32,7 @@ __all__ = ["ZmqTransport"]
 log = logging.getLogger(__name__)
 
 SEND_BUFFER_BYTES = 1 << 20  # of a unix connection; 4 MiB gain nothing over it
-WINDOW = 8  # unanswered messages to one peer: what it may have to keep in memory for us is 8 x 4 MiB
+WINDOW = 8  # unanswered messages to one peer, given up or not: what is kept in memory for it is 8 x 4 MiB
 
 
 class ZmqTransport:
@@ -107,18 +107,16 @@ class _Peer:
         )
 
     async def write(self, lease: RemoteLease, pieces: Sequence[Piece]) -> None:
+        """One that is given up leaves its messages with ZMQ; they keep their room until they are answered."""
         sent: list[asyncio.Future[None]] = []
-        try:
-            for parcel in cut(pieces):
-                packed = await _packed(parcel, checksum=self._owner.checksum)
-                await self._window.acquire()
-                sent.append(self._send(lease, packed))
-                for answered in [future for future in sent if future.done()]:
-                    answered.result()
-            await asyncio.gather(*sent)
-        finally:
-            for future in sent:
-                future.cancel()
+        for parcel in cut(pieces):
+            packed = await _packed(parcel, checksum=self._owner.checksum)
+            await self._window.acquire()
+            sent.append(self._send(lease, packed))
+            for answered in [future for future in sent if future.done()]:
+                answered.result()
+        for future in sent:
+            await asyncio.shield(future)
 
     def _send(self, lease: RemoteLease, packed: _Packed) -> asyncio.Future[None]:
         number = next(self._numbers)
@@ -142,12 +140,11 @@ class _Peer:
     def _settled(self, number: int, done: asyncio.Future[None]) -> None:
         self._unanswered.pop(number, None)
         self._window.release()
-        if not done.cancelled():
-            done.exception()  # seen: a write that failed on its first parcel does not look at the others
+        done.exception()  # seen: a write that failed on its first parcel, or was given up, does not look at the others
 
     def _answered(self, answer: ReceiverToWriter, _: Sequence[Buffer]) -> None:
         future = self._unanswered.get(answer.write)
-        if future is None or future.done():  # its writer gave up
+        if future is None or future.done():
             return
         if isinstance(answer, Rejected):
             future.set_exception(refused(answer))

@@ -25,7 +25,7 @@ from epdctl.errors import (
     UserError,
 )
 from epdctl.ids import Incarnation, RankName
-from epdctl.transfer import guests, landing
+from epdctl.transfer import guests, landing, zmq
 from epdctl.transfer.allocators import RangeAllocator
 from epdctl.transfer.base import Piece, Transport
 from epdctl.transfer.landing import Frame, Owner
@@ -435,12 +435,45 @@ def test_a_peer_that_never_answers_is_a_deadline(make_fabric: Callable[[], Fabri
         endpoint, taken = fabric.black_hole()
         with pytest.raises(DeadlineExceeded, match="prefill/0 did not take the bytes"):
             await writer.write(at(endpoint, receiver.lease(8)), [Piece(rubbish(8), 0)], seconds=0.01)
-        for _ in range(10):  # a write that gave up leaves no room in the window taken
+        for _ in range(10):
             with pytest.raises(DeadlineExceeded):
                 await writer.write(at(endpoint, receiver.lease(8)), [Piece(rubbish(8), 0)], seconds=0.001)
         await taken.count(1)
 
     between(make_fabric, test)
+
+
+def test_writes_that_were_given_up_keep_their_room_until_they_are_answered(
+    sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZMQ has their bytes as long as the peer does not read: of one that stands still it has a window, and not more."""
+    monkeypatch.setattr(zmq, "WINDOW", 3)
+    monkeypatch.setattr(landing, "PARCEL_BYTES", 100)
+
+    async def test(fabric: Fabric, receiver: Receiver, writer: Transport) -> None:
+        lease = receiver.lease(1000)
+        await writer.write(lease, [Piece(rubbish(1000), 0)], seconds=30)
+        endpoint, taken = fabric.black_hole()
+        for _ in range(5):
+            with pytest.raises(DeadlineExceeded):
+                await writer.write(at(endpoint, lease), [Piece(rubbish(1000), 0)], seconds=0.01)
+        waiting = asyncio.ensure_future(writer.write(at(endpoint, lease), [Piece(rubbish(1000), 0)], seconds=30))
+        await taken.count(3)
+        assert isinstance(writer, ZmqTransport)
+        while not writer._peers[endpoint]._window._waiters:  # noqa: ASYNC110 - it has no events
+            await asyncio.sleep(0)
+        writer.withdraw(endpoint)
+        with pytest.raises(PeerGone):
+            await waiting
+        assert len(taken.seen) == 3
+        (peer,) = writer._peers.values()
+        with pytest.raises(asyncio.TimeoutError):  # given up at the real peer, which answers
+            async with asyncio.timeout(0):
+                await writer.write(lease, [Piece(rubbish(1000), 0)], seconds=30)
+        await writer.write(lease, [Piece(rubbish(1000), 0)], seconds=30)
+        assert (peer._unanswered, peer._window._value) == ({}, 3)
+
+    between(lambda: OverZmq(sockets), test)
 
 
 def test_a_write_that_is_cancelled_leaves_the_transport_usable(make_fabric: Callable[[], Fabric]) -> None:
