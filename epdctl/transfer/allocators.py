@@ -32,9 +32,14 @@ class Allocator(Protocol):
         """Take back exactly what one ``take`` returned."""
         ...
 
+    def held(self, extents: Sequence[Extent]) -> int:
+        """How much of ``total`` these keep from ``free``."""
+        ...
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+def _room(nbytes: int) -> int:
+    """What a range of so many bytes takes."""
+    return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
 
 
 class RangeAllocator:
@@ -51,7 +56,7 @@ class RangeAllocator:
 
     def take(self, amount: int) -> tuple[Extent]:
         """One extent of ``amount`` bytes, aligned."""
-        need = max(_aligned(amount), ALIGNMENT)
+        need = _room(amount)
         for position, (start, end) in enumerate(self._gaps):
             if end - start >= need:
                 self._gaps[position : position + 1] = [(start + need, end)] if end - start > need else []
@@ -65,6 +70,9 @@ class RangeAllocator:
             if end is None:
                 raise TransferError(f"nothing was taken at offset {extent.offset}")
             self._join(extent.offset, end)
+
+    def held(self, extents: Sequence[Extent]) -> int:
+        return sum(_room(extent.nbytes) for extent in extents)
 
     def _join(self, start: int, end: int) -> None:
         position = bisect.bisect(self._gaps, (start, end))
@@ -120,6 +128,9 @@ class PageExtents:
 
     def give(self, extents: Sequence[Extent]) -> None:
         self._pages.give(self.pages_of(extents))
+
+    def held(self, extents: Sequence[Extent]) -> int:
+        return len(extents)
 
     def pages_of(self, extents: Sequence[Extent]) -> list[int]:
         """The page numbers behind a lease's extents, in order."""

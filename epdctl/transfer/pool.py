@@ -152,8 +152,10 @@ class Pool:
         return sum(lease.nbytes for lease in self.leases.live(SlotState.QUARANTINED))
 
     def check(self) -> None:
-        """Raises AssertionError when two leases share a byte or one lies outside the memory."""
+        """Raises AssertionError when two leases share a byte, one lies outside the memory, or bytes are nobody's."""
         self.leases.check()
+        held = sum(self.allocator.held(lease.extents) for lease in self.leases.live())
+        assert held + self.allocator.free == self.allocator.total, "what is neither free nor leased was lost"
         assert all(self.leases.state(lease) is not SlotState.FREE for lease in self._writers), "a writer in a free slot"
         fenced = {lease.id for lease in self.leases.live(SlotState.QUARANTINED)}
         assert self._since.keys() == fenced <= self._writers.keys(), "a quarantine without a beginning or a reason"
