@@ -2,7 +2,7 @@
 
 open ──► remembered?  ──► both futures are done
      ├─► in flight?   ──► its futures; whoever leaves last cancels the work
-     └─► a new Making ──► prepare (threads) → size → forward → embedding → the cache
+     └─► a new Making ──► room → prepare (threads) → size → forward → embedding → the cache
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import NamedTuple
 import torch
 
 from epdctl.encoder.cache import Cache, EmbeddingKey, key_of
+from epdctl.encoder.room import Room
 from epdctl.engine.api import Prepared
 from epdctl.errors import EpdError
 from epdctl.rank.tasks import Tasks
+from epdctl.wire.config import EncoderConfig
 from epdctl.wire.encode import FailureKind, MediaItem, Source
 from epdctl.wire.lifecycle import Embeddings
 
@@ -77,19 +79,21 @@ class Makings:
         prepare: Callable[[memoryview, MediaItem], Awaitable[Prepared]],
         encode: Callable[[Prepared], Awaitable[torch.Tensor]],
         tasks: Tasks,
-        cache_bytes: int,
+        config: EncoderConfig,
     ) -> None:
         self._prepare = prepare
         self._encode = encode
         self._tasks = tasks
-        self.cache: Cache[tuple[Size, torch.Tensor]] = Cache(cache_bytes)
+        self.cache: Cache[tuple[Size, torch.Tensor]] = Cache(config.cache_bytes)
+        self.room = Room(config.prepared_bytes)
         self.counts = dict.fromkeys(Source, 0)  # of readings, by where their embeddings come from
         self._flights: dict[EmbeddingKey, _Making] = {}
 
     @property
     def figures(self) -> Embeddings:
         made, shared, cached = (self.counts[source] for source in (Source.MADE, Source.SHARED, Source.CACHED))
-        return Embeddings(made=made, shared=shared, cached=cached, kept_bytes=self.cache.bytes)
+        kept, prepared = self.cache.bytes, self.room.held
+        return Embeddings(made=made, shared=shared, cached=cached, kept_bytes=kept, prepared_bytes=prepared)
 
     @contextlib.contextmanager
     def open(self, media: memoryview, item: MediaItem) -> Iterator[Reading]:
@@ -127,10 +131,13 @@ class Makings:
 
     async def _make(self, making: _Making, key: EmbeddingKey | None, media: memoryview, item: MediaItem) -> None:
         try:
-            prepared = await self._prepare(media, item)
-            size = Size(prepared.grid, prepared.rows)
-            making.size.set_result(size)
-            embedding = await self._encode(prepared)
+            async with self.room.hold(item) as took:
+                prepared = await self._prepare(media, item)
+                took(prepared.pixels.nbytes)
+                size = Size(prepared.grid, prepared.rows)
+                making.size.set_result(size)
+                embedding = await self._encode(prepared)
+                del prepared
             if key is not None:
                 embedding = _alone(embedding)
                 self.cache.put(key, (size, embedding), embedding.nbytes)

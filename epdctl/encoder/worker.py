@@ -147,7 +147,7 @@ class EncoderService:
         profiler = Profiler(self._compute, "batch") if self._beside is None else self._beside.profiler
         forward = Forward(tower, self._compute, profiler, self._spec.config.encoder.batch_patches)
         config = self._spec.config.encoder
-        makings = Makings(self._prepared, forward.encode, self._tasks, config.cache_bytes)
+        makings = Makings(self._prepared, forward.encode, self._tasks, config)
         watch = Watch(self._measure, lambda: forward.made, config, spoilt=lambda: forward.spoilt)
         transport = open_transport(self._spec.config.transfer, self._spec)
         inbox = Inbox(self._spec.endpoint("inbox"), ROUTER_TO_WORKER, self._arrived)
@@ -318,6 +318,7 @@ class EncoderService:
         """The norm of the canary's embedding, made as every item's is."""
         canary = self._canary(self._spec.config.model)
         prepared = await self._prepared(memoryview(canary.media), canary.item)
+        self._here.makings.room.learn(canary.item, prepared.pixels.nbytes)
         try:
             embedding = await self._here.forward.encode(prepared)
         except NotFinite as error:
@@ -380,7 +381,7 @@ class EncoderService:
             return Pulse(standstill=self._compute.job_seconds)
         return Pulse(
             inflight=len(self._items),
-            waiting=self._loaded.forward.waiting,
+            waiting=self._loaded.makings.room.waiting + self._loaded.forward.waiting,
             completed=self._completed,
             standstill=self._compute.job_seconds,
             unhealthy=self._loaded.watch.reason,

@@ -25,6 +25,7 @@ OF_BEATS: Sequence[tuple[str, str, bool, Read]] = (
     ("kv_pages", "Pages of the KV pool", False, lambda beat: beat.total_pages or None),
     ("kv_pages_free", "Pages of it that nobody holds", False, lambda beat: _free_pages(beat)),
     ("cache_bytes", "Embeddings that an encoder remembers", False, lambda beat: _kept_bytes(beat)),
+    ("prepared_bytes", "Media prepared for an encoder's tower", False, lambda beat: _prepared_bytes(beat)),
 )
 
 RESTARTS: Sequence[tuple[str, str, Callable[[RankFigures], int]]] = (
@@ -35,6 +36,10 @@ RESTARTS: Sequence[tuple[str, str, Callable[[RankFigures], int]]] = (
 
 def _kept_bytes(beat: Heartbeat) -> int | None:
     return None if beat.embeddings is None else beat.embeddings.kept_bytes
+
+
+def _prepared_bytes(beat: Heartbeat) -> int | None:
+    return None if beat.embeddings is None else beat.embeddings.prepared_bytes
 
 
 def _free_pages(beat: Heartbeat) -> int | None:

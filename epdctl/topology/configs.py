@@ -116,6 +116,7 @@ def _encoder(section: StageSection, spare: int) -> EncoderConfig:
         batch_patches=section.batch_patches,
         preprocess_threads=threads,
         cache_bytes=section.cache,
+        prepared_bytes=section.prepared,
         canary_seconds=section.canary,
         canary_deadline=section.canary_deadline,
     )

@@ -126,6 +126,10 @@ class EncoderStage(StageSection):
     cache: CacheBytes = Field(
         default=_ENCODER.cache_bytes, description="Embeddings a rank remembers, like 512MiB; off: none."
     )
+    prepared: Bytes = Field(
+        default=_ENCODER.prepared_bytes,
+        description="Media a rank holds prepared for its tower, like 1GiB; what does not fit waits.",
+    )
     canary: Seconds = Field(
         default=_ENCODER.canary_seconds, description="How often an idle rank proves itself with a real encode."
     )

@@ -73,6 +73,7 @@ class EncoderConfig(Part, frozen=True):
     batch_patches: int = 16_384  # patches of one forward
     preprocess_threads: int = 2
     cache_bytes: int = 256 << 20  # embeddings a rank remembers; 0: none, and nothing in flight is shared
+    prepared_bytes: int = 1 << 30  # of media prepared for the tower at once
     canary_seconds: float = 10.0  # between two proofs of a rank that encodes nothing
     canary_deadline: float = 30.0
     ranks: int = 0  # how many the plan has; for the router

@@ -141,6 +141,7 @@ class Embeddings(Part, frozen=True):
     shared: int = 0
     cached: int = 0
     kept_bytes: int = 0  # of those that are remembered now
+    prepared_bytes: int = 0  # of media that are prepared for the tower, or being prepared
 
 
 class Heartbeat(Message, frozen=True):

@@ -227,6 +227,34 @@ def test_a_batch_is_formed_from_whatever_waits_across_requests_within_its_budget
     in_world(sockets, test)
 
 
+def test_what_is_prepared_for_the_tower_is_bounded_in_bytes_and_what_waits_is_shown(sockets: Path) -> None:
+    """64 pictures of 16.7 Mpx in flight were 24 GiB of float32 patches."""
+
+    async def test(world: World) -> None:
+        gate = Gate()
+        tower = gate.tower()
+        one = 4 * ROWS * 8  # bytes of what ToyTower prepares
+        encoder = await world.encoder(tower, encoder=EncoderConfig(prepared_bytes=2 * one))
+        router, answers = world.as_router()
+        for number in range(5):
+            router.send(EncodeItem(dispatch=number, job=world.job(number)), [picture(ROWS, number)])
+        await gate.began.count(1)
+        await answers.until(of(ItemSized, 2))
+        await turns_until(lambda: encoder.pulse().inflight == 5)
+        figures = encoder.pulse().embeddings
+        assert figures is not None
+        assert figures.prepared_bytes == 2 * one
+        assert encoder.pulse().waiting == 5 - len(tower.batches[0])
+        assert len(answers.seen) == 2, "nobody else was prepared"
+        gate.open.set()
+        await answers.until(of(ItemEncoded, 5))
+        figures = encoder.pulse().embeddings
+        assert figures is not None
+        assert figures.prepared_bytes == 0
+
+    in_world(sockets, test)
+
+
 def test_a_rank_has_room_again_before_it_answers(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A router sends the next item as soon as it hears; it was told FULL while the one before was cleared away."""
     reply = Inbox.reply

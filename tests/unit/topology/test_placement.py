@@ -226,13 +226,14 @@ def test_more_threads_than_cores_are_noted() -> None:
 
 def test_numbers_and_choices_reach_the_ranks() -> None:
     text = MODEL + (
-        "stages: {encoder: {batch_patches: 99, preprocess_threads: 3}, language: {kv_tokens: 640, max_batch: 5}}\n"
+        "stages: {encoder: {batch_patches: 99, preprocess_threads: 3, prepared: 2GiB}, language: {kv_tokens: 640, max_batch: 5}}\n"
         "limits: {queue: 7}\nrestart: {mode: never, budget: 1}\ndeadlines: {heartbeat: 250ms}\n"
         "transfer: {embedding_pool: 1MiB}\ngateway: {port: 8001}"
     )
     made = plan(text, machine())
     encoder, language = rank(made, "encoder/0").config, rank(made, "language/0").config
     assert (encoder.encoder.batch_patches, encoder.encoder.preprocess_threads) == (99, 3)
+    assert encoder.encoder.prepared_bytes == 2 << 30
     assert (language.engine.kv_tokens, language.engine.max_batch) == (640, 5)
     assert language.transfer.backend == "shm"
     assert language.transfer.embedding_bytes == 1 << 20
