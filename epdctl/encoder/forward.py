@@ -47,7 +47,6 @@ class Forward:
         self._waiting: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self._stream = DeviceStream()
-        self.batches = 0
         self.made = 0  # items whose embeddings are finite …
         self.spoilt = 0  # … and those whose are not
 
@@ -71,7 +70,6 @@ class Forward:
                 self._wake.clear()
                 continue
             embeddings = await self._compute.run(lambda batch=batch: self._forward(batch))  # type: ignore[misc]
-            self.batches += 1
             for item, (embedding, finite) in zip(batch, embeddings, strict=True):
                 self._settle(item, embedding, finite)
 

@@ -22,7 +22,6 @@ from epdctl.errors import EpdError
 from epdctl.rank.tasks import Tasks
 from epdctl.wire.config import EncoderConfig
 from epdctl.wire.encode import FailureKind, MediaItem, Source
-from epdctl.wire.lifecycle import Embeddings
 
 __all__ = ["Makings", "Reading", "Refused", "Size"]
 
@@ -88,12 +87,6 @@ class Makings:
         self.room = Room(config.prepared_bytes)
         self.counts = dict.fromkeys(Source, 0)  # of readings, by where their embeddings come from
         self._flights: dict[EmbeddingKey, _Making] = {}
-
-    @property
-    def figures(self) -> Embeddings:
-        made, shared, cached = (self.counts[source] for source in (Source.MADE, Source.SHARED, Source.CACHED))
-        kept, prepared = self.cache.bytes, self.room.held
-        return Embeddings(made=made, shared=shared, cached=cached, kept_bytes=kept, prepared_bytes=prepared)
 
     @contextlib.contextmanager
     def open(self, media: memoryview, item: MediaItem) -> Iterator[Reading]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
@@ -155,6 +155,12 @@ class RouterService:
     @property
     def waiting(self) -> int:
         return self._dispatcher.waiting
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Messages that were not acted on, by why: a rank's word on a dispatch that is over; what nobody can read."""
+        bad = self._encoders.bad_frames + (0 if self._inbox is None else self._inbox.bad_frames)
+        return {"late": self._dispatcher.late, "unreadable": bad}
 
     def tell(self, rank: RankKey, message: StartProfile | StopProfile | Prove) -> None:
         """A rank that is gone meanwhile does not answer."""

@@ -60,6 +60,9 @@ class Fleet(Protocol):
     @property
     def waiting(self) -> int: ...
 
+    @property
+    def dropped(self) -> Mapping[str, int]: ...
+
     def tell(self, rank: RankKey, message: StartProfile | StopProfile | Prove) -> None: ...
 
 
@@ -87,6 +90,7 @@ class HttpSurface:
             pending=lambda: {str(key.rank): pending for key, pending in fleet.ranks()},
             waiting=lambda: fleet.waiting,
             held=lambda: self._jobs.account.held,
+            dropped=lambda: fleet.dropped,
         )
         self._listener = bind(http.host, http.port)
         self._requests = OpenRequests(self._app())

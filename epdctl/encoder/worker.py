@@ -54,11 +54,12 @@ from epdctl.wire.encode import (
     Prove,
     Proved,
     RouterToWorker,
+    Source,
     StartProfile,
     StopProfile,
     WorkerToRouter,
 )
-from epdctl.wire.lifecycle import Endpoints, Facts, Peer
+from epdctl.wire.lifecycle import Embeddings, Endpoints, Facts, Peer
 from epdctl.wire.sockets import MAX_FRAME_BYTES, Inbox, Sender
 from epdctl.wire.trace import Kind
 from epdctl.wire.transfer import RemoteLease, TensorSpec
@@ -385,7 +386,19 @@ class EncoderService:
             completed=self._completed,
             standstill=self._compute.job_seconds,
             unhealthy=self._loaded.watch.reason,
-            embeddings=self._loaded.makings.figures,
+            embeddings=self._figures,
+        )
+
+    @property
+    def _figures(self) -> Embeddings:
+        made = self._here.makings
+        return Embeddings(
+            made=made.counts[Source.MADE],
+            shared=made.counts[Source.SHARED],
+            cached=made.counts[Source.CACHED],
+            kept_bytes=made.cache.bytes,
+            prepared_bytes=made.room.held,
+            unreadable=self._here.inbox.bad_frames,
         )
 
     async def until_idle(self) -> None:

@@ -128,6 +128,12 @@ class Links(Generic[In, Out]):
         self._lost = lost
         self._standing: Callable[[Peer, bool], None] = _ignore
         self._links: dict[PeerKey, Link[In, Out]] = {}
+        self._bad_frames = 0  # of links that are closed
+
+    @property
+    def bad_frames(self) -> int:
+        """Of all links there ever were."""
+        return self._bad_frames + sum(link.bad_frames for link in self._links.values())
 
     def watch(self, standing: Callable[[Peer, bool], None]) -> None:
         """``standing(peer, stands)`` runs when the connection to one that is in the table broke, which may have cost
@@ -138,6 +144,7 @@ class Links(Generic[In, Out]):
         changes = self.table.replace(peers)
         for peer in changes.left:
             if (link := self._links.pop(_key(peer), None)) is not None:
+                self._bad_frames += link.bad_frames
                 link.close()
         for peer in changes.left:
             self._lost(peer)

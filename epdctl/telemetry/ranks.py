@@ -26,6 +26,7 @@ OF_BEATS: Sequence[tuple[str, str, bool, Read]] = (
     ("kv_pages_free", "Pages of it that nobody holds", False, lambda beat: _free_pages(beat)),
     ("cache_bytes", "Embeddings that an encoder remembers", False, lambda beat: _kept_bytes(beat)),
     ("prepared_bytes", "Media prepared for an encoder's tower", False, lambda beat: _prepared_bytes(beat)),
+    ("unreadable", "Messages an encoder dropped: nobody can read them", True, lambda beat: _unreadable(beat)),
 )
 
 RESTARTS: Sequence[tuple[str, str, Callable[[RankFigures], int]]] = (
@@ -40,6 +41,10 @@ def _kept_bytes(beat: Heartbeat) -> int | None:
 
 def _prepared_bytes(beat: Heartbeat) -> int | None:
     return None if beat.embeddings is None else beat.embeddings.prepared_bytes
+
+
+def _unreadable(beat: Heartbeat) -> int | None:
+    return None if beat.embeddings is None else beat.embeddings.unreadable
 
 
 def _free_pages(beat: Heartbeat) -> int | None:

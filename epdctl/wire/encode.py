@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import enum
+from typing import Annotated
+
+import msgspec
 
 from epdctl.ids import Incarnation, Modality, RankName, RequestId
 from epdctl.wire.message import Codec, Message, Part
@@ -11,6 +14,7 @@ from epdctl.wire.transfer import RemoteLease, TensorSpec
 __all__ = [
     "CLIENT_TO_ROUTER",
     "ENCODER_TO_LANGUAGE",
+    "MAX_BUDGET_SECONDS",
     "ROUTER_TO_CLIENT",
     "ROUTER_TO_WORKER",
     "WORKER_TO_ROUTER",
@@ -39,6 +43,9 @@ __all__ = [
     "StopProfile",
     "WorkerToRouter",
 ]
+
+
+MAX_BUDGET_SECONDS = 30 * 86_400.0
 
 
 class FailureKind(enum.StrEnum):
@@ -88,7 +95,7 @@ class Encode(Message, frozen=True):
     item: MediaItem
     slot: RemoteLease | None
     notify: str  # inbox of the rank that owns the slot; "" without one
-    budget_s: float
+    budget_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_BUDGET_SECONDS)]  # not NaN either: that would never end
 
 
 class CancelEncode(Message, frozen=True):

@@ -142,6 +142,7 @@ class Embeddings(Part, frozen=True):
     cached: int = 0
     kept_bytes: int = 0  # of those that are remembered now
     prepared_bytes: int = 0  # of media that are prepared for the tower, or being prepared
+    unreadable: int = 0  # messages that were dropped
 
 
 class Heartbeat(Message, frozen=True):

@@ -49,7 +49,7 @@ def test_attention_within_runs(dtype: torch.dtype, width: int) -> None:
     kernels = kernels_for(GPU, dtype)
     assert kernels is not None
     ends = [0, 64, 65, 129, 400, 1001]
-    runs = Runs(torch.tensor(ends, dtype=torch.int32, device=GPU), 5, 601, False)
+    runs = Runs(torch.tensor(ends, dtype=torch.int32, device=GPU), 5, 601)
     turns = draw(ends[-1], width // 2)
     angles = Angles(turns.cos(), turns.sin())
     qkv = draw(ends[-1], 3, 4, width, dtype=dtype)
@@ -66,7 +66,7 @@ def test_windows_are_turned_and_attended_at_once(dtype: torch.dtype, width: int)
     kernels = kernels_for(GPU, dtype)
     assert kernels is not None
     ends = [0, 64, 65, 100, 164, 180]
-    runs = Runs(torch.tensor(ends, dtype=torch.int32, device=GPU), 5, 64, False)
+    runs = Runs(torch.tensor(ends, dtype=torch.int32, device=GPU), 5, 64)
     turns = draw(ends[-1], width // 2)
     angles = Angles(turns.cos(), turns.sin())
     qkv = draw(ends[-1], 3, 4, width, dtype=dtype)

@@ -29,7 +29,6 @@ class Runs:
     borders: torch.Tensor
     count: int
     longest: int
-    equal: bool  # all as long as the longest
 
 
 @dataclass(frozen=True, slots=True)

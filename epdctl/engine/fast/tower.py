@@ -184,7 +184,7 @@ class FastTower:
 
     def _runs(self, lengths: np.ndarray[Any, Any]) -> Runs:
         borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        return Runs(self._sent(borders), len(lengths), int(lengths.max()), bool((lengths == lengths[0]).all()))
+        return Runs(self._sent(borders), len(lengths), int(lengths.max()))
 
     def _learned(self, rows: torch.Tensor, columns: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """The learned square of positions, drawn out to each picture: bilinear, corners on corners."""

@@ -793,8 +793,16 @@ def test_ten_thousand_bad_frames_in_every_direction_end_no_listener(sockets: Pat
         gateway.send(world.job(), [picture(ROWS, 3)])
         (told,) = await answers.count(1)
         assert isinstance(told, Encoded)
+        router, encoder = world.services["encoder-router/0"], world.services["encoder/0"]
+        assert isinstance(router, RouterService)
+        await turns_until(lambda: router.dropped["unreadable"] == unreadable(encoder) == NOISE)
 
     in_world(sockets, test)
+
+
+def unreadable(encoder: Service) -> int:
+    figures = encoder.pulse().embeddings
+    return 0 if figures is None else figures.unreadable
 
 
 def flood(world: World, rank: str) -> None:
@@ -820,18 +828,23 @@ class NoisyEncoder:
         for _number in range(NOISE // 8):  # beyond the high water mark zmq drops them, and nothing would be proved
             self.inbox.reply(router, CancelItem(dispatch=1), ROUTER_TO_WORKER)
         spec = TensorSpec(dtype="float32", shape=[1], nbytes=4)
-        self.inbox.reply(router, ItemEncoded(dispatch=message.dispatch, spec=spec), WORKER_TO_ROUTER)
+        for _again in range(2):
+            self.inbox.reply(router, ItemEncoded(dispatch=message.dispatch, spec=spec), WORKER_TO_ROUTER)
 
 
 def test_bad_frames_of_a_rank_do_not_end_the_routers_listener(sockets: Path) -> None:
     async def test(world: World) -> None:
-        _, gateway, answers = await world.router()
+        router, gateway, answers = await world.router()
         noisy = NoisyEncoder(world)
         world.peers["encoder/0"] = make_peer("encoder/0", Endpoints(inbox=noisy.inbox.endpoint))
         world.tell()
         for index in range(8):
             gateway.send(world.job(index), [picture(ROWS, index)])
             await answers.count(index + 1)
+        await turns_until(lambda: router.dropped == {"late": 8, "unreadable": NOISE})
+        del world.peers["encoder/0"]
+        world.tell()
+        assert router.dropped["unreadable"] == NOISE, "those of a rank that left are not forgotten"
 
     in_world(sockets, test)
 

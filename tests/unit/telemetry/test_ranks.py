@@ -21,7 +21,7 @@ def samples(text: bytes) -> dict[tuple[str, ...], float]:
 
 
 def test_each_rank_tells_what_it_has_and_nothing_else() -> None:
-    tower = Embeddings(made=5, shared=1, cached=2, kept_bytes=64, prepared_bytes=128)
+    tower = Embeddings(made=5, shared=1, cached=2, kept_bytes=64, prepared_bytes=128, unreadable=7)
     found = samples(
         rank_text(
             [
@@ -52,6 +52,7 @@ def test_each_rank_tells_what_it_has_and_nothing_else() -> None:
     of = {rank: {key[0]: value for key, value in found.items() if rank in key} for rank in ("decode/0", "prefill/0")}
     assert found["epdctl_rank_cache_bytes", "encoder", "encoder/0"] == 64
     assert found["epdctl_rank_prepared_bytes", "encoder", "encoder/0"] == 128
+    assert found["epdctl_rank_unreadable_total", "encoder", "encoder/0"] == 7
     assert found["epdctl_rank_completed_total", "encoder", "encoder/0"] == 8
     assert ("epdctl_rank_kv_pages", "encoder", "encoder/0") not in found, "it has none"
     assert of["decode/0"] == {

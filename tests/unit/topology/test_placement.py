@@ -226,7 +226,8 @@ def test_more_threads_than_cores_are_noted() -> None:
 
 def test_numbers_and_choices_reach_the_ranks() -> None:
     text = MODEL + (
-        "stages: {encoder: {batch_patches: 99, preprocess_threads: 3, prepared: 2GiB}, language: {kv_tokens: 640, max_batch: 5}}\n"
+        "stages:\n  encoder: {batch_patches: 99, preprocess_threads: 3, prepared: 2GiB}\n"
+        "  language: {kv_tokens: 640, max_batch: 5}\n"
         "limits: {queue: 7}\nrestart: {mode: never, budget: 1}\ndeadlines: {heartbeat: 250ms}\n"
         "transfer: {embedding_pool: 1MiB}\ngateway: {port: 8001}"
     )
