@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,6 +13,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from epdctl.encoder.delivery import Parcel, deliver
+from epdctl.encoder.inline import Inline
 from epdctl.encoder.jobs import Job, Jobs
 from epdctl.encoder.orders import Destination, EncodeBody, SendBody, target_of
 from epdctl.errors import RequestError
@@ -21,9 +22,7 @@ from epdctl.wire.deliver import Embeddings
 from epdctl.wire.encode import FailureKind, MediaItem
 from epdctl.wire.transfer import TensorSpec
 
-__all__ = ["Errands", "safetensors"]
-
-SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name for a dtype → the format's
+__all__ = ["Errands"]
 
 WORD_SECONDS = 1.0  # beyond its budget: the router ends a request's items in time, and says why
 REMEMBERED = 256  # parts that were held and failed, until somebody asks for them
@@ -141,7 +140,7 @@ async def _hand_out(body: EncodeBody, job: Job, to: Destination, ends: float) ->
     rows = await job.embeddings(ends)
     specs = await job.sizes(ends)
     if not to.ports:
-        return await asyncio.to_thread(_inline, body, job.items, specs, rows)
+        return _inline(body, job, specs, rows)
     message = Embeddings(
         delivery=job.request,
         req_id=body.req_id,
@@ -171,27 +170,12 @@ def _sizes(body: EncodeBody, job: Job, specs: Sequence[TensorSpec]) -> dict[str,
     }
 
 
-def _inline(
-    body: EncodeBody, items: Sequence[MediaItem], specs: Sequence[TensorSpec], rows: Sequence[memoryview]
-) -> Response:
-    """On a thread: safetensors with one tensor for each item, called by its number; the grids are in its metadata."""
+def _inline(body: EncodeBody, job: Job, specs: Sequence[TensorSpec], rows: Sequence[memoryview]) -> Response:
+    """One tensor for each item, called by its number; the grids are in the metadata."""
     metadata = {
         "req_id": body.req_id,
         "part_idx": str(body.part_idx),
         "num_parts": str(body.num_parts),
-        "grids": json.dumps([item.grid for item in items]),
+        "grids": json.dumps([item.grid for item in job.items]),
     }
-    return Response(safetensors(specs, rows, metadata), media_type="application/octet-stream")
-
-
-def safetensors(specs: Sequence[TensorSpec], rows: Sequence[memoryview], metadata: Mapping[str, str]) -> bytes:
-    """The format is a length, a JSON header and the bytes; the library's writer has changed its arguments before."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    start = 0
-    for number, spec in enumerate(specs):
-        offsets = [start, start + spec.nbytes]
-        header[str(number)] = {"dtype": SAFETENSORS[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
-        start += spec.nbytes
-    text = json.dumps(header).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)  # so that the bytes behind it are aligned
-    return b"".join([len(text).to_bytes(8, "little"), text, *rows])
+    return Inline(specs, rows, metadata, job.borrow())

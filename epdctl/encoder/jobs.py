@@ -55,7 +55,8 @@ class Account:
 class Job:
     """The items of one request: first their sizes, then their embeddings; or the error that ended all of them.
 
-    It holds its embeddings' bytes of the ``account`` from the moment they are sized until it has failed or is released.
+    It holds its embeddings' bytes of the ``account`` from the moment they are sized until it has failed, or is released
+    and nobody borrows them.
     ``failed`` is called once, if that is how it ends.
     """
 
@@ -67,6 +68,8 @@ class Job:
         self.failed: Callable[[], None] = _nobody
         self._account = account
         self._held = 0
+        self._borrowers = 0
+        self._released = False
         self._specs: dict[int, TensorSpec] = {}
         self._rows: dict[int, memoryview] = {}
         self._changed = asyncio.Event()
@@ -138,9 +141,21 @@ class Job:
         self.failed()
 
     def release(self) -> None:
-        """Its bytes are nobody's any more, or those of the one who hands them out."""
-        self._account.give_back(self._held)
-        self._held = 0
+        """Its bytes are nobody's any more, once those who borrow them have let go."""
+        self._released = True
+        if not self._borrowers:
+            self._account.give_back(self._held)
+            self._held = 0
+
+    def borrow(self) -> Callable[[], None]:
+        """Its embeddings are being handed out, until what is returned is called."""
+        self._borrowers += 1
+        return self._let_go
+
+    def _let_go(self) -> None:
+        self._borrowers -= 1
+        if self._released:
+            self.release()
 
 
 def _nobody() -> None:

@@ -22,7 +22,8 @@ from safetensors.torch import load
 from epdctl.encoder.canary import Canary
 from epdctl.encoder.client import Part, Reader
 from epdctl.encoder.dispatch import RankKey
-from epdctl.encoder.jobs import Jobs
+from epdctl.encoder.inline import Inline
+from epdctl.encoder.jobs import Account, Job, Jobs
 from epdctl.encoder.orders import EncodeBody, SendBody, parse, target_of
 from epdctl.encoder.proof import BUSY, FINE, Prober, norm_of
 from epdctl.encoder.router import RouterService
@@ -32,15 +33,15 @@ from epdctl.encoder.worker import EncoderService
 from epdctl.engine.api import Prepared
 from epdctl.errors import RequestError
 from epdctl.families.samples import PNG
-from epdctl.ids import Incarnation, Modality, RankName, Stage
+from epdctl.ids import Incarnation, Modality, RankName, RequestId, Stage
 from epdctl.rank.service import HearsAbsent
 from epdctl.wire.config import EncoderConfig, EncoderHttp, Limits, ModelConfig
 from epdctl.wire.deliver import ENCODER_TO_READER, READER_TO_ENCODER, Embeddings, Received
-from epdctl.wire.encode import MediaItem, Prove
+from epdctl.wire.encode import Encoded, MediaItem, Prove
 from epdctl.wire.lifecycle import Absent, Endpoints
 from epdctl.wire.sockets import Inbox, Sender
 from epdctl.wire.transfer import TensorSpec
-from tests.support.ranks import Facts, make_peer, make_spec
+from tests.support.ranks import Facts, make_peer, make_spec, run
 from tests.support.towers import CANARY_SEED, WIDTH, ToyTower, embedding, picture
 from tests.unit.encoder.test_services import Gate, World, in_world, turns_until
 
@@ -327,6 +328,36 @@ def test_embeddings_of_every_request_share_one_account(sockets: Path, tmp_path: 
 
     arrived = Facts()
     at_site(sockets, tmp_path, test, held_bytes=100)
+
+
+def test_embeddings_in_an_answer_are_counted_until_the_client_has_them() -> None:
+    rows, width = 4, 6
+    spec = TensorSpec(dtype="float32", shape=[rows, width], nbytes=rows * width * 4)
+    account = Account(100)
+    item = MediaItem(index=0, modality=Modality.IMAGE, content_hash="", of=1, grid=[1, 4, 4], rows=rows)
+    job = Job(RequestId("r"), [item], account)
+    data = memoryview(bytes(range(96)))
+    encoded = Encoded(
+        request=job.request, attempt=1, index=0, by=RankName("encoder/0"), incarnation=Incarnation(1), spec=spec
+    )
+    job.hear(encoded, [data])
+    answer = Inline([spec], [data], {"req_id": "a"}, job.borrow())
+    job.release()
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        assert account.held == 96
+        sent.append(message.get("body", b""))
+
+    run(answer({"type": "http"}, receive_nothing, send))
+    assert account.held == 0
+    body = b"".join(sent)
+    assert int(answer.headers["content-length"]) == len(body)
+    assert bytes(load(body)["0"].numpy().tobytes()) == data
+
+
+async def receive_nothing() -> Any:
+    return await asyncio.Event().wait()
 
 
 def test_draining_waits_for_the_answers_and_not_only_for_the_items(sockets: Path, tmp_path: Path) -> None:
