@@ -55,10 +55,13 @@ class Forward:
         """Items that no batch has taken."""
         return len(self._waiting)
 
-    async def encode(self, prepared: Prepared) -> torch.Tensor:
-        """[rows, width]. Cancelling the wait takes the item out, unless its forward has begun. Raises NotFinite."""
+    async def encode(self, prepared: Prepared, *, first: bool = False) -> torch.Tensor:
+        """[rows, width]. Cancelling the wait takes the item out, unless its forward has begun. Raises NotFinite.
+
+        ``first``: before all that wait.
+        """
         result: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(prepared, result))
+        (self._waiting.appendleft if first else self._waiting.append)(_Waiting(prepared, result))
         self._wake.set()
         return await result
 

@@ -24,7 +24,7 @@ class Roster:
 
 @dataclass(frozen=True, slots=True)
 class RankVerdict:
-    """``reason``: why it does not serve, as far as that is known here; ``epdctl status`` knows more."""
+    """``reason``: why it does not serve, where the supervisor has said it."""
 
     rank: RankName
     state: str  # ready | draining | unfit | not serving
@@ -86,9 +86,4 @@ def _unknown(number: int) -> RankVerdict:
 
 
 def _missing(absent: Absent) -> RankVerdict:
-    reason = absent.hopeless
-    if reason is None and absent.died:
-        reason = f"its process {absent.incarnation} ended by a fault"
-    if reason is None and absent.incarnation == 0:
-        reason = "it has not been started yet"
-    return RankVerdict(absent.rank, "not serving", reason=reason)
+    return RankVerdict(absent.rank, "not serving", reason=absent.reason or None)

@@ -321,7 +321,7 @@ class EncoderService:
         prepared = await self._prepared(memoryview(canary.media), canary.item)
         self._here.makings.room.learn(canary.item, prepared.pixels.nbytes)
         try:
-            embedding = await self._here.forward.encode(prepared)
+            embedding = await self._here.forward.encode(prepared, first=True)
         except NotFinite as error:
             embedding = error.embedding
         return await self._compute.run(lambda: float(torch.linalg.vector_norm(embedding.float())))

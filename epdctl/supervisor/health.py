@@ -66,6 +66,7 @@ async def deep(plan: Plan, shallow: HealthReply, budget_s: float, prove: Prove) 
     each stage, and only values that a rank knows tell whether a model sees that has no answer of its own.
 
     The failure of either is ``unhealthy`` whatever ranks say; a tower that is silent leaves less than ``healthy``.
+    Encoders that stand alone, without a gateway, are proved and not asked.
     """
     began = time.monotonic()
     async with asyncio.TaskGroup() as group:
@@ -81,8 +82,10 @@ async def deep(plan: Plan, shallow: HealthReply, budget_s: float, prove: Prove) 
     return HealthReply(verdict=less if findings else shallow.verdict, problems=problems, deep_seconds=answer)
 
 
-async def _timed(plan: Plan, budget_s: float) -> float | RankError:
-    """How long the real request took, or what was wrong with its answer."""
+async def _timed(plan: Plan, budget_s: float) -> float | RankError | None:
+    """How long the real request took, or what was wrong with its answer; None where there is nobody to answer."""
+    if plan.gateway_url is None and _tower(plan) is not None:
+        return None
     began = time.monotonic()
     try:
         await ask(plan, budget_s)

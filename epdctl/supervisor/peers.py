@@ -58,10 +58,12 @@ def _peer(member: Member, epoch: int) -> Peer:
 
 def _absent(member: Member) -> Absent:
     rank = member.rank
+    reason = f"{rank.state}: {rank.reason}"
     return Absent(
         rank=member.name,
         stage=member.planned.stage,
         incarnation=rank.incarnation,
         died=rank.died,
-        hopeless=f"{rank.state}: {rank.reason}" if rank.state in SETTLED else None,
+        hopeless=reason if rank.state in SETTLED else None,
+        reason=reason,
     )

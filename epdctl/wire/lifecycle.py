@@ -86,6 +86,7 @@ class Absent(Part, frozen=True):
     incarnation: Incarnation  # its latest; 0 before the first
     died: bool = False  # that one ended by a fault, and not because somebody wanted it to
     hopeless: str | None = None  # why it is not there, when nobody is going to start it
+    reason: str = ""  # why it is not there, whatever will become of it
 
 
 class Facts(Part, frozen=True):

@@ -290,3 +290,12 @@ def test_a_wrong_answer_is_named_beside_the_right_one(knowing: Callable[[int], P
     with gateway(200, said("1 blue, 2 red")) as (port, _), pytest.raises(RankError) as caught:
         asyncio.run(ask(knowing(port), 30.0))
     assert "expected '1 red, 2 blue', got '1 blue, 2 red'" in caught.value.message
+
+
+@pytest.mark.parametrize(("script", "verdict"), [(Script(), "healthy"), (Script(unfit=ZEROS), "unhealthy")])
+def test_encoders_that_stand_alone_are_proved_and_not_asked(begin: Begin, script: Script, verdict: str) -> None:
+    """They were unhealthy for want of a gateway."""
+    cluster = begin({"encoder-router/0": Script(), "encoder/0": script})
+    cluster.until_ready()
+    reply = cluster.client.health(deep=True, budget_s=60.0)
+    assert (reply.verdict, reply.deep_seconds) == (verdict, None)

@@ -37,7 +37,7 @@ from epdctl.ids import Incarnation, Modality, RankName, RequestId, Stage
 from epdctl.rank.service import HearsAbsent
 from epdctl.wire.config import EncoderConfig, EncoderHttp, Limits, ModelConfig
 from epdctl.wire.deliver import ENCODER_TO_READER, READER_TO_ENCODER, Embeddings, Received
-from epdctl.wire.encode import Encoded, MediaItem, Prove
+from epdctl.wire.encode import Encode, Encoded, EncodeItem, ItemEncoded, MediaItem, Prove
 from epdctl.wire.lifecycle import Absent, Endpoints
 from epdctl.wire.sockets import Inbox, Sender
 from epdctl.wire.transfer import TensorSpec
@@ -633,12 +633,49 @@ def test_a_rank_that_drains_is_not_counted_among_those_that_serve(sockets: Path,
         del site.world.peers["encoder/1"]
         router = site.world.services["encoder-router/0"]
         assert isinstance(router, HearsAbsent)
-        gone = Absent(rank=peer.rank, stage=peer.stage, incarnation=peer.incarnation, hopeless="failed: no memory")
+        gone = Absent(rank=peer.rank, stage=peer.stage, incarnation=peer.incarnation, reason="failed: no memory")
         router.absent_changed([gone])
         site.world.tell()
         assert (await site.http.get("/health")).json()["ranks"][1]["reason"] == "failed: no memory"
 
     at_site(sockets, tmp_path, test)
+
+
+def test_the_canary_waits_for_one_batch_and_not_for_all_that_wait(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        gate = Gate()
+        tower = gate.tower()
+        encoder = await world.encoder(tower, encoder=EncoderConfig(batch_patches=4 * ROWS))
+        router, answers = world.as_router()
+        for number in range(4):
+            job = Encode(
+                request=RequestId(f"{number}"),
+                attempt=1,
+                item=MediaItem(
+                    index=0, modality=Modality.IMAGE, content_hash="", of=1, grid=[1, 2, 2 * ROWS], rows=ROWS
+                ),
+                slot=None,
+                notify="",
+                budget_s=300.0,
+            )
+            router.send(EncodeItem(dispatch=number, job=job), [picture(ROWS, number)])
+        await gate.began.count(1)
+        await turns_until(lambda: encoder._here.forward.waiting == 3)
+        before: list[int] = []
+
+        def canary() -> torch.Tensor:
+            before.append(len(tower.batches))
+            return embedding(1, CANARY_SEED)
+
+        tower.canary = canary
+        proving = asyncio.ensure_future(encoder.prove())
+        await turns_until(lambda: encoder._here.forward.waiting == 4)
+        gate.open.set()
+        assert (await proving).fault is None
+        assert before == [1]
+        await answers.until(lambda seen: sum(isinstance(one, ItemEncoded) for one in seen) == 4)
+
+    in_world(sockets, test)
 
 
 def test_strictly_one_dead_rank_is_a_503_that_still_says_who_serves(sockets: Path, tmp_path: Path) -> None:
@@ -850,24 +887,20 @@ def test_the_verdict(planned: int, there: tuple[int, ...], strict: bool, word: s
 
 
 def test_a_rank_that_drains_or_is_unfit_does_not_serve_and_a_missing_one_has_its_reason() -> None:
+    why = "unhealthy: the test item's embedding has norm 0"
     absent = [
-        Absent(rank=RankName("encoder/3"), stage=Stage.ENCODER, incarnation=Incarnation(2), died=True),
-        Absent(
-            rank=RankName("encoder/4"), stage=Stage.ENCODER, incarnation=Incarnation(1), hopeless="failed: no memory"
-        ),
-        Absent(rank=RankName("encoder/5"), stage=Stage.ENCODER, incarnation=Incarnation(0)),
-        Absent(rank=RankName("decode/0"), stage=Stage.DECODE, incarnation=Incarnation(1)),
+        Absent(rank=RankName("encoder/3"), stage=Stage.ENCODER, incarnation=Incarnation(2), reason=why),
+        Absent(rank=RankName("decode/0"), stage=Stage.DECODE, incarnation=Incarnation(1), reason="failed: no memory"),
     ]
     roster = Roster([(key(0), 1), (key(1), 2), (key(2), 0)], resting=[key(1)], absent=absent)
-    verdict = judge(6, roster, strict=False, faults={RankName("encoder/2"): "norm 0"})
-    assert (verdict.word, verdict.as_json()["serving"]) == ("degraded", "1 of 6")
+    verdict = judge(5, roster, strict=False, faults={RankName("encoder/2"): "norm 0"})
+    assert (verdict.word, verdict.as_json()["serving"]) == ("degraded", "1 of 5")
     assert [(rank.state, rank.reason) for rank in verdict.ranks] == [
         ("ready", None),
         ("draining", "it finishes what it has"),
         ("unfit", "norm 0"),
-        ("not serving", "its process 2 ended by a fault"),
-        ("not serving", "failed: no memory"),
-        ("not serving", "it has not been started yet"),
+        ("not serving", why),
+        ("not serving", None),
     ]
     assert judge(1, Roster([(key(0), 1)], resting=[key(0)]), strict=False).status == 503
 
