@@ -67,7 +67,12 @@ class ZmqTransport:
         except PeerGone as error:
             log.info("a writer left before its answer: %s", error)
 
-    async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
+    def made(self) -> None:
+        """Whoever reads the data to send it does so behind its device's work."""
+
+    async def write(
+        self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float, made: object | None = None
+    ) -> None:
         endpoint = lease.pool.endpoint
         peer = self._peers.get(endpoint)
         if peer is None:
