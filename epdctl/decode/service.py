@@ -124,9 +124,8 @@ class DecodeService(LanguageRank[DecodeStay, ToDecode]):
     def _take(self, stay: DecodeStay) -> Grant | None:
         if self._full(stay.need):
             return None
-        seconds, incarnation = self._left(stay), stay.prefill_at.incarnation
         try:
-            lease = self._kv.lease(stay.need.pages, stay.name, seconds=seconds, incarnation=incarnation)
+            lease = self._kv.lease(stay.need.pages, stay.name, seconds=self._left(stay))
         except PoolExhausted:
             return None
         return Grant(self._extents.pages_of(lease.extents), (lease,))

@@ -62,15 +62,14 @@ TRANSITIONS: Mapping[tuple[SlotState, SlotEvent], SlotState] = {
 class Lease:
     """A right to write into ``extents``, as the pool's owner knows it.
 
-    ``owner``: the request or peer it was granted to, with its incarnation (0 for a request). ``expires_at``: on the
-    table's clock; from then on no byte lands, and to release it stays its owner's business.
+    ``owner``: the request it was granted to. ``expires_at``: on the table's clock; from then on no byte lands, and to
+    release it stays its owner's business. Whoever it was told to, in whichever incarnation, has its generation.
     """
 
     id: int
     generation: int
     extents: tuple[Extent, ...]
     owner: str
-    incarnation: int
     expires_at: float
 
     @property
@@ -99,8 +98,8 @@ class LeaseTable:
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(self, extents: Sequence[Extent], owner: str, *, seconds: float, incarnation: int = 0) -> Lease:
-        lease = Lease(next(self._numbers), self._draw(), tuple(extents), owner, incarnation, self._clock() + seconds)
+    def grant(self, extents: Sequence[Extent], owner: str, *, seconds: float) -> Lease:
+        lease = Lease(next(self._numbers), self._draw(), tuple(extents), owner, self._clock() + seconds)
         self._leases[lease.id] = lease
         self._states[lease.id] = TRANSITIONS[SlotState.FREE, SlotEvent.GRANT]
         return lease

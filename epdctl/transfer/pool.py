@@ -52,11 +52,11 @@ class Pool:
         self._writers: dict[int, list[str]] = {}  # lease → who is inside, once per write
         self._since: dict[int, float] = {}  # quarantined lease → when that began, or a writer of it was seen to be dead
 
-    def lease(self, amount: int, owner: str, *, seconds: float, incarnation: int = 0) -> Lease:
+    def lease(self, amount: int, owner: str, *, seconds: float) -> Lease:
         """A slot of ``amount`` units of the allocator. Raises PoolExhausted."""
-        return self.leases.grant(self.allocator.take(amount), owner, seconds=seconds, incarnation=incarnation)
+        return self.leases.grant(self.allocator.take(amount), owner, seconds=seconds)
 
-    def lease_all(self, amounts: Sequence[int], owner: str, *, seconds: float, incarnation: int = 0) -> list[Lease]:
+    def lease_all(self, amounts: Sequence[int], owner: str, *, seconds: float) -> list[Lease]:
         """One slot per amount, or none at all. Raises PoolExhausted."""
         taken: list[Sequence[Extent]] = []
         try:
@@ -65,7 +65,7 @@ class Pool:
             for extents in taken:
                 self.allocator.give(extents)
             raise
-        return [self.leases.grant(extents, owner, seconds=seconds, incarnation=incarnation) for extents in taken]
+        return [self.leases.grant(extents, owner, seconds=seconds) for extents in taken]
 
     def landing(self, lease: int, generation: int) -> Sequence[Extent]:
         return self.leases.landing(lease, generation)
