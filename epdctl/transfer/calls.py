@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from epdctl.errors import EpdError, PeerGone, TransferError
+from epdctl.transfer.deaths import birth
 from epdctl.transfer.landing import Owner, refused
 from epdctl.wire.sockets import Link
 from epdctl.wire.transfer import (
@@ -55,8 +56,8 @@ class Calls:
         """Once for all writes. Raises what ``gone`` ends with."""
         if self._attached is None:
             self._attached = asyncio.get_running_loop().create_future()
-            owner = self._owner
-            hello = Attach(token=owner.token, rank=owner.rank, incarnation=owner.incarnation, pid=os.getpid())
+            owner, pid = self._owner, os.getpid()
+            hello = Attach(token=owner.token, rank=owner.rank, incarnation=owner.incarnation, pid=pid, born=birth(pid))
             self._link.send(hello)
         await self._or_gone(self._attached)
         return self._attached.result()

@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Callable
 
-__all__ = ["DeathWatch"]
+__all__ = ["DeathWatch", "birth"]
 
 POLL_SECONDS = 0.5  # only where the kernel has no pidfd
 
@@ -15,12 +15,13 @@ POLL_SECONDS = 0.5  # only where the kernel has no pidfd
 class DeathWatch:
     """Calls ``died`` once when the process ``pid`` has ended, on the running loop; never after ``close``.
 
-    Raises ProcessLookupError when there is no such process.
+    ``born``: see ``birth``. Raises ProcessLookupError when there is no such process, or another one by now.
     """
 
-    def __init__(self, pid: int, died: Callable[[], None]) -> None:
+    def __init__(self, pid: int, born: int, died: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._pid = pid
+        self._born = born
         self._died = died
         self._timer: asyncio.TimerHandle | None = None
         self._fd: int | None = None
@@ -29,20 +30,27 @@ class DeathWatch:
         except ProcessLookupError:
             raise
         except OSError:
-            self._birth = _birth(pid)
-            self._look()
+            self._look_later()
         else:
             self._loop.add_reader(self._fd, self._ended)
+        if not self._lives():  # asked when nobody can take its number unseen any more
+            self.close()
+            raise ProcessLookupError(pid)
+
+    def _lives(self) -> bool:
+        try:
+            return birth(self._pid) == self._born
+        except ProcessLookupError:
+            return False
 
     def _look(self) -> None:
-        try:
-            alive = _birth(self._pid) == self._birth
-        except ProcessLookupError:
-            alive = False
-        if alive:
-            self._timer = self._loop.call_later(POLL_SECONDS, self._look)
+        if self._lives():
+            self._look_later()
         else:
             self._ended()
+
+    def _look_later(self) -> None:
+        self._timer = self._loop.call_later(POLL_SECONDS, self._look)
 
     def _ended(self) -> None:
         self.close()
@@ -58,10 +66,10 @@ class DeathWatch:
             self._fd = None
 
 
-def _birth(pid: int) -> str:
+def birth(pid: int) -> int:
     """When the process began, in the kernel's ticks. Raises ProcessLookupError."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19]
+            return int(file.read().rpartition(")")[2].split()[19])
     except OSError as error:
         raise ProcessLookupError(pid) from error

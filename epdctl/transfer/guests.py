@@ -133,16 +133,18 @@ class Guests:
             return Rejected(write=0, kind="full", text=f"{len(self._guests)} writers are attached already")
         guest = _Guest(f"{message.rank}.{message.incarnation}")
         try:
-            guest.watch = DeathWatch(message.pid, lambda: self._died(sender))
+            guest.watch = DeathWatch(message.pid, message.born, lambda: self._died(sender))
         except (ProcessLookupError, OverflowError):
-            return Rejected(write=0, kind="gone", text=f"there is no process {message.pid} here")
+            return Rejected(write=0, kind="gone", text=f"there is no such process {message.pid} here")
+        self._forget_idle(guest.name)
         self._guests[sender] = guest
         return Attached(session=self._session, pools=list(self._locations))
 
-    def _forget_idle(self) -> None:
-        """Links that nothing is written over; one that is still used attaches anew."""
+    def _forget_idle(self, name: str | None = None) -> None:
+        """Links that nothing is written over, all or those of one process, which has a new one; one that is still used
+        attaches anew."""
         for sender, guest in list(self._guests.items()):
-            if not guest.visits:
+            if not guest.visits and name in (None, guest.name):
                 self._dismiss(sender)
 
     def _dismiss(self, sender: Sender) -> _Guest:

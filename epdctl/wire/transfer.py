@@ -109,6 +109,7 @@ class Attach(Message, frozen=True):
     rank: RankName
     incarnation: Incarnation
     pid: int  # its death is what ends a write that nobody ended
+    born: int  # when it began, in the kernel's ticks: its number may be another's by now
 
 
 class PoolLocation(Part, frozen=True):

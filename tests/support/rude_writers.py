@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from epdctl.ids import Incarnation, RankName
+from epdctl.transfer.deaths import birth
 from epdctl.wire.transfer import (
     GUEST_TO_HOST,
     HOST_TO_GUEST,
@@ -46,7 +47,9 @@ def _write(lease: RemoteLease, nbytes: int = NBYTES) -> bytes:
 
 
 def _attach() -> bytes:
-    hello = Attach(token=TOKEN, rank=RankName("encoder/7"), incarnation=Incarnation(1), pid=os.getpid())
+    hello = Attach(
+        token=TOKEN, rank=RankName("encoder/7"), incarnation=Incarnation(1), pid=os.getpid(), born=birth(os.getpid())
+    )
     return GUEST_TO_HOST.encode(hello)
 
 
@@ -126,7 +129,7 @@ def of_another_cluster(endpoint: str, *, one_sided: bool) -> str:
     """It has everything but the token."""
     nobody = RankName("encoder/7")
     write = Write(write=1, pool="embeddings", lease=1, generation=1, pieces=[], token="guess")
-    hello = Attach(token="guess", rank=nobody, incarnation=Incarnation(1), pid=os.getpid())
+    hello = Attach(token="guess", rank=nobody, incarnation=Incarnation(1), pid=os.getpid(), born=birth(os.getpid()))
     with connected(endpoint) as wire:
         wire.send(GUEST_TO_HOST.encode(hello) if one_sided else WRITER_TO_RECEIVER.encode(write))
         answer = wire.answer()

@@ -140,7 +140,8 @@ def _writer(pipe: Connection, backend: str, sockets: str, name: str, environ: di
     def transport(token: str, how: str) -> Transport:
         if (token, how) not in transports:
             endpoint = f"ipc://{sockets}/{name.replace('/', '-')}.{len(transports)}"
-            transports[token, how] = open_at(backend, endpoint, name, token, checksum=how == "broken")
+            other = f"{name}{len(transports)}"  # one process with two links of one name would have one at a time
+            transports[token, how] = open_at(backend, endpoint, other, token, checksum=how == "broken")
         return transports[token, how]
 
     async def obey(

@@ -28,6 +28,7 @@ from epdctl.ids import Incarnation, RankName
 from epdctl.transfer import guests, landing, zmq
 from epdctl.transfer.allocators import RangeAllocator
 from epdctl.transfer.base import Piece, Transport
+from epdctl.transfer.deaths import birth
 from epdctl.transfer.landing import Frame, Owner
 from epdctl.transfer.memory import Exchange, MemoryTransport
 from epdctl.transfer.mooncake import MooncakeMover
@@ -557,6 +558,25 @@ def test_an_embedding_may_be_made_in_its_slot(sockets: Path) -> None:
     between(lambda: OverShm(sockets), test)
 
 
+def test_a_slot_that_is_opened_twice_is_ended_once(sockets: Path) -> None:
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        written, dropped = receiver.lease(1000), receiver.lease(1000)
+        for lease in (written, dropped):
+            slot, again = [await writer.open_slot(lease, seconds=30) for _time in range(2)]
+            assert slot is not None
+            assert again is not None
+            assert slot.data_ptr() == again.data_ptr()
+        await writer.write(written, [Piece(rubbish(1000), 0)], seconds=30)
+        receiver.pool.filled(written.lease, written.generation)
+        left = asyncio.Event()
+        receiver.pool.freed = left.set
+        receiver.pool.release(dropped.lease)
+        writer.drop_slot(dropped)
+        await left.wait()
+
+    between(lambda: OverShm(sockets), test)
+
+
 def test_a_slot_that_was_dropped_or_given_up_comes_back(sockets: Path) -> None:
     async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
         dropped, ended = receiver.lease(1000), receiver.lease(1000)
@@ -621,6 +641,29 @@ def test_who_is_let_in_after_its_peer_was_withdrawn_leaves_again(
             await writer.write(late, [Piece(rubbish(1000), 0)], seconds=30)
         await left.wait()
         pool.filled(late.lease, late.generation)
+
+    between(make_one_sided, test)
+
+
+def test_a_process_that_attaches_anew_is_one_guest(make_one_sided: Callable[[], Fabric]) -> None:
+    """Unless something is still written over an earlier link of it."""
+
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        assert isinstance(receiver.transport, OneSidedTransport)
+        lease, opened = receiver.lease(1000), receiver.lease(1000)
+        for _time in range(3):
+            await writer.write(lease, [Piece(rubbish(1000), 0)], seconds=30)
+            writer.withdraw(receiver.address.endpoint)
+        assert len(receiver.transport._guests._guests) == 1
+        await writer.open_slot(opened, seconds=30)
+        writer.withdraw(receiver.address.endpoint)
+        await writer.write(lease, [Piece(rubbish(1000), 0)], seconds=30)
+        assert len(receiver.transport._guests._guests) == 2
+        left = asyncio.Event()
+        receiver.pool.freed = left.set
+        receiver.pool.release(opened.lease)
+        writer.drop_slot(opened)
+        await left.wait()
 
     between(make_one_sided, test)
 
@@ -857,9 +900,13 @@ def test_a_stranger_is_told_nothing_and_let_in_nowhere(make_one_sided: Callable[
             receiver.address.endpoint, HOST_TO_GUEST, GUEST_TO_HOST, lambda answer, _: answers.add(answer)
         )
         name = RankName("encoder/0")
-        link.send(Attach(token="guess", rank=name, incarnation=Incarnation(1), pid=os.getpid()))
+        link.send(
+            Attach(token="guess", rank=name, incarnation=Incarnation(1), pid=os.getpid(), born=birth(os.getpid()))
+        )
         link.send(begin(lease, 0))
-        link.send(Attach(token="secret", rank=name, incarnation=Incarnation(1), pid=os.getpid()))
+        link.send(
+            Attach(token="secret", rank=name, incarnation=Incarnation(1), pid=os.getpid(), born=birth(os.getpid()))
+        )
         link.send(begin(lease, 0))
         link.send(End(write=1, landed=True))
         seen = await answers.count(5)
@@ -886,7 +933,7 @@ def test_a_writer_whose_process_is_none_is_not_let_in(make_one_sided: Callable[[
         link: Link[HostToGuest, GuestToHost] = Link(
             receiver.address.endpoint, HOST_TO_GUEST, GUEST_TO_HOST, lambda answer, _: answers.add(answer)
         )
-        link.send(Attach(token="secret", rank=RankName("encoder/0"), incarnation=Incarnation(1), pid=pid))
+        link.send(Attach(token="secret", rank=RankName("encoder/0"), incarnation=Incarnation(1), pid=pid, born=1))
         (answer,) = await answers.count(1)
         assert answer.kind == "gone"
         link.close()
