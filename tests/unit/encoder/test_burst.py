@@ -15,8 +15,8 @@ from epdctl.encoder.worker import EncoderService
 from epdctl.wire.config import Limits, ModelConfig
 from tests.support.ranks import make_spec
 from tests.support.towers import embedding
+from tests.unit.encoder.site import ROWS, PictureTower, Site, at_site
 from tests.unit.encoder.test_services import turns_until
-from tests.unit.encoder.test_surface import ROWS, PictureTower, Site, at_site
 
 REQUESTS, PICTURES = 200, 4
 SMALL = Limits(inflight=8, queue=32)
