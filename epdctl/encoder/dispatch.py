@@ -199,7 +199,8 @@ class Dispatcher:
             return []
         self._leave_rank(item)
         self._end(item, ItemEvent.FAIL)
-        return [Ended(item.key, item.state, by=by, kind=why[0], text=why[1]), *self._pump(now)]
+        end = Ended(item.key, item.state, by=by, kind=why[0], text=why[1], lost=tuple(item.lost))
+        return [end, *self._pump(now)]
 
     # -- what time says --
 

@@ -253,6 +253,16 @@ def test_an_item_waits_only_so_long_for_somebody_to_wait_for() -> None:
     router.check()
 
 
+def test_the_wait_for_somebody_begins_anew_when_nobody_is_there_again() -> None:
+    router = dispatcher(wait=30, cap=1)
+    for number in range(2):
+        router.submit(key(number), 300, 0)
+    assert sends(router.changed([rank(0)], [], 20, outlook=COMING)) == [(0, "encoder/0")]
+    assert router.changed([], [], 25, [rank(0)], COMING) == []
+    assert router.tick(30) == []
+    assert ends(router.tick(55)) == [(1, ItemState.FAILED, FailureKind.NO_RANK)]
+
+
 def test_where_every_rank_is_gone_for_good_nobody_waits() -> None:
     router = dispatcher(wait=30, cap=1)
     router.submit(key(0), 300, 0)
@@ -387,99 +397,204 @@ def test_a_batch_is_what_fits_from_the_front(patches: list[int], budget: int, co
 
 
 class Walk(RuleBasedStateMachine):
-    """A router's world, in any order: each item ends once, no rank is over its cap, the queue stays bounded."""
+    """A router's world, in any order: each item ends once and for a reason, no rank is over its cap, the queue stays
+    bounded, nothing waits that could be sent, and everything is sent to whom it should be."""
 
-    CAP, QUEUE, RANKS, REMEMBER = 7, 3, 3, 2
+    CAP, QUEUE, RANKS, REMEMBER, WAIT = 7, 3, 3, 2, 5
 
     def __init__(self) -> None:
         super().__init__()
-        self.router = dispatcher(self.CAP, self.QUEUE, self.REMEMBER)
+        self.router = dispatcher(self.CAP, self.QUEUE, self.REMEMBER, self.WAIT)
         self.last: dict[str, RankKey] = {}  # who was given each picture last, the oldest news first
         self.contents: dict[ItemKey, str] = {}
         self.now = 0.0
         self.numbers = itertools.count()
         self.incarnations = Counter[int]()
         self.ready: dict[int, RankKey] = {}
+        self.order: list[RankKey] = []  # of them: who was sent to longest ago is the first
+        self.resting: set[RankKey] = set()
+        self.leaving: set[RankKey] = set()
+        self.cut: set[RankKey] = set()
+        self.full: set[RankKey] = set()
+        self.coming: frozenset[RankName] | None = None
+        self.client_is_gone = False
         self.submitted: dict[ItemKey, float] = {}
         self.ended = Counter[ItemKey]()
         self.working: dict[int, tuple[RankKey, ItemKey]] = {}  # as the encoders see it
         self.dispatched: set[int] = set()
-        self.seen: set[tuple[ItemKey, str]] = set()
+        self.lost: dict[ItemKey, set[RankName]] = {}
+        self.alone: dict[ItemKey, float] = {}  # since when there is nobody that it may go to
 
-    def apply(self, actions: list[Action]) -> None:
+    # -- the model --
+
+    @property
+    def open(self) -> list[RankKey]:
+        return [to for to in self.order if to not in self.resting | self.leaving | self.cut]
+
+    def may_go_to(self, item: ItemKey) -> list[RankKey]:
+        return [to for to in self.open if to.rank not in self.lost[item]]
+
+    def with_room(self, item: ItemKey) -> list[RankKey]:
+        count = self.counts()
+        return [to for to in self.may_go_to(item) if count[to] < self.CAP and to not in self.full]
+
+    def counts(self) -> Counter[RankKey]:
+        return Counter(to for to, _ in self.working.values())
+
+    def queued(self) -> set[ItemKey]:
+        return set(self.submitted) - set(self.ended) - {item for _, item in self.working.values()}
+
+    def hopeless(self, item: ItemKey) -> bool:
+        names = {to.rank for to in self.order} | (self.coming or frozenset())
+        return names <= self.lost[item] and (self.coming is not None or bool(self.lost[item]))
+
+    def drop(self, dispatch: int) -> tuple[RankKey, ItemKey]:
+        """Its rank has room for another."""
+        self.full.discard(self.working[dispatch][0])
+        return self.working.pop(dispatch)
+
+    def lose(self, left: list[RankKey]) -> None:
+        for dispatch, (to, item) in list(self.working.items()):
+            if to in left:
+                self.drop(dispatch)
+                self.lost[item].add(to.rank)
+
+    def apply(self, actions: list[Action], *, abandoned: bool = False) -> None:
         for action in actions:
             match action:
                 case Send():
-                    assert action.dispatch not in self.dispatched, "a number was drawn twice"
-                    assert action.to in self.ready.values(), "sent to a rank that is not there"
-                    assert (action.item, action.to.rank) not in self.seen, "sent to the same rank twice"
-                    assert action.seconds > 0
-                    self.choice_was_right(action)
-                    self.dispatched.add(action.dispatch)
-                    self.seen.add((action.item, action.to.rank))
-                    self.working[action.dispatch] = (action.to, action.item)
+                    self.sent(action)
                 case Cancel():
-                    assert self.working.pop(action.dispatch)[0] == action.to
+                    if action.dispatch in self.working:  # not those of a connection that broke
+                        assert self.drop(action.dispatch)[0] == action.to
                 case Ended():
-                    self.ended[action.item] += 1
-                    self.working = {n: work for n, work in self.working.items() if work[1] != action.item}
-                    if action.state is ItemState.ENCODED:
-                        self.router.delivered(action.item)
+                    self.end(action, abandoned=abandoned)
+
+    def sent(self, action: Send) -> None:
+        assert action.dispatch not in self.dispatched, "a number was drawn twice"
+        assert action.to in self.ready.values(), "sent to a rank that is not there"
+        assert action.to.rank not in self.lost[action.item], "sent to a rank that it was lost with"
+        assert action.seconds > 0
+        self.choice_was_right(action)
+        self.dispatched.add(action.dispatch)
+        self.working[action.dispatch] = (action.to, action.item)
+        self.order.remove(action.to)
+        self.order.append(action.to)
+
+    def end(self, action: Ended, *, abandoned: bool) -> None:
+        self.ended[action.item] += 1
+        for dispatch in [dispatch for dispatch, work in self.working.items() if work[1] == action.item]:
+            self.drop(dispatch)
+        if action.kind in (FailureKind.NO_RANK, FailureKind.RANK_LOST) and not abandoned:
+            in_vain = self.now - self.alone.get(action.item, self.now) >= self.WAIT
+            late = self.submitted[action.item] <= self.now and not self.open
+            assert in_vain or late or self.hopeless(action.item), "given up although somebody may come"
+        assert (
+            len(action.lost) == len({to.rank for to in action.lost}) == len(self.lost[action.item]) or not action.kind
+        )
+        if action.state is ItemState.ENCODED:
+            (self.router.undeliverable if self.client_is_gone else self.router.delivered)(action.item)
 
     def choice_was_right(self, sent: Send) -> None:
-        """By the counts of the moment: the holder where it is not too busy, else one of the least busy."""
-        count = Counter(to for to, _ in self.working.values())
-        tried = {name for item, name in self.seen if item == sent.item}
-        open_to = [to for to in self.ready.values() if to.rank not in tried and count[to] < self.CAP]
+        """By the counts of the moment: the holder where it is not too busy, else the first of the least busy."""
+        count = self.counts()
+        open_to = self.with_room(sent.item)
+        assert sent.to in open_to, "it takes nothing, or has no room"
         least = min(count[to] for to in open_to)
         content = self.contents[sent.item]
         holder = self.last.get(content)
         if holder in open_to and count[holder] - least < 4:
             assert sent.to == holder, "the one who has the picture was passed over"
         else:
-            assert count[sent.to] == least, "somebody else has less to do"
+            assert sent.to == next(to for to in open_to if count[to] == least), "somebody else's turn was due"
         if content:
             self.last.pop(content, None)
             self.last[content] = sent.to
             if len(self.last) > self.REMEMBER:
                 del self.last[next(iter(self.last))]
 
+    # -- what happens --
+
     @rule(life=st.integers(1, 8), request=st.sampled_from("abc"), content=st.sampled_from(["", "p", "q", "r"]))
     def submit(self, life: int, request: str, content: str) -> None:
         item = key(next(self.numbers), request)
         self.submitted[item] = self.now + life
         self.contents[item] = content
+        self.lost[item] = set()
         self.apply(self.router.submit(item, self.now + life, self.now, content))
 
-    @rule(number=st.integers(0, RANKS - 1), leave=st.integers(0, RANKS - 1))
-    def change(self, number: int, leave: int) -> None:
-        left = [self.ready.pop(leave)] if leave in self.ready else []
-        self.working = {n: work for n, work in self.working.items() if work[0] not in left}
-        self.last = {content: to for content, to in self.last.items() if to not in left}
-        joined = []
-        if number not in self.ready:
-            self.incarnations[number] += 1
-            joined = [rank(number, self.incarnations[number])]
-            self.ready[number] = joined[0]
-        self.apply(self.router.changed(joined, left, self.now))
+    numbers_of_ranks = st.integers(0, RANKS - 1)
+    some_ranks = st.sets(numbers_of_ranks)
 
-    @rule(data=st.data(), well=st.booleans())
-    def answer(self, data: st.DataObject, well: bool) -> None:
-        if self.dispatched:
-            dispatch = data.draw(st.sampled_from(sorted(self.dispatched)))  # late and repeated ones too
-            by, _ = self.working.get(dispatch, (rank(data.draw(st.integers(0, 2))), None))
-            if well:
+    @rule(join=some_ranks, leave=some_ranks, back=some_ranks, rest=some_ranks, coming=st.none() | some_ranks)
+    def change(self, join: set[int], leave: set[int], back: set[int], rest: set[int], coming: set[int] | None) -> None:
+        """``back``: these had been given up, and are there again as the same process."""
+        left = [self.ready[number] for number in sorted(leave | back) if number in self.ready]
+        self.lose(left)
+        self.last = {content: to for content, to in self.last.items() if to not in left}
+        for group in (self.resting, self.leaving, self.cut, self.full):
+            group.difference_update(left)
+        joined = [self.ready[number] for number in sorted(back - leave) if number in self.ready]
+        for number in leave & set(self.ready):
+            del self.ready[number]
+        for number in sorted(join - set(self.ready)):
+            self.incarnations[number] += 1
+            self.ready[number] = rank(number, self.incarnations[number])
+            joined.append(self.ready[number])
+        self.order = [to for to in self.order if to not in left] + joined
+        self.resting = {self.ready[number] for number in rest if number in self.ready}
+        self.coming = None if coming is None else names(*coming) - {to.rank for to in self.order}
+        outlook = None if self.coming is None else Outlook(self.coming)
+        self.apply(self.router.changed(joined, left, self.now, self.resting, outlook))
+
+    @rule(data=st.data(), how=st.sampled_from(["encoded", "failed", "refused", "full"]))
+    def answer(self, data: st.DataObject, how: str) -> None:
+        if not self.dispatched:
+            return
+        dispatch = data.draw(st.sampled_from(sorted(self.dispatched)))  # late and repeated ones too
+        by, _ = self.working.get(dispatch, (rank(data.draw(st.integers(0, 2))), None))
+        if dispatch in self.working and how in ("refused", "full"):
+            self.drop(dispatch)
+            (self.leaving if how == "refused" else self.full).add(by)
+        match how:
+            case "encoded":
                 self.apply(self.router.encoded(dispatch, by, self.now))
-            else:
+            case "failed":
                 self.apply(self.router.failed(dispatch, by, (FailureKind.BAD_MEDIA, "torn"), self.now))
+            case "refused":
+                self.apply(self.router.refused(dispatch, by, self.now))
+            case _:
+                self.apply(self.router.full(dispatch, by, self.now))
+
+    @rule(number=numbers_of_ranks, stands=st.booleans())
+    def connection(self, number: int, stands: bool) -> None:
+        to = self.ready.get(number, rank(number))
+        if stands:
+            self.cut.discard(to)
+            self.apply(self.router.mended(to, self.now))
+        else:
+            self.cut |= {to} & set(self.order)
+            self.lose([to])
+            self.apply(self.router.cut(to, self.now))
 
     @rule(request=st.sampled_from("abc"))
     def cancel(self, request: str) -> None:
         self.apply(self.router.cancel(b"gateway", RequestId(request), 1, self.now))
 
+    @rule(gone=st.booleans())
+    def client(self, gone: bool) -> None:
+        self.client_is_gone = gone
+
+    @rule()
+    def abandon(self) -> None:
+        self.apply(self.router.abandon("withdrawn"), abandoned=True)
+        assert len(self.router) == 0
+
     @rule(seconds=st.integers(0, 4))
     def wait(self, seconds: int) -> None:
         self.now += seconds
+        if seconds:
+            self.full.clear()
         self.apply(self.router.tick(self.now))
 
     @invariant()
@@ -487,11 +602,21 @@ class Walk(RuleBasedStateMachine):
         self.router.check()
         assert max(self.ended.values(), default=0) <= 1, "an item ended twice"
         assert len(self.submitted) == len(self.ended) + len(self.router), "an item is lost"
+        count = self.counts()
         for to in self.ready.values():
-            mine = [n for n, (at, _) in self.working.items() if at == to]
-            assert len(mine) == self.router.pending(to) <= self.CAP
-        assert self.router.waiting <= self.QUEUE + self.CAP * self.RANKS
+            assert count[to] == self.router.pending(to) <= self.CAP
+        assert self.router.waiting == len(self.queued()) <= self.QUEUE + self.CAP * self.RANKS
         assert all(self.ended[item] for item, deadline in self.submitted.items() if deadline <= self.now)
+        assert (self.router.next_deadline() or self.now + 1) > self.now, "it would ring at once, for ever"
+
+    @invariant()
+    def nothing_waits_for_nothing(self) -> None:
+        queued = self.queued()
+        assert not any(map(self.with_room, queued)), "somebody has room for it"
+        assert not any(map(self.hopeless, queued)), "nobody is ever going to take it"
+        lonely = {item for item in queued if not self.may_go_to(item)}
+        self.alone = {item: self.alone.get(item, self.now) for item in lonely}
+        assert all(self.now - since < self.WAIT for since in self.alone.values()), "it waited too long"
 
     def teardown(self) -> None:
         self.now += 100
@@ -503,5 +628,5 @@ class Walk(RuleBasedStateMachine):
 
 TestWalk = Walk.TestCase
 TestWalk.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
