@@ -23,7 +23,7 @@ from epdctl.encoder.items import (
     RankKey,
     Send,
 )
-from epdctl.encoder.roster import FULL_SECONDS, Outlook, Roster
+from epdctl.encoder.ranks import FULL_SECONDS, Outlook, Ranks
 from epdctl.ids import RequestId
 from epdctl.wire.encode import FailureKind
 
@@ -57,7 +57,7 @@ class Dispatcher:
         self._items: dict[ItemKey, Item] = {}
         self._waiting: deque[Item] = deque()
         self._dispatched: dict[int, Item] = {}
-        self._roster = Roster(cap, remember)
+        self._ranks = Ranks(cap, remember)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -69,22 +69,22 @@ class Dispatcher:
     @property
     def ranks(self) -> list[RankKey]:
         """Those that may take items, in the order of their names."""
-        return sorted(self._roster)
+        return sorted(self._ranks)
 
     def pending(self, rank: RankKey) -> int:
-        return self._roster.pending(rank)
+        return self._ranks.pending(rank)
 
     def next_deadline(self) -> float | None:
         """When ``tick`` has something to do at the earliest."""
         times = [item.deadline for item in self._items.values()]
         times += [item.alone_since + self.wait for item in self._waiting if item.alone_since is not None]
-        if self._waiting and (ask := self._roster.next_ask) is not None:
+        if self._waiting and (ask := self._ranks.next_ask) is not None:
             times.append(ask)
         return min(times, default=None)
 
     def holder(self, content: str) -> RankKey | None:
         """The rank that may remember this picture."""
-        return self._roster.holder(content)
+        return self._ranks.holder(content)
 
     # -- what clients and the table say --
 
@@ -125,10 +125,10 @@ class Dispatcher:
         and ``left`` had been given up and is there again.
         """
         self._lose(left)
-        self._roster.leave(left)
-        self._roster.join(joined)
-        self._roster.rest(resting)
-        self._roster.outlook = outlook
+        self._ranks.leave(left)
+        self._ranks.join(joined)
+        self._ranks.rest(resting)
+        self._ranks.outlook = outlook
         return self._settle(now)
 
     def cut(self, rank: RankKey, now: float) -> list[Action]:
@@ -137,11 +137,11 @@ class Dispatcher:
         """
         cancels: list[Action] = [Cancel(rank, number) for number, item in self._dispatched.items() if item.at == rank]
         self._lose([rank])
-        self._roster.cut(rank)
+        self._ranks.cut(rank)
         return [*cancels, *self._settle(now)]
 
     def mended(self, rank: RankKey, now: float) -> list[Action]:
-        self._roster.mend(rank)
+        self._ranks.mend(rank)
         return self._settle(now)
 
     def abandon(self, text: str) -> list[Action]:
@@ -155,11 +155,11 @@ class Dispatcher:
 
     def refused(self, dispatch: int, by: RankKey, now: float) -> list[Action]:
         """The rank is being stopped: it takes neither this item nor another."""
-        return self._not_taken(dispatch, by, now, lambda: self._roster.close(by))
+        return self._not_taken(dispatch, by, now, lambda: self._ranks.close(by))
 
     def full(self, dispatch: int, by: RankKey, now: float) -> list[Action]:
         """The rank has less room than was thought here."""
-        return self._not_taken(dispatch, by, now, lambda: self._roster.fill(by, now + FULL_SECONDS))
+        return self._not_taken(dispatch, by, now, lambda: self._ranks.fill(by, now + FULL_SECONDS))
 
     def _not_taken(self, dispatch: int, by: RankKey, now: float, note: Callable[[], None]) -> list[Action]:
         """The item has not been on that rank, and goes on to whoever takes it, ahead of the others."""
@@ -216,7 +216,7 @@ class Dispatcher:
         return actions + self._pump(now)
 
     def _lateness(self, item: Item) -> tuple[FailureKind, str]:
-        if item.state is ItemState.QUEUED and not self._roster.open:
+        if item.state is ItemState.QUEUED and not self._ranks.open:
             return FailureKind.NO_RANK, "no encoder was ready within the deadline"
         where = f"on {item.at.rank}" if item.at else "waiting for an encoder"
         return FailureKind.DEADLINE, f"out of time {where}"
@@ -230,9 +230,9 @@ class Dispatcher:
     def _review(self, waiting: Collection[Item], now: float) -> list[Action]:
         actions: list[Action] = []
         for item in waiting:
-            if not self._roster.hope(item):
-                actions += self._fail(item, *_alone(item, self._roster.why_not))
-            elif self._roster.takes(item):
+            if not self._ranks.hope(item):
+                actions += self._fail(item, *_alone(item, self._ranks.why_not))
+            elif self._ranks.takes(item):
                 item.alone_since = None
             elif item.alone_since is None:
                 item.alone_since = now
@@ -240,12 +240,12 @@ class Dispatcher:
 
     def _pump(self, now: float) -> list[Action]:
         """Give waiting items, oldest first, to ranks with room."""
-        self._roster.empty(now)
+        self._ranks.empty(now)
         sent: list[Action] = []
         for item in list(self._waiting):
-            if not any(map(self._roster.has_room, self._roster.open)):
+            if not any(map(self._ranks.has_room, self._ranks.open)):
                 break
-            if (rank := self._roster.choose(item)) is not None:
+            if (rank := self._ranks.choose(item)) is not None:
                 self._waiting.remove(item)
                 sent.append(self._send(item, rank, now))
         return sent
@@ -253,7 +253,7 @@ class Dispatcher:
     def _send(self, item: Item, rank: RankKey, now: float) -> Send:
         item.move(ItemEvent.SEND)
         item.at, item.dispatch, item.alone_since = rank, self._draw(), None
-        self._roster.give(rank, item.dispatch, item.content)
+        self._ranks.give(rank, item.dispatch, item.content)
         self._dispatched[item.dispatch] = item
         return Send(item.key, rank, item.dispatch, max(0.0, item.deadline - now))
 
@@ -280,7 +280,7 @@ class Dispatcher:
 
     def _leave_rank(self, item: Item) -> None:
         if item.at is not None:
-            self._roster.take(item.at, item.dispatch)
+            self._ranks.take(item.at, item.dispatch)
             del self._dispatched[item.dispatch]
             item.at = None
 
@@ -312,7 +312,7 @@ class Dispatcher:
         assert sorted([*waiting, *dispatched, *told]) == sorted(self._items), "an item is lost or in two places"
         assert all(item.state is ItemState.QUEUED for item in self._waiting), "a waiting item is not queued"
         assert all(item.state is ItemState.DISPATCHED for item in self._dispatched.values()), "not dispatched"
-        self._roster.check(len(self._dispatched))
+        self._ranks.check(len(self._dispatched))
 
 
 def _alone(item: Item, why: str) -> tuple[FailureKind, str]:

@@ -15,7 +15,7 @@ import msgspec
 
 from epdctl.encoder.dispatch import Dispatcher
 from epdctl.encoder.items import Action, Cancel, Ended, ItemKey, ItemState, RankKey, Send
-from epdctl.encoder.roster import Outlook
+from epdctl.encoder.ranks import Outlook
 from epdctl.encoder.verdict import Roster
 from epdctl.errors import PeerGone
 from epdctl.ids import RankName, Stage

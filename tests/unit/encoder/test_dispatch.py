@@ -24,7 +24,7 @@ from epdctl.encoder.items import (
     RankKey,
     Send,
 )
-from epdctl.encoder.roster import FULL_SECONDS, Outlook
+from epdctl.encoder.ranks import FULL_SECONDS, Outlook
 from epdctl.ids import Incarnation, RankName, RequestId
 from epdctl.wire.encode import FailureKind
 

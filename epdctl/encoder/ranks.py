@@ -9,7 +9,7 @@ from typing import NamedTuple
 from epdctl.encoder.items import Item, RankKey
 from epdctl.ids import RankName
 
-__all__ = ["FULL_SECONDS", "Outlook", "Roster"]
+__all__ = ["FULL_SECONDS", "Outlook", "Ranks"]
 
 DETOUR = 4  # items: how much more a rank may have to do than the least busy one and still be preferred for its memory
 FULL_SECONDS = 0.05  # a rank that said FULL is asked again after this, or when it has ended something
@@ -22,7 +22,7 @@ class Outlook(NamedTuple):
     gone: str = ""  # why the others are not going to be there
 
 
-class Roster:
+class Ranks:
     """``cap``: items a rank works on at most. ``remember``: of how many pictures it is known who had them last."""
 
     def __init__(self, cap: int, remember: int) -> None:
