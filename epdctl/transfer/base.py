@@ -85,17 +85,8 @@ class Transport(Protocol):
         """Make ``pool`` writable by peers; once per pool, before Ready. Raises RegistrationFailed."""
         ...
 
-    def made(self) -> object | None:
-        """Asked on the thread that makes data, right behind its kernels: what ``write`` is to wait for."""
-        ...
-
-    async def write(
-        self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float, made: object | None = None
-    ) -> None:
-        """Without ``made`` it waits for all that its device has been given by now.
-
-        Raises PeerGone, DeadlineExceeded, StaleGeneration or LeaseExpired; then nothing may be assumed landed.
-        """
+    async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
+        """Raises PeerGone, DeadlineExceeded, StaleGeneration or LeaseExpired; then nothing may be assumed landed."""
         ...
 
     async def open_slot(self, lease: RemoteLease, *, seconds: float) -> torch.Tensor | None:

@@ -24,19 +24,11 @@ from epdctl.transfer.movers import Moved, Mover, Put, Remote
 from epdctl.transfer.turns import Slot, Turn
 from epdctl.wire.transfer import End, Extent, PieceHeader, Rejected, RemoteLease
 
-__all__ = ["Host", "Source"]
+__all__ = ["Host"]
 
 log = logging.getLogger(__name__)
 
 RETIRE_SECONDS = 600.0  # for what was begun at a peer that was withdrawn to end, before its link is closed
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """``made``: see Transport."""
-
-    pieces: Sequence[Piece]
-    made: object | None
 
 
 class Host:
@@ -76,8 +68,8 @@ class Host:
 
     # -- one write --
 
-    async def write(self, lease: RemoteLease, source: Source, stop: threading.Event) -> None:
-        pieces = source.pieces
+    async def write(self, lease: RemoteLease, pieces: Sequence[Piece], stop: threading.Event) -> None:
+        made = self._mover.ready()
         async with Turn(self._slots, lease.generation) as slot:
             if stop.is_set():
                 return
@@ -89,7 +81,7 @@ class Host:
             try:
                 puts = await self._todo(lease.pool.pool, _puts(pieces, slot.extents))
                 stopped = False  # an error of what moves the bytes does not say that they have ceased to move
-                await self._move(puts, source.made, stop)
+                await self._move(puts, made, stop)
                 stopped = True
                 sums = await self._sums(pieces)
                 landed = not stop.is_set()

@@ -127,12 +127,12 @@ class MooncakeMover:
     def reach(self, location: PoolLocation) -> _RemotePool:
         return _RemotePool(self._engine, self._stage, location)
 
-    def made(self) -> torch.cuda.Event | None:
+    def ready(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":
             return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        made = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        made.record(torch.cuda.current_stream(self._device))
+        return made
 
     def wait(self, made: object | None) -> None:
         if isinstance(made, torch.cuda.Event):

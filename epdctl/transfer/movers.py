@@ -60,8 +60,8 @@ class Mover(Protocol):
         """May take long; on a thread. Raises PeerGone or TransferError."""
         ...
 
-    def made(self) -> object | None:
-        """See Transport: what ``wait`` must be given so that the data is really there."""
+    def ready(self) -> object | None:
+        """Called where the data was made: what ``wait`` must be given so that it is really there."""
         ...
 
     def wait(self, made: object | None) -> None:

@@ -67,12 +67,7 @@ class ZmqTransport:
         except PeerGone as error:
             log.info("a writer left before its answer: %s", error)
 
-    def made(self) -> None:
-        """Whoever reads the data to send it does so behind its device's work."""
-
-    async def write(
-        self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float, made: object | None = None
-    ) -> None:
+    async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
         endpoint = lease.pool.endpoint
         peer = self._peers.get(endpoint)
         if peer is None:
