@@ -32,6 +32,8 @@ def prepare_device(config: RankConfig) -> torch.device:
     keep_within(torch.cuda, device, config.memory_bytes)
     # It plans anew for every length of keys, and each token of an answer makes one.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # Float32 is float32: in 19 bits a picture's patches would come out by which pictures share its batch.
+    torch.backends.cudnn.allow_tf32 = False
     return device
 
 
