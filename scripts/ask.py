@@ -19,16 +19,16 @@ from epdctl.bench.shapes.questions import Question, Task, ask
 from epdctl.bench.shapes.scenes import TRAINED, Composer
 
 TIMEOUT_SECONDS = 120.0
-SIZE = (64, 64)
+SIZES = ((64, 64), (80, 48))
 
 
 def questions(seed: int) -> list[Question]:
     composer = Composer(TRAINED, seed)
     return [
-        ask(Task.COLOUR, composer, SIZE),
-        ask(Task.SHAPE, composer, SIZE),
-        ask(Task.PLACE, composer, SIZE),
-        ask(Task.COLOURS, composer, SIZE, pictures=2),
+        ask(Task.COLOUR, composer, SIZES),
+        ask(Task.SHAPE, composer, SIZES),
+        ask(Task.PLACE, composer, SIZES),
+        ask(Task.COLOURS, composer, SIZES),
     ]
 
 

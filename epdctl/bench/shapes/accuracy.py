@@ -1,6 +1,7 @@
 """How often ``shapes-vl`` is wholly right: ``python -m epdctl.bench.shapes.accuracy [--pictures 500] [--json]``
 
 Two columns: pictures drawn as in training, of another seed; and kinds of background and sizes never trained on.
+Each picture of a question has a size of its own.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from epdctl.bench.shapes.questions import Question, Task, ask
 from epdctl.bench.shapes.reader import Reader
 from epdctl.bench.shapes.scenes import TRAINED, UNSEEN, Composer, World
 
-__all__ = ["EXAMS", "LOSS", "Exam", "Result", "examine", "measure"]
+__all__ = ["EXAMS", "LOSS", "Exam", "Result", "examine", "measure", "sit"]
 
 SEED = 2_000_003  # training's first number is 0
 BATCH = 50
@@ -73,14 +74,16 @@ def examine(reader: Reader, asked: int) -> Iterator[Result]:
 
 def measure(reader: Reader, exam: Exam, world: World, asked: int) -> float:
     """The share of ``asked`` questions that are answered exactly."""
+    return sum(answer == question.answer for question, answer in sit(reader, exam, world, asked)) / asked
+
+
+def sit(reader: Reader, exam: Exam, world: World, asked: int) -> list[tuple[Question, str]]:
+    """An exam's questions with the reader's answers."""
     composer = Composer(world, (SEED, EXAMS.index(exam)))
-    questions = [ask(exam.task, composer, composer.size(), exam.pictures) for _ in range(asked)]
-    return sum(_right(reader, questions[start : start + BATCH]) for start in range(0, asked, BATCH)) / asked
-
-
-def _right(reader: Reader, questions: Sequence[Question]) -> int:
-    answers = reader.answers(questions)
-    return sum(answer == question.answer for answer, question in zip(answers, questions, strict=True))
+    questions = [ask(exam.task, composer, [composer.size() for _ in range(exam.pictures)]) for _ in range(asked)]
+    batches = [questions[start : start + BATCH] for start in range(0, asked, BATCH)]
+    answers = [answer for batch in batches for answer in reader.answers(batch)]
+    return list(zip(questions, answers, strict=True))
 
 
 def _line(result: Result) -> str:

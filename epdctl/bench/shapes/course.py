@@ -1,4 +1,4 @@
-"""What is learnt when: stages of a training run, and how many pictures a question has by then."""
+"""What is learnt when: courses, the stages of each, and how many pictures a question has by then."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from epdctl.bench.shapes import scenes
 from epdctl.bench.shapes.questions import MOST_PICTURES, Task
+from epdctl.bench.shapes.scenes import World
 
-__all__ = ["COURSE", "Course", "Progress", "Stage"]
+__all__ = ["COURSES", "FIRST", "SIZES", "Course", "Progress", "Stage"]
 
 MEMORY = 0.97  # of the running average
 LONG = 4  # pictures
-LEVELS: Mapping[Task, tuple[int, ...]] = {Task.COLOURS: (2, 4, MOST_PICTURES), Task.SHAPES: (2, 4), Task.WHICH: (2, 4)}
+Levels = Mapping[Task, tuple[int, ...]]
+SHORT: Levels = {Task.COLOURS: (2, 4, MOST_PICTURES), Task.SHAPES: (2, 4), Task.WHICH: (2, 4)}
+LONGEST: dict[Task, tuple[int, ...]] = dict.fromkeys((Task.COLOURS, Task.SHAPES, Task.WHICH), (2, 4, MOST_PICTURES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,9 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Course:
     stages: tuple[Stage, ...]
+    world: World
+    levels: Levels  # how many pictures a question of a task may have, in the order of learning
+    mixed: float = 0.0  # probability that a lesson has pictures of several sizes
     seed: int = 0
     warmup: int = 100  # steps
     weight_decay: float = 0.02
@@ -72,21 +79,20 @@ class Progress:
         key = f"{task} {pictures}"
         self.right[key] = MEMORY * self.right.get(key, 0.0) + (1 - MEMORY) * right
 
-    def pictures(self, task: Task, learnt: float, rng: np.random.Generator) -> int:
+    def pictures(self, levels: Levels, task: Task, learnt: float, rng: np.random.Generator) -> int:
         """Two of ``level`` questions have as many as the task has come to, the others fewer: each length has to be
         learnt, and the longer the list the more there are."""
-        if task not in LEVELS:
+        if task not in levels:
             return 2 if task is Task.SAME else 1
-        level = self._level(task, learnt)
+        level = self._level(levels[task], task, learnt)
         return level if rng.random() < 2 / level else int(rng.integers(2, level + 1))
 
-    def _level(self, task: Task, learnt: float) -> int:
-        levels = LEVELS[task]
+    def _level(self, levels: tuple[int, ...], task: Task, learnt: float) -> int:
         ahead = (level for level in levels if self.right.get(f"{task} {level}", 0.0) < learnt)
         return next(ahead, levels[-1])
 
 
-FIRST = {Task.COLOUR: 1.0, Task.SHAPE: 1.0, Task.PLACE: 0.5, Task.COLOURS: 3.0, Task.SHAPES: 2.0}
+SIMPLE = {Task.COLOUR: 1.0, Task.SHAPE: 1.0, Task.PLACE: 0.5, Task.COLOURS: 3.0, Task.SHAPES: 2.0}
 ALL = {  # what is learnt last gets the most; lists of shapes are there because the one with a shape is learnt from them
     Task.COLOUR: 0.4,
     Task.SHAPE: 0.4,
@@ -97,12 +103,46 @@ ALL = {  # what is learnt last gets the most; lists of shapes are there because 
     Task.WHICH: 4.0,
     Task.SAME: 1.5,
 }
-COURSE = Course(
+KNOWN = 0.0  # of the answers right, and lists have any length: they were learnt before
+FIRST = Course(
     stages=(
         Stage("tower", 900, (1.5e-3, 1.5e-3)),
-        Stage("lists", 500, (1.5e-3, 1.5e-3), FIRST),
+        Stage("lists", 500, (1.5e-3, 1.5e-3), SIMPLE),
         Stage("all", 1200, (1.5e-3, 1.5e-3), ALL, learnt=0.8),
         Stage("longer", 1500, (1.5e-3, 1.0e-3), ALL, learnt=0.8),
         Stage("end", 900, (1.0e-3, 1e-5), ALL, learnt=0.8),
-    )
+    ),
+    world=scenes.FIRST,
+    levels=SHORT,
 )
+AGAIN = ALL | {Task.COUNT: 2.0, Task.SHAPES: 2.5, Task.WHICH: 2.5}
+SIZES = Course(  # from the first one's weights
+    stages=(
+        Stage("sizes", 700, (7e-4, 6e-4), AGAIN, learnt=KNOWN),
+        Stage("end", 400, (6e-4, 1e-5), AGAIN, learnt=KNOWN),
+    ),
+    world=scenes.TRAINED,
+    levels=LONGEST,
+    mixed=0.7,
+    seed=1,
+    describing=0.3,
+)
+LATE = {
+    Task.COLOUR: 0.2,
+    Task.SHAPE: 0.3,
+    Task.COUNT: 4.0,
+    Task.PLACE: 0.7,
+    Task.COLOURS: 2.0,
+    Task.SHAPES: 3.5,
+    Task.WHICH: 2.5,
+    Task.SAME: 0.5,
+}
+LAST = Course(  # what the second one left weakest, more gently
+    stages=(Stage("end", 600, (5e-4, 1e-5), LATE, learnt=KNOWN),),
+    world=scenes.TRAINED,
+    levels=LONGEST | {Task.WHICH: (2, 4)},
+    mixed=0.7,
+    seed=2,
+    describing=0.3,
+)
+COURSES = (FIRST, SIZES, LAST)  # in their order: each but the first begins from the weights of the one before

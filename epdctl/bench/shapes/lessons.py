@@ -1,10 +1,10 @@
-"""Batches to train on: questions of one layout, so that nothing is padded, and what the tower alone should see."""
+"""Batches to train on: questions about pictures of one or several sizes, and what the tower alone should see."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,12 +16,13 @@ from epdctl.bench.shapes.model import MEAN, MERGE, PATCH, STD
 from epdctl.bench.shapes.questions import Question, Task, ask, colours, shapes, which
 from epdctl.bench.shapes.scenes import COUNTS, Composer
 
-__all__ = ["IGNORED", "MOST_CENTRES", "Lesson", "Sight", "Writer", "look", "lookout", "patches", "study"]
+__all__ = ["IGNORED", "MOST_CENTRES", "Lesson", "Practice", "Sight", "Writer", "look", "lookout", "patches", "study"]
 
 IGNORED = -100  # as cross_entropy has it
 CELL = PATCH * MERGE
 SEEN, UNSEEN = 0.2, 0.04  # shares of a cell from which, and up to which, a figure is called there, or not
 MOST_CENTRES = 2  # figures do not touch: more do not fit into a cell
+LAYOUTS = 1024  # that are remembered
 COLOURS, SHAPES, PLACES = list(Colour), list(Shape), list(Place)
 
 
@@ -40,27 +41,57 @@ class Sight:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """Sequences over some pictures; ``shown[i]`` are those of sequence i, in order."""
+    """Sequences over some pictures. ``shown``: the rows of the sights' features, one after the other, that take the
+    places of the image tokens. ``grids``: of the pictures of each sequence, in order."""
 
-    sight: Sight
-    shown: torch.Tensor  # [sequences, pictures]
-    tokens: torch.Tensor  # [sequences, length], answers and their end included
-    answer: int  # where the answer starts
+    sights: tuple[Sight, ...]
+    shown: torch.Tensor  # [image tokens of all sequences]
+    grids: torch.Tensor  # [pictures of all sequences, 3]
+    tokens: torch.Tensor  # [sequences, length], answers and their end included, padded on the right
+    wanted: torch.Tensor  # [sequences, length]: the tokens of the answers, IGNORED elsewhere
 
 
-def study(task: Task, composer: Composer, writer: Writer, pictures: int, sequences: int) -> Lesson:
+@dataclass(frozen=True, slots=True)
+class Practice:
+    """What a lesson is about. ``mixed``: the probability that its pictures are of several sizes."""
+
+    task: Task
+    pictures: int
+    sequences: int
+    mixed: float = 0.0
+
+
+def study(practice: Practice, composer: Composer, writer: Writer) -> Lesson:
     """Questions of several pictures share them: a picture is worth many questions, and drawing and seeing cost most."""
-    size = composer.size()
-    if task in _PICK:
-        scenes = [composer.one(size) for _ in range(max(16, 2 * pictures))]
-        picked = [_PICK[task](scenes, composer.rng, pictures) for _ in range(sequences)]
-        shown, questions = [row for row, _ in picked], [question for _, question in picked]
+    palette = composer.palette(practice.mixed)
+    if practice.task in _PICK:
+        scenes = [composer.one(size) for size in composer.sizes(palette, max(16, 2 * practice.pictures))]
+        pick = _PICK[practice.task]
+        picked = [pick(scenes, composer.rng, practice.pictures) for _ in range(practice.sequences)]
+        rows, questions = [row for row, _ in picked], [question for _, question in picked]
     else:
-        questions = [ask(task, composer, size) for _ in range(sequences)]
+        questions = [ask(practice.task, composer, composer.sizes(palette, 2)) for _ in range(practice.sequences)]
         scenes = [scene for question in questions for scene in question.scenes]
-        shown = np.arange(len(scenes)).reshape(sequences, -1).tolist()
-    tokens, answer = writer.write(questions)
-    return Lesson(look(scenes), torch.tensor(shown), tokens, answer)
+        rows = np.arange(len(scenes)).reshape(practice.sequences, -1).tolist()
+    return lesson(scenes, rows, writer.write(questions))
+
+
+def lesson(scenes: Sequence[Scene], rows: Sequence[Sequence[int]], written: Written) -> Lesson:
+    """``rows[i]`` are the scenes of sequence i, in order."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, scene in enumerate(scenes):
+        groups.setdefault((scene.width, scene.height), []).append(index)
+    order = [index for group in groups.values() for index in group]
+    ends = np.cumsum([_tokens(scenes[index]) for index in order])
+    features = {index: range(end - _tokens(scenes[index]), end) for index, end in zip(order, ends, strict=True)}
+    shown = [index for row in rows for index in row]
+    return Lesson(
+        sights=tuple(look([scenes[index] for index in group]) for group in groups.values()),
+        shown=torch.tensor([place for index in shown for place in features[index]]),
+        grids=torch.tensor([_grid(scenes[index]) for index in shown]),
+        tokens=written.tokens,
+        wanted=written.wanted,
+    )
 
 
 def lookout(composer: Composer, pictures: int) -> Sight:
@@ -74,11 +105,11 @@ def lookout(composer: Composer, pictures: int) -> Sight:
 
 
 def look(scenes: Sequence[Scene]) -> Sight:
-    ((rows, columns),) = {(scene.height // CELL, scene.width // CELL) for scene in scenes}
+    (grid,) = {_grid(scene) for scene in scenes}
     hues, forms = zip(*map(_cells, scenes), strict=True)
     return Sight(
         pixels=patches(np.stack([render(scene) for scene in scenes])),
-        grids=torch.tensor([[1, rows * MERGE, columns * MERGE]] * len(scenes)),
+        grids=torch.tensor([grid] * len(scenes)),
         colours=torch.from_numpy(np.stack(hues)),
         shapes=torch.from_numpy(np.stack(forms)),
         centres=torch.from_numpy(np.stack([_centres(scene) for scene in scenes])),
@@ -153,19 +184,30 @@ def _cells(scene: Scene) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return np.where(share >= SEEN, colours, elsewhere), np.where(share >= SEEN, shapes, IGNORED)
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """As of a Lesson."""
+
+    tokens: torch.Tensor
+    wanted: torch.Tensor
+
+
 class Writer:
     """Questions as token ids, in the frame that the chat template gives them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.prompt = cache(self._prompt)
+        self._padding = tokenizer.get_vocab()["<|endoftext|>"]
+        self.prompt = lru_cache(LAYOUTS)(self._prompt)
 
-    def write(self, questions: Sequence[Question]) -> tuple[torch.Tensor, int]:
-        """[questions, length], and where their answers start. Raises ValueError when lengths differ."""
-        prompts = [self.prompt(question.prompt, _tokens_of(question)) for question in questions]
+    def write(self, questions: Sequence[Question]) -> Written:
+        prompts = [self.prompt(question.prompt, tuple(map(_tokens, question.scenes))) for question in questions]
         answers = [self._tokenizer.encode(f"{question.answer}<|im_end|>").ids for question in questions]
-        (length,) = {len(prompt) for prompt in prompts}
-        return torch.tensor([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]), length
+        pairs = list(zip(prompts, answers, strict=True))
+        return Written(
+            tokens=_padded([prompt + answer for prompt, answer in pairs], self._padding),
+            wanted=_padded([[IGNORED] * len(prompt) + answer for prompt, answer in pairs], IGNORED),
+        )
 
     def _prompt(self, prompt: str, rows: tuple[int, ...]) -> list[int]:
         pictures = (
@@ -176,5 +218,14 @@ class Writer:
         return self._tokenizer.encode(text).ids
 
 
-def _tokens_of(question: Question) -> tuple[int, ...]:
-    return tuple((scene.height // CELL) * (scene.width // CELL) for scene in question.scenes)
+def _padded(rows: Sequence[list[int]], padding: int) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
+
+
+def _tokens(scene: Scene) -> int:
+    return (scene.height // CELL) * (scene.width // CELL)
+
+
+def _grid(scene: Scene) -> tuple[int, int, int]:
+    return 1, scene.height // PATCH, scene.width // PATCH

@@ -12,15 +12,12 @@ from tokenizers import Tokenizer
 from epdctl.bench.checkpoints import END_TOKENS, SPECIAL_TOKENS
 from epdctl.bench.shapes.tokens import CHAT_TEMPLATE
 
-__all__ = ["DIRECTORY", "LARGEST", "MEAN", "MERGE", "PATCH", "SMALLEST", "STD", "build", "pack"]
+__all__ = ["DIRECTORY", "LARGEST", "MEAN", "MERGE", "PATCH", "SMALLEST", "STD", "build", "pack", "weights"]
 
 DIRECTORY = Path(__file__).parents[2] / "data" / "shapes-vl"
 PATCH = 8  # pixels
 MERGE = 2  # patches, per side, that become one token
-SMALLEST, LARGEST = (
-    48 * 48,
-    64 * 64,
-)  # pixels; what is beyond is scaled: the ends of lists of larger ones come out wrong
+SMALLEST, LARGEST = 48 * 48, 80 * 64  # pixels; what is beyond is scaled
 MEAN, STD = 0.5, 0.25
 WIDTH = 0.08  # of the first weights: with the library's 0.02 nothing is learnt for minutes
 
@@ -35,6 +32,14 @@ def _untrained(tokenizer: Tokenizer) -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**_config(tokenizer)))
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Of a checkpoint, by the names that the whole model has for them, in float32."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    return dict(model.state_dict())
 
 
 def pack(directory: Path, tokenizer: Tokenizer, model: Any) -> None:

@@ -36,9 +36,9 @@ class Question:
     scenes: tuple[Scene, ...]
 
 
-def ask(task: Task, composer: Composer, size: Size, pictures: int = 1) -> Question:
-    """A new question. ``pictures`` matters for the lists and for which one."""
-    return _ASK[task](composer, size, pictures)
+def ask(task: Task, composer: Composer, sizes: Sequence[Size]) -> Question:
+    """A new question; a size for each of its pictures, of which it may need fewer."""
+    return _ASK[task](composer, sizes)
 
 
 def messages(question: Question) -> list[dict[str, Any]]:
@@ -65,54 +65,54 @@ def which(scenes: Sequence[Scene], shape: Shape) -> Question:
     return Question(Task.WHICH, f"Which picture shows the {shape}?", str(number), tuple(scenes))
 
 
-def _ask_colour(composer: Composer, size: Size, pictures: int) -> Question:
-    scene = composer.one(size)
+def _ask_colour(composer: Composer, sizes: Sequence[Size]) -> Question:
+    scene = composer.one(sizes[0])
     return Question(Task.COLOUR, "What colour is the shape?", str(scene.figures[0].colour), (scene,))
 
 
-def _ask_shape(composer: Composer, size: Size, pictures: int) -> Question:
-    scene = composer.one(size)
+def _ask_shape(composer: Composer, sizes: Sequence[Size]) -> Question:
+    scene = composer.one(sizes[0])
     return Question(Task.SHAPE, "What shape is it?", str(scene.figures[0].shape), (scene,))
 
 
-def _ask_count(composer: Composer, size: Size, pictures: int) -> Question:
+def _ask_count(composer: Composer, sizes: Sequence[Size]) -> Question:
     count = int(composer.rng.choice(COUNTS))
-    return Question(Task.COUNT, "How many shapes are there?", str(count), (composer.several(size, count),))
+    return Question(Task.COUNT, "How many shapes are there?", str(count), (composer.several(sizes[0], count),))
 
 
-def _ask_place(composer: Composer, size: Size, pictures: int) -> Question:
-    scene = composer.placed(size)
+def _ask_place(composer: Composer, sizes: Sequence[Size]) -> Question:
+    scene = composer.placed(sizes[0])
     return Question(Task.PLACE, "Where is the shape?", str(scene.place), (scene,))
 
 
-def _ask_colours(composer: Composer, size: Size, pictures: int) -> Question:
-    return colours([composer.one(size) for _ in range(pictures)])
+def _ask_colours(composer: Composer, sizes: Sequence[Size]) -> Question:
+    return colours([composer.one(size) for size in sizes])
 
 
-def _ask_shapes(composer: Composer, size: Size, pictures: int) -> Question:
-    return shapes([composer.one(size) for _ in range(pictures)])
+def _ask_shapes(composer: Composer, sizes: Sequence[Size]) -> Question:
+    return shapes([composer.one(size) for size in sizes])
 
 
-def _ask_which(composer: Composer, size: Size, pictures: int) -> Question:
-    shape, at = composer.shape(), int(composer.rng.integers(pictures))
-    shapes = [shape if index == at else composer.shape(but=shape) for index in range(pictures)]
-    return which([composer.one(size, each) for each in shapes], shape)
+def _ask_which(composer: Composer, sizes: Sequence[Size]) -> Question:
+    shape, at = composer.shape(), int(composer.rng.integers(len(sizes)))
+    shapes = [shape if index == at else composer.shape(but=shape) for index in range(len(sizes))]
+    return which([composer.one(size, each) for size, each in zip(sizes, shapes, strict=True)], shape)
 
 
-def _ask_same(composer: Composer, size: Size, pictures: int) -> Question:
+def _ask_same(composer: Composer, sizes: Sequence[Size]) -> Question:
     """No more often than yes; then colour, shape or both differ."""
     shape, colour = composer.shape(), composer.colour()
     other = int(composer.rng.choice(6))  # 0: the shape, 1: the colour, 2: both, from 3: nothing
-    left = composer.one(size, shape, colour)
+    left = composer.one(sizes[0], shape, colour)
     right = composer.one(
-        size,
+        sizes[1],
         composer.shape(but=shape) if other in (0, 2) else shape,
         composer.colour(but=colour) if other in (1, 2) else colour,
     )
     return Question(Task.SAME, "Are both pictures the same?", "yes" if other > 2 else "no", (left, right))
 
 
-_ASK: Mapping[Task, Callable[[Composer, Size, int], Question]] = {
+_ASK: Mapping[Task, Callable[[Composer, Sequence[Size]], Question]] = {
     Task.COLOUR: _ask_colour,
     Task.SHAPE: _ask_shape,
     Task.COUNT: _ask_count,

@@ -12,7 +12,7 @@ import numpy as np
 from epdctl.bench.shapes import backgrounds
 from epdctl.bench.shapes.draw import Colour, Figure, Place, Scene, Shape
 
-__all__ = ["COUNTS", "TRAINED", "UNSEEN", "Composer", "Size", "World"]
+__all__ = ["COUNTS", "FIRST", "TRAINED", "UNSEEN", "Composer", "Size", "World"]
 
 Choice = TypeVar("Choice")
 Size = tuple[int, int]  # width, height in pixels
@@ -30,8 +30,18 @@ class World:
     weights: Sequence[float]
 
 
-TRAINED = World(backgrounds.TRAINED, ((48, 48), (64, 48), (48, 64), (64, 64)), (0.44, 0.16, 0.16, 0.24))
-UNSEEN = World(backgrounds.UNSEEN, ((56, 56), (72, 72), (80, 64), (64, 80)), (0.25, 0.25, 0.25, 0.25))
+FIRST = World(backgrounds.TRAINED, ((48, 48), (64, 48), (48, 64), (64, 64)), (0.44, 0.16, 0.16, 0.24))
+TRAINED = World(
+    backgrounds.TRAINED,
+    (*FIRST.sizes, (96, 48), (48, 96), (80, 64)),
+    (0.28, 0.14, 0.14, 0.14, 0.1, 0.1, 0.1),
+)
+# What the processor makes of these is none of the trained sizes either: 80x48, 48x80 and 64x80.
+UNSEEN = World(
+    backgrounds.UNSEEN,
+    ((80, 48), (48, 80), (64, 80), (76, 44), (66, 82), (112, 63)),
+    (0.25, 0.25, 0.2, 0.1, 0.1, 0.1),
+)
 
 
 class Composer:
@@ -43,6 +53,16 @@ class Composer:
 
     def size(self) -> Size:
         return self._world.sizes[self.rng.choice(len(self._world.sizes), p=self._world.weights)]
+
+    def palette(self, mixed: float) -> Sequence[Size]:
+        """One size, or, with a probability of ``mixed``, two or three."""
+        if mixed and self.rng.random() < mixed:
+            several = self.rng.choice(len(self._world.sizes), self.rng.integers(2, 4), False, self._world.weights)
+            return [self._world.sizes[index] for index in several]
+        return [self.size()]
+
+    def sizes(self, palette: Sequence[Size], pictures: int) -> list[Size]:
+        return [self._one_of(palette) for _ in range(pictures)]
 
     def colour(self, but: Colour | None = None) -> Colour:
         return self._one_of([colour for colour in Colour if colour is not but])

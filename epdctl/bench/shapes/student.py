@@ -1,7 +1,8 @@
-"""The model while it learns: forwards without padding, and heads that help the tower and are thrown away."""
+"""The model while it learns: its forward over pictures of several sizes, and heads that only help the tower."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -37,7 +38,6 @@ class Student(nn.Module):
         self.cells = nn.Linear(width, sum(PER_CELL))
         self.wholes = nn.Linear(width, len(COUNTS) + len(Place))
         self._image = int(model.config.image_token_id)
-        self._positions: dict[tuple[int, ...], torch.Tensor] = {}
         _register()
         model.model.visual.config._attn_implementation = EVEN
 
@@ -46,7 +46,14 @@ class Student(nn.Module):
         features = self.model.model.visual(sight.pixels, sight.grids).pooler_output
         return cast("torch.Tensor", features).view(len(sight.grids), -1, features.shape[-1])
 
-    def describe(self, features: torch.Tensor, sight: Sight) -> Score:
+    def describe(self, features: Sequence[torch.Tensor], sights: Sequence[Sight]) -> Score:
+        """As ``_describe``: a mean, in which each picture counts the same."""
+        shares = [len(sight.grids) / sum(len(each.grids) for each in sights) for sight in sights]
+        scores = [self._describe(seen, sight) for seen, sight in zip(features, sights, strict=True)]
+        loss = torch.stack([share * score.loss for share, score in zip(shares, scores, strict=True)]).sum()
+        return Score(loss, sum(share * score.right for share, score in zip(shares, scores, strict=True)))
+
+    def _describe(self, features: torch.Tensor, sight: Sight) -> Score:
         """How well the heads can tell from the tower's output what is where."""
         colours, shapes, centres = self.cells(features).split(PER_CELL, -1)
         counts, places = self.wholes(features.mean(1)).split([len(COUNTS), len(Place)], -1)
@@ -62,32 +69,29 @@ class Student(nn.Module):
         right = (shapes.argmax(-1) == sight.shapes) & (colours.argmax(-1) == sight.colours)
         return Score(torch.stack(losses).sum(), float(right[there].float().mean()))
 
-    def answer(self, features: torch.Tensor, lesson: Lesson) -> Score:
-        tokens = lesson.tokens
-        embeds = self.model.get_input_embeddings()(tokens[:, :-1])
-        places = (tokens[0] == self._image).nonzero()[:, 0]
-        embeds = embeds.index_copy(1, places, features[lesson.shown].flatten(1, 2))
+    def answer(self, features: Sequence[torch.Tensor], lesson: Lesson) -> Score:
+        """``features``: of each of the lesson's sights. What is padded lies behind all that counts, and is not seen."""
+        tokens, wanted = lesson.tokens[:, :-1], lesson.wanted[:, 1:]
+        rows = torch.cat([each.flatten(0, 1) for each in features])
+        embeds = self.model.get_input_embeddings()(tokens)
+        embeds = embeds.index_put((tokens == self._image).nonzero(as_tuple=True), rows[lesson.shown])
         hidden = self.model.model.language_model(
             inputs_embeds=embeds,
-            position_ids=self._places(lesson)[:, None, :-1].expand(-1, len(tokens), -1),
+            position_ids=self._places(tokens, lesson.grids),
             attention_mask={"full_attention": None},
             use_cache=False,
         ).last_hidden_state
-        logits = self.model.lm_head(hidden[:, lesson.answer - 1 :])
-        wanted = tokens[:, lesson.answer :]
-        right = (logits.argmax(-1) == wanted).all(1).float().mean()
-        return Score(cross_entropy(logits.flatten(0, 1), wanted.flatten()), float(right))
+        counts = wanted != IGNORED
+        logits = self.model.lm_head(hidden[counts])
+        wrong = torch.zeros_like(counts)
+        wrong[counts] = logits.argmax(-1) != wanted[counts]
+        return Score(cross_entropy(logits, wanted[counts]), float((~wrong.any(1)).float().mean()))
 
-    def _places(self, lesson: Lesson) -> torch.Tensor:
-        """[3, length], the library's own; the same for all of one layout."""
-        tokens, grid = lesson.tokens[:1], lesson.sight.grids[:1]
-        layout = (lesson.shown.shape[1], tokens.shape[1], *grid[0].tolist())
-        if layout not in self._positions:
-            grids = grid.expand(lesson.shown.shape[1], -1)
-            kinds = (tokens == self._image).int()
-            found, _ = self.model.model.get_rope_index(tokens, mm_token_type_ids=kinds, image_grid_thw=grids)
-            self._positions[layout] = found[:, 0]
-        return self._positions[layout]
+    def _places(self, tokens: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        """[3, sequences, length], the library's own."""
+        kinds = (tokens == self._image).int()
+        places, _ = self.model.model.get_rope_index(tokens, mm_token_type_ids=kinds, image_grid_thw=grids)
+        return cast("torch.Tensor", places)
 
 
 def _even_attention(

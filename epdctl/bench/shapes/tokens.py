@@ -62,6 +62,6 @@ def sentences() -> Iterator[str]:
     composer = Composer(TRAINED, 0)
     pictures = "".join(f"Picture {number}: " for number in range(1, MOST_PICTURES + 1))
     for task, _ in itertools.product(Task, range(100)):
-        question = ask(task, composer, (48, 48), MOST_PICTURES)
+        question = ask(task, composer, [(48, 48)] * MOST_PICTURES)
         yield f"user\n{pictures}\n{question.prompt}\nassistant\n{question.answer}\n"
         yield f"system\n{question.answer} {question.answer}"

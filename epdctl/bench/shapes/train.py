@@ -1,6 +1,9 @@
-"""Trains ``shapes-vl`` from nothing, on the CPU, from pictures it draws: ``python -m epdctl.bench.shapes.train RUN``
+"""Trains ``shapes-vl`` on the CPU, from pictures it draws, in courses that follow each other:
 
-RUN is a folder for the log and for what a later call goes on from. Equal courses and thread counts give equal weights.
+``python -m epdctl.bench.shapes.train RUN`` from nothing, then ``... RUN2 --from RUN/checkpoint`` for the next one.
+
+RUN is a folder for the log and for what a later call goes on from. Equal courses, threads, versions and first weights
+give equal weights.
 """
 
 from __future__ import annotations
@@ -11,16 +14,16 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from epdctl.bench.shapes.course import COURSE, Course, Progress, Stage
-from epdctl.bench.shapes.lessons import Writer, lookout, study
-from epdctl.bench.shapes.model import build, pack
+from epdctl.bench.shapes import record
+from epdctl.bench.shapes.course import COURSES, Course, Progress, Stage
+from epdctl.bench.shapes.lessons import Practice, Writer, lookout, study
+from epdctl.bench.shapes.model import build, pack, weights
 from epdctl.bench.shapes.questions import Task
-from epdctl.bench.shapes.scenes import TRAINED, Composer
+from epdctl.bench.shapes.scenes import Composer
 from epdctl.bench.shapes.student import Student
 from epdctl.bench.shapes.tokens import make_tokenizer
 
@@ -33,10 +36,15 @@ LOGGED = 25  # steps to a line of the log
 class Training:
     """One run: the student, its optimiser, how far it has come."""
 
-    def __init__(self, course: Course) -> None:
+    def __init__(self, course: Course, first: Path | None = None) -> None:
+        """``first``: a checkpoint whose weights are gone on from; the heads beside them are new."""
         self.course = course
+        self.begun = record.begun(course, torch.get_num_threads())
+        self.earlier = record.courses(first) if first else []
         self.tokenizer = make_tokenizer()
         self.student = Student(build(self.tokenizer, course.seed))
+        if first:
+            self.student.model.load_state_dict(weights(first))
         self.average = copy.deepcopy(self.student)
         self.step = 0
         self.seconds = 0.0
@@ -49,7 +57,7 @@ class Training:
     def advance(self) -> dict[str, float]:
         """One step. Returns losses and shares of right answers, by what was practised."""
         stage, rate = self.course.stage(self.step)
-        composer = Composer(TRAINED, (self.course.seed, self.step))
+        composer = Composer(self.course.world, (self.course.seed, self.step))
         seen: dict[str, float] = {}
         if stage.tasks:
             tasks, weights = list(stage.tasks), torch.tensor(list(stage.tasks.values())).double().numpy()
@@ -63,15 +71,16 @@ class Training:
 
     def _look(self, composer: Composer) -> dict[str, float]:
         sight = lookout(composer, self.course.lookout)
-        score = self.student.describe(self.student.see(sight), sight)
+        score = self.student.describe([self.student.see(sight)], [sight])
         torch.autograd.backward(score.loss)
         return {"tower loss": float(score.loss.detach()), "tower": score.right}
 
     def _practise(self, task: Task, stage: Stage, composer: Composer) -> dict[str, float]:
-        pictures = self._progress.pictures(task, stage.learnt, composer.rng)
-        lesson = study(task, composer, self._writer, pictures, self.course.sequences_of(pictures))
-        features = self.student.see(lesson.sight)
-        described = self.student.describe(features, lesson.sight)
+        pictures = self._progress.pictures(self.course.levels, task, stage.learnt, composer.rng)
+        practice = Practice(task, pictures, self.course.sequences_of(pictures), self.course.mixed)
+        lesson = study(practice, composer, self._writer)
+        features = [self.student.see(sight) for sight in lesson.sights]
+        described = self.student.describe(features, lesson.sights)
         answered = self.student.answer(features, lesson)
         loss = answered.loss + self.course.describing * described.loss
         torch.autograd.backward(loss / self.course.lessons)
@@ -97,36 +106,51 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "right": self._progress.right,
+            "begun": self.begun,
+            "earlier": self.earlier,
         }
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
 
     def load(self, path: Path) -> None:
+        """Raises ValueError when the state is of a run that began otherwise: the two would be recorded as one."""
         state = torch.load(path, weights_only=True)
+        mine = self.begun | {"earlier": self.earlier}
+        differs = [
+            name for name, value in (state["begun"] | {"earlier": state["earlier"]}).items() if value != mine[name]
+        ]
+        if differs:
+            raise ValueError(f"{path} cannot be gone on from: it was begun with other {', '.join(differs)}")
         self.student.load_state_dict(state["student"])
         self.average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         self._progress = Progress(state["right"])
 
+    def pack(self, directory: Path) -> None:
+        """The checkpoint, with the record of how it was made."""
+        pack(directory, self.tokenizer, self.average.model)
+        done = {"steps": self.step, "seconds": round(self.seconds), "sha256": record.fingerprint(directory)}
+        record.write(directory, [*self.earlier, done | self.begun])
 
-def run(folder: Path, course: Course, say: Callable[[str], None]) -> None:
+
+def run(folder: Path, training: Training, say: Callable[[str], None]) -> None:
     """Goes on from where the folder's last call was, to the end of the course."""
     folder.mkdir(parents=True, exist_ok=True)
-    training, state = Training(course), folder / "state.pt"
+    state = folder / "state.pt"
     if state.exists():
         training.load(state)
     before = time.monotonic() - training.seconds
     lines: list[dict[str, float]] = []
-    while training.step < course.steps:
+    while training.step < training.course.steps:
         lines.append(training.advance())
         training.seconds = time.monotonic() - before
         if training.step % LOGGED == 0:
             _log(folder / "log.jsonl", training, _means(lines), say)
             lines.clear()
-        if training.step % SAVED == 0 or training.step == course.steps:
+        if training.step % SAVED == 0 or training.step == training.course.steps:
             training.save(state)
-            pack(folder / "checkpoint", training.tokenizer, training.average.model)
+            training.pack(folder / "checkpoint")
 
 
 def _means(lines: list[dict[str, float]]) -> dict[str, float]:
@@ -148,12 +172,14 @@ def _log(path: Path, training: Training, means: dict[str, float], say: Callable[
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m epdctl.bench.shapes.train", description="Train shapes-vl.")
     parser.add_argument("run", type=Path, help="folder for the log, the state and the checkpoint")
+    parser.add_argument("--from", type=Path, dest="first", help="a checkpoint of the course before")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.run.mkdir(parents=True, exist_ok=True)
-    (arguments.run / "course.json").write_text(json.dumps(asdict(COURSE), indent=2) + "\n", encoding="utf-8")
-    run(arguments.run, COURSE, print)
+    done = len(record.courses(arguments.first)) if arguments.first else 0
+    if done == len(COURSES):
+        parser.error(f"{arguments.first} has been through all {done} courses")
+    run(arguments.run, Training(COURSES[done], arguments.first), lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,19 @@ import pytest
 
 from epdctl.bench.shapes.draw import Shape
 from epdctl.bench.shapes.questions import Question, Task, ask, colours, messages, which
-from epdctl.bench.shapes.scenes import TRAINED, Composer
+from epdctl.bench.shapes.scenes import TRAINED, Composer, Size
 
-SIZE = (48, 48)
+SIZES = ((48, 48), (64, 48), (96, 48), (48, 64))
 MANY = 200
+
+
+def sizes(pictures: int) -> list[Size]:
+    return [SIZES[index % len(SIZES)] for index in range(pictures)]
 
 
 def asked(task: Task, pictures: int = 1, many: int = MANY) -> list[Question]:
     composer = Composer(TRAINED, 11)
-    return [ask(task, composer, SIZE, pictures) for _ in range(many)]
+    return [ask(task, composer, sizes(pictures)) for _ in range(many)]
 
 
 def test_single_pictures_are_answered_with_what_they_show() -> None:
@@ -57,7 +61,7 @@ def test_which_picture_has_one_right_answer_anywhere() -> None:
 def test_a_question_of_which_without_one_answer_is_refused() -> None:
     composer = Composer(TRAINED, 12)
     with pytest.raises(ValueError, match="unpack"):
-        which([composer.one(SIZE, Shape.CROSS) for _ in range(2)], Shape.CROSS)
+        which([composer.one(SIZES[0], Shape.CROSS) for _ in range(2)], Shape.CROSS)
 
 
 def test_same_means_shape_and_colour_and_is_so_half_of_the_time() -> None:
@@ -67,6 +71,12 @@ def test_same_means_shape_and_colour_and_is_so_half_of_the_time() -> None:
         assert question.answer == ("yes" if (left.shape, left.colour) == (right.shape, right.colour) else "no")
     yes = sum(question.answer == "yes" for question in questions)
     assert 0.4 * MANY < yes < 0.6 * MANY
+
+
+@pytest.mark.parametrize("task", [Task.COLOURS, Task.SHAPES, Task.WHICH])
+def test_each_picture_has_its_own_size(task: Task) -> None:
+    for question in asked(task, 8, 5):
+        assert [(scene.width, scene.height) for scene in question.scenes] == sizes(8)
 
 
 def test_pictures_come_before_the_words() -> None:

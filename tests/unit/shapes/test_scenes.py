@@ -78,3 +78,13 @@ def test_a_wish_is_kept_and_a_veto_too() -> None:
         assert (figure.shape, figure.colour) == (Shape.CROSS, Colour.PINK)
         assert composer.shape(but=Shape.CROSS) is not Shape.CROSS
         assert composer.colour(but=Colour.PINK) is not Colour.PINK
+
+
+def test_a_palette_is_of_one_size_or_of_two_or_three_as_often_as_said() -> None:
+    composer = Composer(TRAINED, 9)
+    lengths = [len(set(composer.palette(0.7))) for _ in range(400)]
+    assert set(lengths) == {1, 2, 3}
+    assert 90 <= lengths.count(1) <= 150
+    assert {len(composer.palette(0.0)) for _ in range(50)} == {1}
+    palette = composer.palette(1.0)
+    assert set(composer.sizes(palette, 40)) == set(palette)
