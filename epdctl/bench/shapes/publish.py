@@ -19,19 +19,18 @@ from epdctl.bench.shapes.curve import draw_curve
 from epdctl.bench.shapes.model import DIRECTORY
 from epdctl.bench.shapes.reader import Reader
 
-__all__ = ["CURVE", "publish"]
-
-CURVE = "curve.png"
+__all__ = ["publish"]
 
 
 def publish(run: Path, directory: Path, asked: int) -> None:
-    """Replaces what is in ``directory``."""
+    """Replaces what is in ``directory``; the curves of earlier courses stay."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     shutil.copytree(run / "checkpoint", directory, dirs_exist_ok=True)
-    draw_curve(lines).quantize(64).save(directory / CURVE, optimize=True)
+    courses = record.courses(directory)
+    draw_curve(lines).quantize(64).save(directory / f"curve-{len(courses)}.png", optimize=True)
     results = list(examine(Reader(directory), asked))
     accuracy = {"questions": asked, "tasks": _table(results)}
-    record.write(directory, record.courses(directory), accuracy=accuracy)
+    record.write(directory, courses, accuracy=accuracy)
 
 
 def _table(results: Sequence[Result]) -> dict[str, Any]:
