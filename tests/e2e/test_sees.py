@@ -235,9 +235,10 @@ def test_one_trace_shows_a_request_s_way_through_every_rank(sees: Cluster, tmp_p
         assert {event["args"]["request"] for event in during} == {request}
         work = [event["ts"] for event in trace.slices("cpu_op") if trace.process(event) == rank]
         spans = [(event["ts"], event["ts"] + event["dur"]) for event in during]
-        assert work, f"{rank} did nothing"
+        assert all(any(began <= at <= ended for at in work) for began, ended in spans), f"{rank} did nothing in a {hop}"
         inside = sum(any(began <= at <= ended for began, ended in spans) for at in work)
-        assert inside > 0.5 * len(work), f"{rank}: {inside} of {len(work)} operators ran while it was {hop}"
+        # an encoder's canary may have run meanwhile, which is of no request
+        assert inside > 0.25 * len(work), f"{rank}: {inside} of {len(work)} operators ran while it was {hop}"
     assert "USDT" not in sees.run("logs", "--tail", "1000").stdout
 
 
