@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from epdctl.cli.console import hush, say
 from epdctl.cli.inbox import Ended, Inbox, Interrupt
 from epdctl.cli.loglines import LogPrinter
 from epdctl.cli.screen import screen
-from epdctl.cli.tables import changes, event_line
+from epdctl.cli.tables import changes, draining_line, event_line, status_line
 from epdctl.control.client import Client
 from epdctl.control.cluster import ClusterRef
 from epdctl.errors import DeadlineExceeded, NotRunning, RankError, RankFailed, Unreachable
@@ -66,10 +67,11 @@ class Session:
         """Raises RankFailed at once when a rank is given up, RankError when somebody else takes the cluster down,
         DeadlineExceeded after ``seconds``, Interrupted."""
         deadline = time.monotonic() + seconds
+        reply: StatusReply | None = None
         self.inbox.pump("watch", self.client.watch())
         with screen() as view:
             while True:
-                reply = self._next_status(deadline, seconds)
+                reply = self._next_status(deadline, seconds, reply)
                 view.show(reply)
                 if reply.stopping:
                     raise RankError("the cluster was taken down from elsewhere before every rank was ready")
@@ -78,11 +80,11 @@ class Session:
                 if all_ready(reply):
                     return reply
 
-    def _next_status(self, deadline: float, seconds: float) -> StatusReply:
+    def _next_status(self, deadline: float, seconds: float, last: StatusReply | None) -> StatusReply:
         try:
             item = self.inbox.take(deadline)
         except DeadlineExceeded:
-            raise DeadlineExceeded(f"not every rank was ready within {seconds:g} s") from None
+            raise DeadlineExceeded(_late(seconds, last)) from None
         match item:
             case StatusReply():
                 return item
@@ -104,7 +106,8 @@ class Session:
                     tell_all(changes(last, item))
                     last = item
                 case Interrupt():
-                    say(f"{item.reason}: draining and stopping; once more to kill")
+                    most = self.cluster.record.drain_s
+                    say(f"{item.reason}: {draining_line(last, most)}; once more to kill")
                     return
                 case Ended(source="watch") if last.stopping:
                     say("taken down from elsewhere")
@@ -120,9 +123,13 @@ class Session:
             hush(sys.stdout)
             self.inbox.interrupt("output closed")
 
-    def stop(self, *, force: bool = False) -> None:
-        """Take the cluster down, telling what happens; an interrupt meanwhile kills it."""
-        self.inbox.pump("kill" if force else "down", self._down(force))
+    def stop(self) -> bool:
+        """Take the cluster down, telling what happens; an interrupt meanwhile kills it. Whether one did.
+
+        Raises Unreachable when the daemon does not do it.
+        """
+        force = False
+        self.inbox.pump("down", self.client.down())
         while True:
             match item := self.inbox.take():
                 case Event():
@@ -130,14 +137,23 @@ class Session:
                 case Interrupt() if not force:
                     force = True
                     say(f"{item.reason}: killing")
-                    self.inbox.pump("kill", self._down(force=True))
+                    self.inbox.pump("kill", self._kill())
                 case Ended(source="down" | "kill"):
                     if item.error is not None and not isinstance(item.error, NotRunning):
                         raise item.error
-                    return
+                    if item.source == "down":
+                        return force
 
-    def _down(self, force: bool) -> Iterator[Event]:
-        return self.client.down(force=force)
+    def _kill(self) -> Iterator[Event]:
+        """Says nothing: whoever waits for the first ``down`` hears all that follows from this one."""
+        deque(self.client.down(force=True), maxlen=0)
+        return iter(())
+
+
+def _late(seconds: float, last: StatusReply | None) -> str:
+    waiting = [status for status in last.ranks if status.state is not RankState.READY] if last is not None else []
+    doing = [status_line(status) for status in waiting]
+    return "\n".join([f"not every rank was ready within {seconds:g} s", *doing])
 
 
 def daemon_lost(item: object) -> Exception:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from datetime import date
 from typing import Annotated
 
 import typer
@@ -19,8 +21,13 @@ def events(
     """Print what happened: starts, deaths, states, commands. Of the last run when nothing runs."""
     from epdctl.cli import console, kept, tables
 
-    for event in kept.events(options.chosen_cluster(ctx, cluster), follow=follow, tail=tail):
+    run = kept.the_run(options.chosen_cluster(ctx, cluster), os.environ)
+    found = kept.events(run, follow=follow, tail=tail)
+    if run.epitaph:
+        console.say(run.epitaph)
+    today = date.today()
+    for event in found:
         if json:
             console.show_json(event)
         else:
-            console.data(tables.event_line(event))
+            console.data(tables.event_line(event, today))

@@ -1,21 +1,23 @@
-"""Log lines of a running cluster or of the last run, and how they are printed."""
+"""Log lines of a running cluster or of the last run, from its files, and how they are printed."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncGenerator, Generator
 from typing import TextIO
 
 from epdctl.cli.console import is_fancy, plain, rank_prefix
-from epdctl.cli.kept import newest_cluster
-from epdctl.control.cluster import find_cluster, last_run_logs
-from epdctl.control.logfiles import DAEMON, LogFile, tail
+from epdctl.cli.kept import Kept
+from epdctl.control.cluster import ClusterRef
+from epdctl.control.logfiles import DAEMON, log_files
+from epdctl.control.paths import RunState
 from epdctl.control.select import select_logs
 from epdctl.errors import NotRunning
 from epdctl.ids import RankName
+from epdctl.supervisor.logs import read_logs
 from epdctl.wire.control import FollowLogs, LogLine
 
-__all__ = ["LogPrinter", "kept_lines", "log_lines"]
+__all__ = ["LogPrinter", "log_lines"]
 
 _WIDTH = len("encoder-router/0")
 
@@ -34,31 +36,30 @@ class LogPrinter:
         self._stream.flush()
 
 
-def log_lines(cluster: str | None, wanted: FollowLogs) -> Iterator[LogLine]:
-    """From the daemon; when none runs, from the files that the last run left.
+def log_lines(kept: Kept, wanted: FollowLogs) -> Generator[LogLine, None, None]:
+    """Read where the ranks write: a daemon that hangs or has died is not missed.
 
-    Raises SelectorError, and NotRunning when there is nothing to follow or nothing was kept.
+    Raises SelectorError, and NotRunning when there is nothing to follow.
     """
-    try:
-        daemon = find_cluster(cluster, os.environ).client
-    except NotRunning:
-        if wanted.follow:
-            raise
-        return kept_lines(last_run_logs(cluster or newest_cluster(os.environ), os.environ), wanted)
-    return daemon.logs(wanted)
+    running = kept.running
+    if wanted.follow and running is None:
+        raise NotRunning(f"{kept.state.cluster} does not run, so there is nothing to follow")
+    chosen = select_logs(wanted.ranks, _ranks(kept.state, running))
+    lines = read_logs(kept.state.logs, chosen, wanted, lambda: running is None or not running.directory.running)
+    return _each(lines)
 
 
-def kept_lines(files: list[LogFile], wanted: FollowLogs) -> Iterator[LogLine]:
-    """The last lines of each wanted rank's last process, or of the one before it."""
-    ranks = dict.fromkeys(RankName(file.rank) for file in files if file.rank != DAEMON)
-    for rank in select_logs(wanted.ranks, list(ranks)):
-        chosen = _incarnation(files, rank, previous=wanted.previous)
-        if chosen is not None:
-            for text in tail(chosen.path, wanted.tail if wanted.tail is not None else 1_000_000):
-                yield LogLine(rank=rank, incarnation=chosen.incarnation, text=text)
+def _ranks(state: RunState, running: ClusterRef | None) -> list[RankName]:
+    """In the order of the plan, as far as it is known."""
+    planned = map(RankName, running.record.ranks if running is not None else [])
+    written = (RankName(file.rank) for file in log_files(state.logs) if file.rank != DAEMON)
+    return list(dict.fromkeys([*planned, *written]))
 
 
-def _incarnation(files: list[LogFile], rank: str, *, previous: bool) -> LogFile | None:
-    own = [file for file in files if file.rank == rank]  # sorted by incarnation
-    back = 2 if previous else 1
-    return own[-back] if len(own) >= back else None
+def _each(lines: AsyncGenerator[LogLine, None]) -> Generator[LogLine, None, None]:
+    async def following() -> LogLine | None:
+        return await anext(lines, None)
+
+    with asyncio.Runner() as runner:
+        while (line := runner.run(following())) is not None:
+            yield line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -21,13 +22,17 @@ def logs(
 ) -> None:
     """Print what ranks wrote, each line with its rank's name; `daemon`: their supervisor. Of the last run when nothing
     runs."""
-    from epdctl.cli import console
+    from epdctl.cli import console, kept
     from epdctl.cli.loglines import LogPrinter, log_lines
     from epdctl.wire.control import FollowLogs
 
     wanted = FollowLogs(ranks=ranks or [], tail=tail, follow=follow, previous=previous)
     printer = LogPrinter(sys.stdout)
-    for line in log_lines(options.chosen_cluster(ctx, cluster), wanted):
+    run = kept.the_run(options.chosen_cluster(ctx, cluster), os.environ)
+    lines = log_lines(run, wanted)
+    if run.epitaph:
+        console.say(run.epitaph)
+    for line in lines:
         if json:
             console.show_json(line)
         else:

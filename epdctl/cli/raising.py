@@ -12,14 +12,19 @@ from epdctl.cli.attach import Interrupted, News, Session, longest_start
 from epdctl.cli.console import data, say
 from epdctl.cli.inbox import Inbox
 from epdctl.cli.leftovers import Footprint, await_nothing
-from epdctl.cli.sweeping import clear, dead_runs
-from epdctl.cli.tables import event_line
-from epdctl.control.cluster import ClusterRef, find_cluster, start_daemon
+from epdctl.cli.sweeping import clear, dead_runs, end_from_outside
+from epdctl.cli.tables import draining_line, encoder_address, event_line
+from epdctl.control.cluster import ClusterRef, find_cluster, list_clusters, start_daemon
 from epdctl.control.handover import CUT_LOOSE
-from epdctl.errors import EpdError, NotRunning, RankError
+from epdctl.control.paths import runs_of
+from epdctl.errors import EpdError, NotRunning, RankError, Unreachable
 from epdctl.topology.plan import Plan
+from epdctl.wire.control import StatusReply
 
 __all__ = ["detached", "foreground", "take_down"]
+
+_PATIENCE_SECONDS = 10.0  # for a daemon's first word, before it is taken to hang
+_FORCE_SECONDS = 3.0
 
 
 def detached(plan: Plan, wait_timeout: float | None) -> None:
@@ -28,41 +33,74 @@ def detached(plan: Plan, wait_timeout: float | None) -> None:
     with inbox.catching_signals(), _lifeline() as lifeline:
         session = Session(_started(plan, lifeline), inbox)
         try:
-            session.await_ready(_seconds(plan, wait_timeout))
+            ready = session.await_ready(_seconds(plan, wait_timeout))
         except (EpdError, Interrupted) as error:
             _stop(session)
             raise _explained(error, session.cluster) from error
         lifeline.cut_loose()
-    _announce(session.cluster)
+    _announce(session.cluster, ready)
 
 
 def foreground(plan: Plan, wait_timeout: float | None) -> None:
-    """Stay until somebody asks for the end, then drain and stop."""
+    """Stay until somebody asks for the end, then drain and stop. Raises KeyboardInterrupt when it was not let drain."""
     inbox: Inbox[News] = Inbox()
     with inbox.catching_signals(), _lifeline() as lifeline:
         session = Session(_started(plan, lifeline), inbox)
         try:
             ready = session.await_ready(_seconds(plan, wait_timeout))
-            session.write(partial(_announce, session.cluster))
+            session.write(partial(_announce, session.cluster, ready))
             session.serve(ready)
         except (EpdError, Interrupted) as error:
             _stop(session)
             raise _explained(error, session.cluster) from error
-        _stop(session)
+        if _stop(session):
+            raise KeyboardInterrupt
 
 
 def take_down(name: str | None, *, drain_s: float | None, force: bool) -> None:
-    """Idempotent. Raises RankError, saying what, when something is left."""
+    """Idempotent. With ``force`` a daemon that hangs is ended from outside.
+
+    Raises Unreachable when it hangs otherwise; NotRunning for a name that never ran; RankError, saying what, when
+    something is left.
+    """
     try:
         cluster = find_cluster(name, os.environ)
     except NotRunning as error:
-        if not _clear_dead(name or os.environ.get("EPDCTL_CLUSTER")):
-            say(f"{error.message}: nothing to take down")
+        _nothing_to_take_down(name or os.environ.get("EPDCTL_CLUSTER"), error)
         return
     footprint = Footprint.of(cluster)
+    try:
+        _ask_down(cluster, drain_s, force)
+    except Unreachable as error:
+        if not force and cluster.directory.running:
+            raise
+        _end(cluster, error)
+    _prove(cluster, footprint)
+
+
+def _ask_down(cluster: ClusterRef, drain_s: float | None, force: bool) -> None:
+    reply = cluster.client.status(_FORCE_SECONDS if force else _PATIENCE_SECONDS)
+    if not force:
+        say(draining_line(reply, cluster.record.drain_s if drain_s is None else drain_s))
     for event in cluster.client.down(drain_s=drain_s, force=force):
         say(event_line(event))
-    _prove(cluster, footprint)
+
+
+def _nothing_to_take_down(name: str | None, error: NotRunning) -> None:
+    if _clear_dead(name):
+        return
+    if name is not None and not runs_of(name, os.environ):
+        running = ", ".join(found.name for found in list_clusters(os.environ))
+        raise NotRunning(
+            f"no cluster called {name!r} is running, and none of this name ever did",
+            hint=f"running: {running}" if running else "nothing runs",
+        )
+    say(f"{error.message}: nothing to take down")
+
+
+def _end(cluster: ClusterRef, error: EpdError) -> None:
+    say(f"{error.message}\nkilling the daemon (pid {cluster.record.pid}); its ranks end with it")
+    end_from_outside(cluster)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +136,23 @@ def _seconds(plan: Plan, wait_timeout: float | None) -> float:
     return longest_start(plan) if wait_timeout is None else wait_timeout
 
 
-def _announce(cluster: ClusterRef) -> None:
+def _announce(cluster: ClusterRef, ready: StatusReply) -> None:
     say(f"{cluster.name}: every rank is ready")
-    if cluster.record.gateway:
-        data(cluster.record.gateway)
+    if (address := cluster.record.gateway or encoder_address(ready)) is not None:
+        data(address)
 
 
-def _stop(session: Session) -> None:
+def _stop(session: Session) -> bool:
+    """Whether it was killed and not drained. Nobody else will end what was started here: a daemon that hangs is ended
+    from outside."""
     footprint = Footprint.of(session.cluster)
-    session.stop()
+    killed = True
+    try:
+        killed = session.stop()
+    except Unreachable as error:
+        _end(session.cluster, error)
     _prove(session.cluster, footprint)
+    return killed
 
 
 def _clear_dead(name: str | None) -> bool:

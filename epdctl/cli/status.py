@@ -37,11 +37,10 @@ def _show_one(reply: StatusReply, *, json: bool) -> None:
     if json:
         console.show_json(reply)
         return
-    console.say(tables.status_title(reply))
+    console.data(tables.status_title(reply))
     console.show(tables.status_table(reply))
     for line in tables.remarks(reply):
-        console.say(line)
-    sys.stdout.flush()
+        console.data(line)
 
 
 def _show_each(replies: Iterable[StatusReply], *, json: bool) -> None:

@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from epdctl.cli.checks import Check, Level
+from epdctl.control.cluster import ClusterRef
 from epdctl.control.paths import ClusterDir, cluster_dirs
+from epdctl.launch import procs
 from epdctl.supervisor.sweep import ProcessRef, find, sweep
 
-__all__ = ["DeadRun", "check_leftovers", "clear", "dead_runs"]
+__all__ = ["DeadRun", "check_leftovers", "clear", "dead_runs", "end_from_outside"]
 
 _SWEEP_SECONDS = 10.0
+_GUARDS_SECONDS = 5.0
 SUBJECT = "leftovers"
 
 
@@ -53,6 +56,15 @@ def clear(dead: DeadRun) -> list[str]:
         return []
     finally:
         os.close(lock)
+
+
+def end_from_outside(cluster: ClusterRef) -> None:
+    """SIGKILL for a daemon that does not do it itself. Its guards see that and end their ranks, with what those have
+    started; what they leave carries the run's id, and is found as of any dead run."""
+    daemon = ProcessRef(cluster.record.pid, cluster.record.start_time)
+    if procs.kill(daemon):
+        procs.wait_gone([daemon], _SWEEP_SECONDS)
+    procs.wait_gone(find(cluster.record.run), _GUARDS_SECONDS)
 
 
 def check_leftovers(environ: Mapping[str, str], *, sweep: bool) -> Check:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from datetime import date, datetime
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from epdctl.cli.console import plain
+from epdctl.ids import RankName, Stage
 from epdctl.wire.control import CaptureReply, CaptureResult, Event, HealthReply, RankState, RankStatus, StatusReply
 
 __all__ = [
     "capture_table",
     "changes",
+    "draining_line",
     "duration",
+    "encoder_address",
     "event_line",
     "health_lines",
     "remarks",
     "size",
+    "status_line",
     "status_table",
     "status_title",
     "status_view",
@@ -66,7 +70,21 @@ def size(count: int | None) -> str:
 
 def status_title(reply: StatusReply) -> str:
     ready = sum(status.state is RankState.READY for status in reply.ranks)
-    return f"{reply.cluster}: {ready} of {len(reply.ranks)} ranks ready, gateway {reply.gateway or '(none)'}"
+    encoder = encoder_address(reply)
+    others = f", encoder {encoder}" if encoder is not None else ""
+    return f"{reply.cluster}: {ready} of {len(reply.ranks)} ranks ready, gateway {reply.gateway or '(none)'}{others}"
+
+
+def encoder_address(reply: StatusReply) -> str | None:
+    """Where the encoder's own HTTP surface is, if it has one."""
+    return next((status.endpoints.http for status in reply.ranks if status.endpoints.http), None)
+
+
+def draining_line(reply: StatusReply, seconds: float) -> str:
+    """What a stop waits for: the gateway's requests, and without a gateway what the ranks have."""
+    at_gateway = [status for status in reply.ranks if status.stage is Stage.GATEWAY]
+    count = sum(status.inflight or 0 for status in at_gateway or reply.ranks)
+    return f"draining: {count} request{'' if count == 1 else 's'} in flight, at most {seconds:g} s"
 
 
 def status_table(reply: StatusReply) -> Table:
@@ -104,8 +122,11 @@ def remarks(reply: StatusReply) -> list[str]:
     for status in reply.ranks:
         if status.state is RankState.READY:
             continue
-        lines.append(f"{status.rank} {_with_reason(status.state, plain(status.reason))}")
+        again = "" if status.next_try_s is None else f"; next try in {status.next_try_s:.1f} s"
+        lines.append(f"{status.rank} {_with_reason(status.state, plain(status.reason))}{again}")
         lines += tail_lines(status)
+        if status.state is RankState.FAILED:
+            lines.append(f"  {_anew(status.rank)}")
     return lines
 
 
@@ -117,8 +138,15 @@ def health_lines(reply: HealthReply) -> list[str]:
     """The verdict, then one line a problem."""
     deep = "" if reply.deep_seconds is None else f" (a real request took {reply.deep_seconds:.2f} s)"
     lines = [reply.verdict + deep]
-    lines += [f"  {problem.rank or 'cluster'}: {plain(problem.text)}" for problem in reply.problems]
+    for problem in reply.problems:
+        lines.append(f"  {problem.rank or 'cluster'}: {plain(problem.text)}")
+        if problem.rank is not None and problem.text.startswith(f"{RankState.FAILED}: "):
+            lines.append(f"    {_anew(problem.rank)}")
     return lines
+
+
+def _anew(rank: RankName) -> str:
+    return f"`epdctl restart {rank}` starts it anew"
 
 
 def capture_table(reply: CaptureReply) -> Table:
@@ -150,9 +178,12 @@ def _clock(result: CaptureResult) -> str:
     return f"{result.clock_offset_us:+.0f} ± {result.clock_uncertainty_us:.0f} µs"
 
 
-def event_line(event: Event) -> str:
-    """``12:00:01.250 encoder/0#2 ready: …``; an event of the cluster itself names no rank."""
-    clock = datetime.fromtimestamp(event.wall).strftime("%H:%M:%S.%f")[:-3]
+def event_line(event: Event, today: date | None = None) -> str:
+    """``12:00:01.250 encoder/0#2 ready: …``; an event of the cluster itself names no rank. With its date when it is
+    not of ``today``."""
+    when = datetime.fromtimestamp(event.wall)
+    dated = "%Y-%m-%d " if today is not None and when.date() != today else ""
+    clock = when.strftime(f"{dated}%H:%M:%S.%f")[:-3]
     who = f"{event.rank}#{event.incarnation or 0}" if event.rank else "cluster"
     if event.kind == "exit":  # its text is a sentence: "killed by SIGKILL"
         return f"{clock} {who} {_one_line(event.text)}"
@@ -165,7 +196,11 @@ def changes(before: StatusReply | None, after: StatusReply) -> Iterator[str]:
     known = {status.rank: (status.state, status.reason) for status in before.ranks} if before else {}
     for status in after.ranks:
         if known.get(status.rank) != (status.state, status.reason):
-            yield f"{status.rank} {_with_reason(status.state, _one_line(status.reason))}"
+            yield status_line(status)
+
+
+def status_line(status: RankStatus) -> str:
+    return f"{status.rank} {_with_reason(status.state, _one_line(status.reason))}"
 
 
 def turns(replies: Iterable[StatusReply]) -> Iterator[StatusReply]:

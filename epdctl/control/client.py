@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
-from epdctl.control.paths import ClusterDir, Holder
+from epdctl.control.paths import ClusterDir, Holder, RunState
 from epdctl.errors import (
     AlreadyRunning,
     DeadlineExceeded,
@@ -53,9 +53,9 @@ from epdctl.wire.stream import Stream, connect
 
 __all__ = ["Client", "refused_error"]
 
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 5.0  # the daemon answers at once: one that does not hangs
 CAPTURE_SECONDS = 420.0  # above the daemon's own deadlines for recording and writing
-QUIET_SECONDS = 300.0  # between two events of a cluster that is going down
+SLACK_SECONDS = 15.0  # beyond a rank's own deadlines, between two events of a cluster that is going down
 EXIT_SECONDS = 10.0  # from the last word of the daemon to the end of its process
 
 R = TypeVar("R")
@@ -81,11 +81,16 @@ class Client:
 
     path: Path
 
-    def status(self) -> StatusReply:
-        return self.ask(GetStatus())
+    def status(self, seconds: float | None = None) -> StatusReply:
+        return self.ask(GetStatus(), seconds)
 
     def health(self, deep: bool = False, budget_s: float = 30.0) -> HealthReply:
-        return self.ask(GetHealth(deep=deep, budget_s=budget_s), budget_s + ANSWER_SECONDS)
+        """Within ``budget_s``; a daemon that hangs shows sooner. A deep look may take all of it, and a little more."""
+        soon = min(budget_s, ANSWER_SECONDS)
+        if not deep:
+            return self.ask(GetHealth(budget_s=budget_s), soon)
+        self.status(soon)
+        return self.ask(GetHealth(deep=True, budget_s=budget_s), budget_s + ANSWER_SECONDS)
 
     def restart(self, ranks: Sequence[str]) -> Accepted:
         return self.ask(Restart(ranks=list(ranks)))
@@ -93,7 +98,7 @@ class Client:
     def start_captures(
         self, ranks: Sequence[str] = (), steps: int | None = None, output: str | None = None
     ) -> CaptureReply:
-        return self.ask(StartCaptures(ranks=list(ranks), steps=steps, output=output), CAPTURE_SECONDS)
+        return self.ask(StartCaptures(ranks=list(ranks), steps=steps, output=output))
 
     def stop_captures(self) -> CaptureReply:
         return self.ask(StopCaptures(), CAPTURE_SECONDS)
@@ -113,16 +118,27 @@ class Client:
 
         Closing the iterator early does not call the command back.
         """
-        holder = ClusterDir(self.path.parent).holder()
-        yield from self.follow(Down(drain_s=drain_s, force=force), QUIET_SECONDS + (drain_s or 0.0))
+        holder = self._directory.holder()
+        yield from self.follow(Down(drain_s=drain_s, force=force), self._longest_silence(drain_s, force))
         if holder is not None:
             _await_exit(holder)
+
+    @property
+    def _directory(self) -> ClusterDir:
+        return ClusterDir(self.path.parent)
+
+    def _longest_silence(self, drain_s: float | None, force: bool) -> float:
+        """Seconds between two events of a stop whose ranks keep no deadline, if the daemon does its part."""
+        record = self._directory.read_record()
+        drain, kill = (record.drain_s, record.kill_s) if record is not None else (0.0, 0.0)
+        waits = 0.0 if force else drain if drain_s is None else drain_s
+        return max(waits, kill) + SLACK_SECONDS
 
     def ask(self, question: Question[R], seconds: float | None = None) -> R:
         """The one reply, within ``seconds`` (10 by default)."""
         for reply in self._replies(question, seconds or ANSWER_SECONDS):
             return _checked(question, reply)
-        raise Unreachable(f"the daemon closed the connection before it answered {_name(question)}", hint=_HINT)
+        raise self._unreachable(f"closed the connection before it answered {_name(question)}")
 
     def follow(self, feed: Feed[R], seconds: float | None) -> Generator[R, None, None]:
         """The replies, each within ``seconds`` of the one before; None: however long it takes."""
@@ -130,15 +146,15 @@ class Client:
             if isinstance(reply, Done):
                 return
             yield _checked(feed, reply)
-        raise Unreachable("the daemon ended in the middle of its answer", hint=_HINT)
+        raise self._unreachable("ended in the middle of its answer")
 
     def _replies(self, command: Message, seconds: float | None) -> Generator[Reply, None, None]:
         """Raises what a Refused stands for."""
         with asyncio.Runner() as runner:
             stream = runner.run(self._connect())
             try:
-                _run(runner, stream.send(cast("Command", command)))
-                while (reply := _run(runner, _receive(stream, seconds))) is not None:
+                self._run(runner, stream.send(cast("Command", command)))
+                while (reply := self._run(runner, self._receive(stream, seconds))) is not None:
                     if isinstance(reply, Refused):
                         raise refused_error(reply)
                     yield reply
@@ -152,10 +168,30 @@ class Client:
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise NotRunning(f"no cluster answers at {self.path}", hint="start one with: epdctl up FILE") from error
         except (DeadlineExceeded, OSError) as error:
-            raise Unreachable(f"cannot talk to the daemon at {self.path}: {error}", hint=_HINT) from error
+            raise self._unreachable(f"cannot be talked to: {error}") from error
 
+    async def _receive(self, stream: Stream[Reply, Command], seconds: float | None) -> Reply | None:
+        try:
+            async with asyncio.timeout(seconds):
+                return await stream.receive()
+        except TimeoutError:
+            raise self._unreachable(f"has not answered for {seconds:g} s") from None
 
-_HINT = "its log is logs/daemon.log in the state directory of the run; `epdctl doctor` shows what is left of it"
+    def _run(self, runner: asyncio.Runner, step: Coroutine[object, object, R]) -> R:
+        try:
+            return runner.run(step)
+        except WireError as error:
+            raise self._unreachable(f"does not answer: {error.message}") from error
+
+    def _unreachable(self, what: str) -> Unreachable:
+        record = self._directory.read_record()
+        if record is None:
+            return Unreachable(f"the daemon at {self.path} {what}", hint="`epdctl doctor` shows what is left of it")
+        name, log = self._directory.name, RunState(Path(record.state_dir)).daemon_log
+        return Unreachable(
+            f"the daemon of {name} (pid {record.pid}) {what}; its log is {log}",
+            hint=f"`epdctl down --force --cluster {name}` ends it from outside, and its ranks with it",
+        )
 
 
 def _checked(command: Question[R] | Feed[R], reply: Reply) -> R:
@@ -166,21 +202,6 @@ def _checked(command: Question[R] | Feed[R], reply: Reply) -> R:
 
 def _name(message: Message) -> str:
     return type(message).__name__
-
-
-async def _receive(stream: Stream[Reply, Command], seconds: float | None) -> Reply | None:
-    try:
-        async with asyncio.timeout(seconds):
-            return await stream.receive()
-    except TimeoutError:
-        raise DeadlineExceeded(f"no answer within {seconds:.0f} s") from None
-
-
-def _run(runner: asyncio.Runner, step: Coroutine[object, object, R]) -> R:
-    try:
-        return runner.run(step)
-    except WireError as error:
-        raise Unreachable(f"the daemon does not answer: {error.message}", hint=_HINT) from error
 
 
 def _await_exit(holder: Holder) -> None:

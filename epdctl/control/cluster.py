@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from epdctl.control.client import Client, refused_error
 from epdctl.control.handover import HANDOVER, OUTCOME, Handover
-from epdctl.control.logfiles import LogFile, log_files, tail
+from epdctl.control.logfiles import tail
 from epdctl.control.paths import (
     ClusterDir,
     Record,
@@ -33,7 +33,7 @@ from epdctl.topology.names import check_name
 from epdctl.topology.plan import Plan
 from epdctl.wire.control import Refused
 
-__all__ = ["ClusterRef", "DaemonProcess", "find_cluster", "last_run", "last_run_logs", "list_clusters", "start_daemon"]
+__all__ = ["ClusterRef", "DaemonProcess", "find_cluster", "last_run", "list_clusters", "start_daemon"]
 
 START_SECONDS = 60.0  # until the control socket answers; a sweep of what an earlier daemon left may come first
 REAP_SECONDS = 5.0
@@ -111,11 +111,6 @@ def last_run(name: str, environ: Mapping[str, str]) -> RunState:
     if not runs:
         raise NotRunning(f"no run of {name!r} is kept under {state_base(environ)}")
     return runs[0]
-
-
-def last_run_logs(name: str, environ: Mapping[str, str]) -> list[LogFile]:
-    """The log files of the newest run of ``name``, running or not, by rank and incarnation."""
-    return log_files(last_run(name, environ).logs)
 
 
 def start_daemon(

@@ -19,6 +19,7 @@ __all__ = [
     "Holder",
     "Record",
     "RunState",
+    "all_runs",
     "cluster_dirs",
     "process_start",
     "runs_of",
@@ -52,6 +53,9 @@ class Record(msgspec.Struct, frozen=True):
     source: str
     gateway: str | None
     ports: list[int] = []  # every TCP port of the cluster
+    ranks: list[str] = []  # their names, in the plan's order
+    drain_s: float = 30.0  # how long a rank may go on with what it has, and then …
+    kill_s: float = 5.0  # … until it is killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,18 @@ class RunState:
         return RunId(self.path.name)
 
     @property
+    def cluster(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def changed_ns(self) -> int:
+        """Of unix time: when something last happened to it; once the run is over, its end."""
+        try:
+            return self.events.stat().st_mtime_ns
+        except OSError:
+            return _changed(self.path)
+
+    @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
 
@@ -151,6 +167,11 @@ def runs_of(name: str, environ: Mapping[str, str]) -> list[RunState]:
     """The kept runs of a cluster, newest first."""
     found = list(_directories(state_base(environ) / check_name(name)))
     return [RunState(path) for path in sorted(found, key=_changed, reverse=True)]
+
+
+def all_runs(environ: Mapping[str, str]) -> list[RunState]:
+    """The kept runs of every cluster."""
+    return [RunState(path) for cluster in _directories(state_base(environ)) for path in _directories(cluster)]
 
 
 def process_start(pid: int) -> int | None:

@@ -26,6 +26,8 @@ from epdctl.wire.trace import MergeOrder, MergeReport, TraceSource
 __all__ = ["MERGED_NAME", "Captures", "Deadlines", "Merge", "Studio"]
 
 MERGED_NAME = "trace.json.gz"
+_TRACE, _HOPS = ".trace.json", ".hops.json"
+_FILES = (_TRACE, _HOPS, MERGED_NAME)
 NO_CLOCK = "its clock was not told, so its times are as it wrote them"
 
 Merge = Callable[[MergeOrder, float], Awaitable[MergeReport]]  # within so many seconds
@@ -121,7 +123,7 @@ class Captures:
         if self._recording is not None and not self._recording.finished.is_set():
             raise UserError("a capture is being recorded already", hint="end it with: epdctl profile stop")
         capture = f"{time.strftime('%Y%m%d-%H%M%S')}-{next(self._numbers)}"
-        folder = _make(Path(command.output) if command.output else self._default / capture)
+        folder = _fresh(Path(command.output) if command.output else self._default / capture)
         recording = self._recording = _Recording(capture, folder, time.time_ns(), Clocks(self._studio.tell))
         self._studio.note(f"capture {capture} in {folder}")
         for rank in ranks:
@@ -194,8 +196,8 @@ class Captures:
             recording.results[rank] = CaptureResult(rank=rank, error="is not running")
             return
         stem = f"{recording.folder}/{rank.file_stem}.{incarnation}"
-        path = f"{stem}.trace.json" if rank.stage in MODEL_STAGES else None
-        planned = CaptureResult(rank=rank, path=path, hops=f"{stem}.hops.json")
+        path = f"{stem}{_TRACE}" if rank.stage in MODEL_STAGES else None
+        planned = CaptureResult(rank=rank, path=path, hops=f"{stem}{_HOPS}")
         recording.pending[rank] = (incarnation, planned)
         recording.incarnations[rank] = incarnation
         recording.clocks.ask(rank, incarnation)
@@ -298,11 +300,18 @@ def _place(result: CaptureResult) -> tuple[int, int, int]:
     return _PIPELINE.index(rank.stage), rank.replica, rank.shard or 0
 
 
-def _make(folder: Path) -> Path:
+def _fresh(folder: Path) -> Path:
+    """The directory, made if need be. Raises UserError for one with an earlier recording: two in one place are none."""
     if not folder.is_absolute():
         raise UserError(f"the directory for captures must be absolute, not {str(folder)!r}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        taken = [path.name for path in folder.iterdir() if path.name.endswith(_FILES)]
     except OSError as error:
         raise UserError(f"cannot make the directory for captures: {error}") from error
+    if taken:
+        raise UserError(
+            f"{folder} holds a recording already ({min(taken)})",
+            hint="name another directory, or leave --output out: then every recording has one of its own",
+        )
     return folder

@@ -47,13 +47,18 @@ _MAX_ANSWER = 500  # characters of an error body worth showing
 
 def verdict(ranks: Sequence[RankStatus]) -> HealthReply:
     """``degraded``: some rank does not serve, yet every stage has one that does."""
-    problems = [Problem(rank=rank.rank, text=f"{rank.state}: {rank.reason}") for rank in ranks if not _serves(rank)]
+    problems = [Problem(rank=rank.rank, text=_why(rank)) for rank in ranks if not _serves(rank)]
     serving = {rank.stage for rank in ranks if _serves(rank)}
     missing = sorted({rank.stage for rank in ranks} - serving)
     problems += [Problem(rank=None, text=f"no {stage} rank is ready") for stage in missing]
     if missing or not ranks:
         return HealthReply(verdict=UNHEALTHY, problems=problems)
     return HealthReply(verdict=DEGRADED if problems else HEALTHY, problems=problems)
+
+
+def _why(rank: RankStatus) -> str:
+    again = "" if rank.next_try_s is None else f"; next try in {rank.next_try_s:.1f} s"
+    return f"{rank.state}: {rank.reason}{again}"
 
 
 def seeing(ranks: Sequence[RankStatus]) -> list[RankName]:

@@ -8,6 +8,7 @@ import psutil
 
 from epdctl.ids import RunId
 from epdctl.supervisor.member import Member
+from epdctl.supervisor.states.events import Timer
 from epdctl.topology.plan import Plan
 from epdctl.wire.control import RankState, RankStatus, StatusReply
 from epdctl.wire.lifecycle import Endpoints, Loading
@@ -50,6 +51,7 @@ def rank_status(member: Member, now: float) -> RankStatus:
         held_pages=beat.total_pages - beat.free_pages if beat is not None else None,
         transfer=life.transfer if life is not None else None,
         log_tail=list(member.log_tail) if member.rank.state is RankState.FAILED else [],
+        next_try_s=_next_try(member, now),
     )
 
 
@@ -60,6 +62,11 @@ def reason(member: Member) -> str:
         again = f"; last restart: {member.rank.cause}" if member.rank.cause else ""
         return f"loading {_progress(loading)}{again}"
     return member.rank.reason
+
+
+def _next_try(member: Member, now: float) -> float | None:
+    timer = member.timers.get(Timer.BACKOFF)
+    return None if timer is None else max(0.0, timer.when() - now)
 
 
 def rss(pid: int | None) -> int | None:

@@ -84,6 +84,9 @@ def _record(plan: Plan, rundir: RunDir) -> Record:
         source=plan.source,
         gateway=plan.gateway_url,
         ports=plan.ports,
+        ranks=[str(planned.rank) for planned in plan.ranks],
+        drain_s=plan.deadlines.drain,
+        kill_s=plan.deadlines.kill,
     )
 
 

@@ -79,6 +79,7 @@ class RankStatus(Part, frozen=True):
     held_pages: int | None = None  # of KV
     transfer: str | None = None  # how its bytes move, and what that was measured to reach at start
     log_tail: list[str] = []  # only when failed
+    next_try_s: float | None = None  # only in backoff: seconds until it is started again
 
 
 class StatusReply(Message, frozen=True):

@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from epdctl.control.cluster import find_cluster, last_run_logs, list_clusters
+from epdctl.control.cluster import find_cluster, last_run, list_clusters
 from epdctl.control.handover import CUT_LOOSE
+from epdctl.control.logfiles import log_files
 from epdctl.errors import AlreadyRunning, NotRunning, SelectorError, UserError
 from epdctl.wire.control import CaptureReply, Event, FollowLogs, RankState
 from tests.lifecycle.conftest import Begin
@@ -189,7 +190,7 @@ def test_logs_are_kept_by_incarnation(begin: Begin, place: dict[str, str]) -> No
     assert cluster.lines("decode/0", previous=True) == [(1, "first"), (1, "one")]
     assert cluster.lines() == [(2, "second"), (2, "two"), (1, "prefill")]
     cluster.down()
-    names = [(file.rank, file.incarnation) for file in last_run_logs("scripted", place)]
+    names = [(file.rank, file.incarnation) for file in log_files(last_run("scripted", place).logs)]
     assert names == [("daemon", 1), ("decode/0", 1), ("decode/0", 2), ("prefill/0", 1)]
 
 

@@ -19,6 +19,7 @@ from epdctl.supervisor.states.rank import Rank, Rules
 from epdctl.wire.control import RankState
 
 __all__ = [
+    "drain_overdue",
     "drained",
     "kill",
     "restart_ending",
@@ -72,8 +73,13 @@ def restart_ending(rank: Rank, event: StartRequested | RestartRequested, now: fl
     return replace(rank, wanted=True, faulted=False, faults=(), reason=_RESTART), []
 
 
-def drained(rank: Rank, event: DrainedReported | TimerFired, now: float, rules: Rules) -> Outcome:
+def drained(rank: Rank, event: DrainedReported, now: float, rules: Rules) -> Outcome:
     return end(rank, rank.reason, signal.SIGTERM, rules)
+
+
+def drain_overdue(rank: Rank, event: TimerFired, now: float, rules: Rules) -> Outcome:
+    reason = f"{rank.reason}; not drained within {rules.deadlines.drain:g} s, so what it had is cut off"
+    return end(rank, reason, signal.SIGTERM, rules)
 
 
 def kill(rank: Rank, event: TimerFired, now: float, rules: Rules) -> Outcome:

@@ -88,7 +88,7 @@ TIMERS: Mapping[tuple[RankState, Timer], Handler] = {
     (READY, Timer.STABLE): starting.forgive,
     (UNHEALTHY, Timer.DEAD): faults.dead,
     (UNHEALTHY, Timer.SICK): faults.sick,
-    (DRAINING, Timer.DRAIN): asked.drained,
+    (DRAINING, Timer.DRAIN): asked.drain_overdue,
     (DRAINING, Timer.DEAD): faults.dead_draining,
     (STOPPING, Timer.KILL): asked.kill,
     (BACKOFF, Timer.BACKOFF): starting.backed_off,

@@ -41,6 +41,7 @@ from epdctl.wire.message import PROTOCOL
 from tests.unit.cli.replies import READY
 
 RUN = READY.run
+RANKS = [str(status.rank) for status in READY.ranks]
 HEALTHY = HealthReply(verdict="healthy", problems=[])
 
 
@@ -54,6 +55,7 @@ class Script:
     captures: Sequence[CaptureResult] = ()
     lines: Sequence[LogLine] = ()
     refuse: EpdError | None = None
+    gateway: str | None = "http://127.0.0.1:9"
     drains_for_ever: bool = False
     asked: list[object] = field(default_factory=list)
 
@@ -64,6 +66,7 @@ class FakeDaemon:
     def __init__(self, script: Script, directory: ClusterDir) -> None:
         self._script = script
         self._directory = directory
+        self._forced = asyncio.Event()
 
     def _note(self, command: object) -> None:
         self._script.asked.append(command)
@@ -90,13 +93,15 @@ class FakeDaemon:
 
     async def down(self, command: Down) -> AsyncGenerator[Event, None]:
         self._note(command)
+        if command.force:
+            self._forced.set()
         for state in (RankState.DRAINING, RankState.STOPPED):
             yield Event(
                 at=1.0, wall=1.0, kind="state", rank=RankName("encoder/0"), incarnation=Incarnation(1), state=state
             )
-            if self._script.drains_for_ever and not command.force:
-                await asyncio.Event().wait()
-        shutil.rmtree(self._directory.path)
+            if self._script.drains_for_ever:
+                await self._forced.wait()
+        shutil.rmtree(self._directory.path, ignore_errors=True)  # two may ask for it
 
     async def logs(self, command: FollowLogs) -> AsyncGenerator[LogLine, None]:
         self._note(command)
@@ -128,7 +133,8 @@ def running(base: Path, script: Script, name: str = "demo") -> Iterator[ClusterD
     start = process_start(os.getpid())
     assert start is not None
     directory.lock.write_bytes(msgspec.json.encode(Holder(os.getpid(), start, RunId(RUN))))
-    record = Record(os.getpid(), start, RUN, PROTOCOL, str(base / "state"), "demo.yaml", "http://127.0.0.1:9", [9])
+    gateway, state = script.gateway, str(base / "state" / name / RUN)
+    record = Record(os.getpid(), start, RUN, PROTOCOL, state, "demo.yaml", gateway, [9], RANKS)
     directory.record.write_bytes(msgspec.json.encode(record))
     loop = asyncio.new_event_loop()
     server = ControlServer(FakeDaemon(script, directory))

@@ -12,6 +12,7 @@ from epdctl.cli import tables
 from epdctl.cli.console import plain, rank_prefix, show
 from epdctl.ids import Incarnation, RankName
 from epdctl.wire.control import CaptureReply, CaptureResult, Event, HealthReply, Problem, RankState
+from epdctl.wire.lifecycle import Endpoints
 from tests.unit.cli.replies import BROKEN, READY, STARTING, rank, reply
 
 
@@ -86,6 +87,22 @@ def test_an_exit_says_how_it_went() -> None:
     assert tables.event_line(gone).endswith(" decode/0#2 killed by SIGKILL")
 
 
+def test_what_waits_for_its_next_try_says_when_that_is() -> None:
+    waiting = rank("decode/0", RankState.BACKOFF, "killed by SIGKILL", next_try_s=12.34)
+    assert tables.remarks(reply(waiting)) == ["decode/0 backoff: killed by SIGKILL; next try in 12.3 s"]
+
+
+def test_a_rank_that_was_given_up_gets_its_remedy_in_health_too() -> None:
+    problem = Problem(rank=RankName("decode/0"), text="failed: killed by SIGKILL; gave up after 5 restarts in 600 s")
+    lines = tables.health_lines(HealthReply(verdict="unhealthy", problems=[problem]))
+    assert lines[-1] == "    `epdctl restart decode/0` starts it anew"
+
+
+def test_encoders_that_stand_alone_are_found_by_their_address() -> None:
+    alone = reply(rank("encoder-router/0", endpoints=Endpoints(http="http://127.0.0.1:8110")), gateway=None)
+    assert tables.status_title(alone) == "demo: 1 of 1 ranks ready, gateway (none), encoder http://127.0.0.1:8110"
+
+
 def test_what_is_not_known_is_a_dash() -> None:
     assert text_of(tables.status_table(BROKEN), 120).splitlines()[2].split()[-6:] == ["3m20s", "-", "-", "-", "-", "0"]
 
@@ -95,6 +112,7 @@ def test_a_failed_rank_is_told_in_full_with_its_last_words_and_without_their_col
         "prefill/0 failed: the checkpoint has no key lm_head.weight",
         "  | loading",
         "  | KeyError",
+        "  `epdctl restart prefill/0` starts it anew",
     ]
     assert tables.remarks(READY) == []
 

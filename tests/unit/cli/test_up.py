@@ -20,6 +20,7 @@ from epdctl.errors import DeadlineExceeded
 from epdctl.ids import Incarnation, RankName
 from epdctl.topology.plan import Deadlines, Plan, RestartPolicy
 from epdctl.wire.control import Down, FollowLogs, LogLine, RankState
+from epdctl.wire.lifecycle import Endpoints
 from tests.unit.cli.conftest import Run
 from tests.unit.cli.fake_daemon import Script, running
 from tests.unit.cli.replies import BROKEN, READY, STARTING, rank, reply
@@ -64,6 +65,17 @@ def test_detached_returns_when_every_rank_is_ready(run: Run, cluster: Cluster) -
     assert cluster.script.asked == ["watch"]
 
 
+def test_without_a_gateway_the_address_is_the_encoder_s(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = reply(rank("encoder-router/0", endpoints=Endpoints(http="http://127.0.0.1:8110")), gateway=None)
+    with running(base, Script(watched=[alone], gateway=None)) as directory:
+        record = directory.read_record()
+        assert record is not None
+        process = DaemonProcess(record.pid, ClusterRef(directory, record))
+        monkeypatch.setattr("epdctl.adapters.make_plan", lambda *_, **__: PLAN)
+        monkeypatch.setattr("epdctl.cli.raising.start_daemon", lambda *_, **__: process)
+        assert run("up", "-d", "demo.yaml").stdout == "http://127.0.0.1:8110\n"
+
+
 def test_detached_fails_at_once_with_the_reason_and_the_last_lines_and_leaves_nothing(
     run: Run, cluster: Cluster
 ) -> None:
@@ -88,7 +100,9 @@ def test_detached_gives_up_at_the_time_out_and_leaves_nothing(run: Run, cluster:
     cluster.script.watched = [STARTING]
     result = run("up", "-d", "demo.yaml", "--wait-timeout", "1")
     assert result.exit_code == DeadlineExceeded.exit_status == 5
-    assert "not every rank was ready within 1 s" in result.stderr
+    told = result.stderr.splitlines()
+    late = told.index("error: not every rank was ready within 1 s")
+    assert told[late + 1] == "error: encoder/0 starting: loading weights 3/9", "and not the gateway, which is ready"
     assert not cluster.directory.path.exists()
 
 
@@ -139,9 +153,11 @@ def test_a_second_interrupt_kills(run: Run, cluster: Cluster, monkeypatch: pytes
     monkeypatch.setattr("epdctl.cli.loglines.LogPrinter.print", interrupt_twice)
     monkeypatch.setattr("epdctl.cli.attach.event_line", interrupt_twice)
     result = run("up", "demo.yaml")
-    assert result.exit_code == 0
+    assert result.exit_code == 130, "what was cut off did not go down cleanly"
     assert cluster.script.asked[-2:] == [Down(), Down(force=True)]
-    assert "SIGINT: draining and stopping; once more to kill\nseen\nSIGINT: killing" in result.stderr
+    first = "SIGINT: draining: 2 requests in flight, at most 30 s; once more to kill"
+    last = "demo: down, nothing is left"
+    assert result.stderr.splitlines()[-5:] == [first, "seen", "SIGINT: killing", "seen", last], "each event once"
     assert not cluster.directory.path.exists()
 
 

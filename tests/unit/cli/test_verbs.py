@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,13 @@ from epdctl.errors import (
     Unreachable,
     UserError,
 )
-from epdctl.ids import Incarnation, RankName
+from epdctl.ids import RankName
 from epdctl.wire.control import (
     CaptureResult,
     Down,
     Event,
-    FollowLogs,
     GetHealth,
     HealthReply,
-    LogLine,
     Problem,
     RankState,
     Restart,
@@ -34,12 +34,25 @@ from epdctl.wire.control import (
 )
 from epdctl.wire.message import to_json
 from tests.unit.cli.conftest import Run
-from tests.unit.cli.fake_daemon import Script, running
+from tests.unit.cli.fake_daemon import RUN, Script, running
 from tests.unit.cli.replies import BROKEN
 
 VERBS = (
     "up", "down", "ask", "status", "health", "logs", "restart", "events", "plan", "init", "schema", "doctor", "version",
 )  # fmt: skip
+
+
+def write_log(base: Path, name: str, text: str, cluster: str = "demo") -> None:
+    logs = base / "state" / cluster / RUN / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / name).write_text(text)
+
+
+def write_events(base: Path, cluster: str, run: str, *events: Event) -> Path:
+    file = base / "state" / cluster / run / "events.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"".join(to_json(event) + b"\n" for event in events))
+    return file
 
 
 def test_status_json_has_the_documented_fields(run: Run, base: Path) -> None:
@@ -60,19 +73,22 @@ def test_status_json_has_the_documented_fields(run: Run, base: Path) -> None:
 
 
 def test_logs_as_json_are_a_line_each(run: Run, base: Path) -> None:
-    line = LogLine(rank=RankName("encoder/0"), incarnation=Incarnation(2), text="encoded 3")
-    with running(base, Script(lines=[line])):
+    with running(base, Script()):
+        write_log(base, "encoder-0.2.log", "encoded 3\n")
         result = run("logs", "--json")
     assert json.loads(result.stdout) == {"rank": "encoder/0", "incarnation": 2, "text": "encoded 3"}
 
 
-def test_status_is_a_table_on_stdout_and_remarks_on_stderr(run: Run, base: Path) -> None:
+def test_status_is_all_on_stdout_with_what_is_wrong_and_what_to_do(run: Run, base: Path) -> None:
     with running(base, Script(watched=[BROKEN])):
         result = run("status")
-    assert result.exit_code == 0
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["RANK", "gateway/0", "prefill/0"]
-    assert "prefill/0 failed: the checkpoint has no key lm_head.weight" in result.stderr
-    assert "\x1b" not in result.stdout + result.stderr
+    assert (result.exit_code, result.stderr) == (0, "")
+    title, head, *ranks, remark, _, _, remedy = result.stdout.splitlines()
+    assert title == "demo: 1 of 2 ranks ready, gateway http://127.0.0.1:8000"
+    assert [line.split()[0] for line in (head, *ranks)] == ["RANK", "gateway/0", "prefill/0"]
+    assert remark == "prefill/0 failed: the checkpoint has no key lm_head.weight"
+    assert remedy == "  `epdctl restart prefill/0` starts it anew"
+    assert "\x1b" not in result.stdout
 
 
 @pytest.mark.parametrize(("verdict", "status"), [("healthy", 0), ("degraded", 1), ("unhealthy", 1)])
@@ -82,7 +98,7 @@ def test_health_exits_by_its_verdict(run: Run, base: Path, verdict: str, status:
         result = run("health", "--deep", "--timeout", "7")
     assert result.exit_code == status
     assert result.stdout.splitlines() == [verdict, "  decode/0: late"]
-    assert script.asked == [GetHealth(deep=True, budget_s=7.0)]
+    assert script.asked[-1] == GetHealth(deep=True, budget_s=7.0)
 
 
 def test_health_json_is_the_reply(run: Run, base: Path) -> None:
@@ -95,12 +111,15 @@ def test_health_json_is_the_reply(run: Run, base: Path) -> None:
 
 
 def test_logs_carry_their_rank_and_no_control_codes_off_a_terminal(run: Run, base: Path) -> None:
-    line = LogLine(rank=RankName("encoder/0"), incarnation=Incarnation(1), text="\x1b[32mloaded\x1b[0m\r")
-    script = Script(lines=[line])
+    script = Script()
     with running(base, script):
-        result = run("logs", "encoder", "--tail", "5", "--previous")
-    assert result.stdout == "encoder/0        | loaded\n"
-    assert script.asked == [FollowLogs(ranks=["encoder"], tail=5, follow=False, previous=True)]
+        write_log(base, "encoder-0.1.log", "first\n\x1b[32mloaded\x1b[0m\r\n")
+        write_log(base, "encoder-0.2.log", "again\n")
+        result = run("logs", "encoder", "--tail", "1", "--previous")
+        assert run("logs", "decode").stdout == "", "planned, and has written nothing yet"
+        assert run("logs", "decoder").exit_code == 2
+    assert (result.stdout, result.stderr) == ("encoder/0        | loaded\n", "")
+    assert script.asked == [], "a daemon that hangs is not needed for reading files"
 
 
 def test_logs_of_the_last_run_when_nothing_runs(run: Run, base: Path) -> None:
@@ -127,10 +146,11 @@ def test_events_of_the_last_run_when_nothing_runs(run: Run, base: Path) -> None:
         Event(at=2.0, wall=2.0, kind="command", text="down"),
     ]
     (state / "events.jsonl").write_bytes(b"".join(to_json(event) + b"\n" for event in events) + b'{"at":3.0,"wa')
-    assert [line.split(" ", 1)[1] for line in run("events").stdout.splitlines()] == [
+    assert [line.split(" ", 2)[2] for line in run("events").stdout.splitlines()] == [
         "encoder/0#0 ready",
         "cluster command: down",
     ]
+    assert run("events").stdout.startswith("1970-01-01 "), "the day is said where it is another"
     assert len(run("events", "--tail", "1").stdout.splitlines()) == 1
     assert run("events", "-f").exit_code == 3
 
@@ -139,8 +159,10 @@ def test_restart_and_events(run: Run, base: Path) -> None:
     script = Script()
     with running(base, script):
         assert run("restart", "encoder/0").stdout == "encoder/0\n"
+        write_events(base, "demo", RUN, Event(at=1.0, wall=time.time(), kind="command", text="up"))
         events = [json.loads(line) for line in run("events", "--json").stdout.splitlines()]
-    assert script.asked[0] == Restart(ranks=["encoder/0"])
+        assert run("events").stdout.split(" ", 1)[1] == "cluster command: up\n"
+    assert script.asked == [Restart(ranks=["encoder/0"])]
     assert [(event["kind"], event["text"]) for event in events] == [("command", "up")]
 
 
@@ -269,12 +291,47 @@ def test_down_asks_for_what_was_said(run: Run, base: Path, monkeypatch: pytest.M
     with running(base, script):
         result = run("down", "--timeout", "3", "--force")
     assert result.exit_code == 0, result.stderr
-    assert script.asked == [Down(drain_s=3.0, force=True)]
+    assert script.asked == ["status", Down(drain_s=3.0, force=True)]
     assert [line.split(" ", 1)[1] for line in result.stderr.splitlines()[:2]] == [
         "encoder/0#1 draining",
         "encoder/0#1 stopped",
     ]
     assert result.stderr.splitlines()[-1] == "demo: down, nothing is left"
+
+
+def test_down_says_what_it_waits_for(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("epdctl.control.client._await_exit", lambda pid: None)
+    with running(base, Script()):
+        told = run("down", "--timeout", "7").stderr.splitlines()
+    assert told[0] == "draining: 2 requests in flight, at most 7 s"
+
+
+def test_down_of_a_name_that_never_was_is_3_and_of_one_that_was_is_0(run: Run, base: Path) -> None:
+    with running(base, script := Script()):
+        typo = run("down", "--cluster", "dmeo")
+        (base.parent / "state" / "other" / "run1").mkdir(parents=True)
+        assert run("down", "--cluster", "other").exit_code == 0
+    assert (typo.exit_code, typo.stdout) == (3, "")
+    assert typo.stderr.splitlines() == [
+        "error: no cluster called 'dmeo' is running, and none of this name ever did",
+        "hint: running: demo",
+    ]
+    assert script.asked == []
+
+
+def test_what_is_over_says_which_it_was_and_it_is_what_ended_last(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPDCTL_STATE_DIR", str(base / "state"))
+    event = Event(at=1.0, wall=1.0, kind="down")
+    first = write_events(base, "first", "run1", event)
+    second = write_events(base, "second", "run2", event)  # began later …
+    os.utime(second, (1_000_000_000, 1_000_000_000))
+    os.utime(first, (1_000_000_060, 1_000_000_060))  # … and ended earlier
+    for verb in ("events", "logs"):
+        told = run(verb).stderr
+        assert told.startswith("note: of the cluster first, run run1, which is over since 2001-09-09 "), told
+        assert "cluster second, run run2" in run(verb, "--cluster", "second").stderr
 
 
 @pytest.mark.parametrize("verb", VERBS)
