@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from epdctl.cli import options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from epdctl.cli.asking import Said
 
 
 def ask(
@@ -17,7 +22,9 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask; - reads it from stdin.")],
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="FILE", help="Pictures to look at, or sound clips to hear, before the question."),
+        typer.Argument(
+            metavar="FILE", help="Pictures or videos to look at, or sound clips to hear, before the question."
+        ),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", metavar="N", min=1, help="The longest answer.")
@@ -32,7 +39,7 @@ def ask(
     json: Annotated[bool, typer.Option("--json", help="Print the gateway's whole answer as one line of JSON.")] = False,
     cluster: options.Cluster = None,
 ) -> None:
-    """Ask the running cluster one question, about pictures or sound clips if any are named. Exit 1 when it is refused.
+    """Ask the running cluster one question, about pictures, videos or sound if any is named. Exit 1 when it is refused.
 
     A gateway with a key takes it from EPDCTL_API_KEY.
     """
@@ -45,16 +52,27 @@ def ask(
     if max_tokens is not None:
         body["max_tokens"] = max_tokens
     gateway = asking.Gateway(_address(ctx, cluster), os.environ.get("EPDCTL_API_KEY"), timeout)
-    if json:
-        console.data(gateway.whole(body))
-        return
-    cut = False
-    for piece in gateway.pieces(body):
+    with asking.by_name(files or ()):
+        if json:
+            console.data(gateway.whole(body))
+        else:
+            _show(gateway.pieces(body))
+
+
+def _show(pieces: Iterable[Said]) -> None:
+    """The answer as it comes; then what a person may miss about it."""
+    from epdctl.cli import console
+
+    silent, reason = True, None
+    for piece in pieces:
         sys.stdout.write(console.plain(piece.text))
         sys.stdout.flush()
-        cut = cut or piece.cut
+        silent = silent and not piece.text
+        reason = piece.reason or reason
     console.data("")
-    if cut:
+    if silent:
+        console.say(f"note: the model answered nothing (finish_reason: {reason})")
+    elif reason == "length":
         console.say("note: the answer was cut; --max-tokens N lets it be longer")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from epdctl.errors import DeadlineExceeded, RankError, Unreachable, UserError
 from epdctl.families.samples import MEDIA_TYPES
 from epdctl.ids import Modality
 
-__all__ = ["Gateway", "Said", "medium", "words"]
+__all__ = ["Gateway", "Said", "by_name", "medium", "words"]
 
 Part = Mapping[str, Any]
+_PLACE = re.compile(r"messages\[\d+\]\.content\[(\d+)\](?:\.\w+)*")  # the files come first, in their order
 _DATA = b"data: "
 _DONE = b"[DONE]"
 _ENDS = {  # any other: a picture
@@ -45,12 +47,26 @@ def medium(path: Path) -> Part:
     return {"type": kind, kind: {"url": f"data:{MEDIA_TYPES[modality]};base64,{encoded}"}}
 
 
+@contextmanager
+def by_name(files: Sequence[Path]) -> Iterator[None]:
+    """A refusal within it names a file where the gateway, which knows no names, told its place in the request."""
+
+    def name(place: re.Match[str]) -> str:
+        number = int(place[1])
+        return str(files[number]) if number < len(files) else "the question"
+
+    try:
+        yield
+    except RankError as error:
+        raise RankError(_PLACE.sub(name, error.message), hint=error.hint) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Said:
-    """Some of an answer. ``cut``: its end came before the model's."""
+    """Some of an answer. ``reason``: why it ends here, if it does."""
 
     text: str
-    cut: bool
+    reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +111,9 @@ class Gateway:
         except httpx.TimeoutException as error:
             raise DeadlineExceeded(f"the gateway at {self.url} said nothing for {self.seconds:g} s") from error
         except httpx.HTTPError as error:
-            raise Unreachable(f"the gateway at {self.url} cannot be reached: {error}") from error
+            raise Unreachable(
+                f"the gateway at {self.url} cannot be reached: {error}", hint="`epdctl status` shows how it is"
+            ) from error
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -110,7 +128,7 @@ def _said(chunk: Mapping[str, Any]) -> Said:
     if "error" in chunk:
         raise RankError(f"the answer broke off: {chunk['error']['message']}")
     text = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
-    return Said(text, any(choice["finish_reason"] == "length" for choice in chunk["choices"]))
+    return Said(text, next((choice["finish_reason"] for choice in chunk["choices"] if choice["finish_reason"]), None))
 
 
 def _refused(status: int, content: bytes) -> None:

@@ -24,11 +24,13 @@ __all__ = [
     "check_python",
     "check_rdma",
     "check_runtime_dir",
+    "check_state_dir",
     "check_video",
     "fitting_extra",
 ]
 
 GIB = 1 << 30
+_SMALL_DISK = 2 * GIB
 _SOCKET_PATH_LIMIT = 107
 _LONGEST_SOCKET = len("//s/encoder-router-0.99999.a-purpose-of-16b")  # without the cluster's name
 _SHORTEST_NAME = 8
@@ -45,6 +47,7 @@ _DEBIAN_PACKAGES = {
 
 class Level(enum.StrEnum):
     OK = "ok"
+    NOTE = "note"
     WARN = "warn"
     FAIL = "fail"
 
@@ -124,7 +127,7 @@ def check_video(missing: Sequence[str], extra: str) -> Check:
     """``missing``: of the packages that videos need."""
     if not missing:
         return ok("video", "can be served")
-    return ok("video", f"{' and '.join(missing)} not installed; only videos need it: {extra}")
+    return Check(Level.NOTE, "video", f"not served: {' and '.join(missing)} not installed; only videos need it", extra)
 
 
 def _library_remedy(error: str) -> str:
@@ -182,6 +185,17 @@ def check_runtime_dir(path: str, mode: int | None, mine: bool) -> Check:
     if mode & 0o077:
         return Check(Level.FAIL, subject, f"{path} is open to others ({mode:04o})", f"chmod 700 {path}")
     return ok(subject, path)
+
+
+def check_state_dir(path: str, writable: bool, free: int) -> Check:
+    """``free``: bytes where logs, events and recordings go."""
+    subject = "state dir"
+    if not writable:
+        return Check(Level.FAIL, subject, f"{path} cannot be written", "EPDCTL_STATE_DIR names another")
+    text = f"{path}, {free / GIB:.1f} GiB free"
+    if free >= _SMALL_DISK:
+        return ok(subject, text)
+    return Check(Level.WARN, subject, f"{text}: logs and recordings may fill it", "EPDCTL_STATE_DIR names another")
 
 
 def check_port(port: int, trouble: str | None, ours: str | None = None) -> Check:

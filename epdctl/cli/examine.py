@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from epdctl.cli import checks
 from epdctl.cli.checks import Check
 from epdctl.cli.machine import cuda_driver, gpu_names, installed
 from epdctl.control.cluster import list_clusters
-from epdctl.control.paths import runtime_base
+from epdctl.control.paths import runtime_base, state_base
 from epdctl.families import videos
 from epdctl.launch.procs import probe
 from epdctl.topology.hardware import MOONCAKE_PACKAGES
@@ -47,6 +48,7 @@ def examine(environ: Mapping[str, str]) -> Iterator[Check]:
     yield checks.check_memlock(_limit(resource.RLIMIT_MEMLOCK), has_rdma=rdma.trouble is None)
     yield checks.check_open_files(_limit(resource.RLIMIT_NOFILE) or 1 << 30)
     yield _runtime_dir(runtime_base(environ))
+    yield _state_dir(state_base(environ))
     yield _port(environ)
 
 
@@ -97,6 +99,13 @@ def _runtime_dir(path: Path) -> Check:
     except OSError:
         return checks.check_runtime_dir(str(path), None, mine=True)
     return checks.check_runtime_dir(str(path), stat.S_IMODE(found.st_mode), mine=found.st_uid == os.getuid())
+
+
+def _state_dir(path: Path) -> Check:
+    """By the nearest directory that is there: the first ``up`` makes the rest."""
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    return checks.check_state_dir(str(path), writable, shutil.disk_usage(there).free)
 
 
 def _port(environ: Mapping[str, str]) -> Check:

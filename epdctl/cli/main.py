@@ -36,10 +36,21 @@ __all__ = ["app", "main"]
 
 INTERRUPTED = 130
 NOBODY_READS = (errno.EPIPE, errno.EIO)  # a pipe whose reader left; a terminal that was closed
+ELSEWHERE = {  # what other tools call it
+    **dict.fromkeys(("ps", "ls", "list", "show", "describe"), "status"),
+    "top": "status -w",
+    **dict.fromkeys(("stop", "kill", "rm", "delete"), "down"),
+    **dict.fromkeys(("start", "run", "serve"), "up"),
+}
 
 
 class Verbs(VerbGroup):
     """Runs the verb; whatever it raises leaves as a message on stderr and an exit status, never as a traceback."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in ELSEWHERE:
+            ctx.fail(f"No such command '{args[0]}'. Did you mean '{ELSEWHERE[args[0]]}'?")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -26,12 +26,18 @@ def start(
     cluster: options.Cluster = None,
 ) -> None:
     """Begin a recording. It ends at `epdctl profile stop`, or after N engine steps of each rank (encoder: batches)."""
-    from epdctl.cli import console
+    from epdctl.cli import console, tables
 
     directory = None if output is None else str(output.absolute())
     reply = options.client(ctx, cluster).start_captures(ranks or [], steps=steps, output=directory)
-    console.say("recording; `epdctl profile stop` ends it, waits for the files and names them")
-    _show(reply, json=json)
+    if json:
+        console.show_json(reply)
+    else:
+        for line in tables.capture_began(reply):
+            console.data(line)
+    if any(result.error is None for result in reply.results):
+        console.say("`epdctl profile stop` ends it, waits for the files and names them")
+    _fail_if_any_did(reply)
 
 
 @app.command(cls=Verb)
@@ -52,5 +58,9 @@ def _show(reply: CaptureReply, *, json: bool) -> None:
         console.show_json(reply)
     else:
         console.show(tables.capture_table(reply))
+    _fail_if_any_did(reply)
+
+
+def _fail_if_any_did(reply: CaptureReply) -> None:
     if reply.merge_error is not None or any(result.error is not None for result in reply.results):
         raise typer.Exit(1)

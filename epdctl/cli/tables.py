@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from datetime import date, datetime
+from pathlib import Path
 
 from rich.console import Group
 from rich.table import Table
@@ -14,6 +15,7 @@ from epdctl.ids import RankName, Stage
 from epdctl.wire.control import CaptureReply, CaptureResult, Event, HealthReply, RankState, RankStatus, StatusReply
 
 __all__ = [
+    "capture_began",
     "capture_table",
     "changes",
     "draining_line",
@@ -147,6 +149,16 @@ def health_lines(reply: HealthReply) -> list[str]:
 
 def _anew(rank: RankName) -> str:
     return f"`epdctl restart {rank}` starts it anew"
+
+
+def capture_began(reply: CaptureReply) -> list[str]:
+    """Who records and where to; then who does not, and why."""
+    recording = [result for result in reply.results if result.error is None]
+    files = (result.hops or result.path for result in recording)
+    folder = next((str(Path(file).parent) for file in files if file is not None), None)
+    into = f" into {plain(folder)}" if folder is not None else ""
+    skipped = [f"{result.rank} does not: {plain(result.error)}" for result in reply.results if result.error is not None]
+    return [f"recording {len(recording)} rank{'' if len(recording) == 1 else 's'}{into}", *skipped]
 
 
 def capture_table(reply: CaptureReply) -> Table:

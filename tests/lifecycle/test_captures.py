@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
+from epdctl.errors import UserError
 from epdctl.ids import Incarnation, RankName
 from epdctl.supervisor.captures import Captures, Deadlines
 from epdctl.wire.control import StartCaptures
@@ -52,6 +55,23 @@ class Studio:
         """Without the questions about clocks."""
         said = (message for name, message in self.told if name == rank)
         return [type(message).__name__ for message in said if not isinstance(message, TellClock)]
+
+
+@pytest.mark.parametrize("name", ["encoder-0.1.trace.json", "gateway-0.1.hops.json", "trace.json.gz"])
+def test_no_recording_is_mixed_into_an_earlier_one(tmp_path: Path, name: str) -> None:
+    async def scenario() -> None:
+        studio = Studio()
+        captures = studio.captures(tmp_path)
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match="holds a recording already") as refused:
+            captures.start(StartCaptures(output=str(tmp_path)), [DECODE])
+        assert "leave --output out" in (refused.value.hint or "")
+        assert studio.told == []
+        (tmp_path / name).rename(tmp_path / "notes.txt")
+        captures.start(StartCaptures(output=str(tmp_path)), [DECODE])
+        assert studio.orders(DECODE) == ["StartCapture"]
+
+    asyncio.run(scenario())
 
 
 def test_a_rank_that_never_answers_is_told_to_stop_and_then_given_up(tmp_path: Path) -> None:

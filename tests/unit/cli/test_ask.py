@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from epdctl.cli.ask import ask
+from epdctl.cli.asking import Gateway, by_name
 from epdctl.cli.console import plain
+from epdctl.errors import RankError, Unreachable
 from tests.support.leaks import GUARD_SECONDS
 
 ENDS = "one\u2028two\u2029three\x85four"  # what Unicode calls ends of lines
@@ -122,6 +126,35 @@ def test_whether_an_answer_was_cut_is_said(
     told = capsys.readouterr().err
     assert told.startswith(said)
     assert bool(told) == bool(said)
+
+
+def test_an_empty_answer_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with answering(monkeypatch) as server:
+        assert asked(monkeypatch, server) == "\n"
+    assert capsys.readouterr().err == "note: the model answered nothing (finish_reason: stop)\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("messages[0].content[1].image_url.url: not a picture", "b.png: not a picture"),
+        ("messages[1].content[0]: too large", "a.png: too large"),
+        ("messages[0].content[2]: too long", "the question: too long"),
+    ],
+)
+def test_a_refusal_names_the_file(said: str, told: str) -> None:
+    with pytest.raises(RankError) as refused, by_name([Path("a.png"), Path("b.png")]):
+        raise RankError(said, hint="kept")
+    assert (refused.value.message, refused.value.hint) == (told, "kept")
+
+
+def test_a_gateway_that_is_not_there_gets_a_hint() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        gateway = Gateway(f"http://127.0.0.1:{closed.getsockname()[1]}", None, GUARD_SECONDS)
+        with pytest.raises(Unreachable) as refused:
+            gateway.whole({})
+    assert "`epdctl status`" in (refused.value.hint or "")
 
 
 def test_no_control_code_of_a_text_reaches_a_terminal() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,9 @@ def test_mooncake_is_one_package_that_imports(found: Mooncake, level: Level, sai
         (checks.check_runtime_dir("/tmp/e", 0o755, mine=True), Level.FAIL),
         (checks.check_runtime_dir("/tmp/e", 0o700, mine=False), Level.FAIL),
         (checks.check_runtime_dir("/" + "x" * 90, 0o700, mine=True), Level.FAIL),
+        (checks.check_state_dir("/s", writable=True, free=9 << 30), Level.OK),
+        (checks.check_state_dir("/s", writable=True, free=1 << 30), Level.WARN),
+        (checks.check_state_dir("/s", writable=False, free=9 << 30), Level.FAIL),
         (checks.check_port(8000, "in use by nginx (pid 7)"), Level.WARN),
         (checks.check_port(8000, None), Level.OK),
     ],
@@ -86,9 +90,17 @@ def test_what_videos_need_is_named_and_nothing_to_be_mended() -> None:
     assert checks.check_video([], "pip install x").level is Level.OK
     found = checks.check_video(["torchvision", "av"], "pip install x")
     assert (found.level, found.finding) == (
-        Level.OK,
-        "torchvision and av not installed; only videos need it: pip install x",
+        Level.NOTE,
+        "not served: torchvision and av not installed; only videos need it",
     )
+    assert found.remedy == "pip install x"
+
+
+def test_a_state_directory_that_is_not_there_yet_is_where_it_will_be_made(tmp_path: Path) -> None:
+    found = examine._state_dir(tmp_path / "a" / "b")
+    assert found.finding.startswith(f"{tmp_path}/a/b, ")
+    (tmp_path / "file").touch()
+    assert examine._state_dir(tmp_path / "file" / "b").level is Level.FAIL
 
 
 def test_shared_memory_needs_memfds_and_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:

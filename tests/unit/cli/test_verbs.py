@@ -175,7 +175,7 @@ def test_a_capture_that_fails_on_one_rank_is_told_and_exits_1(run: Run, base: Pa
         script.captures = [good]
         assert run("profile", "stop").exit_code == 0
     assert result.exit_code == 1
-    assert "decode/0   -      failed: it died" in result.stdout
+    assert result.stdout.splitlines() == ["recording 1 rank into /c", "decode/0 does not: it died"]
     assert script.asked == [StartCaptures(ranks=["encoder"], steps=3, output=str(tmp_path)), "stop_captures"]
 
 
@@ -297,6 +297,15 @@ def test_down_asks_for_what_was_said(run: Run, base: Path, monkeypatch: pytest.M
         "encoder/0#1 stopped",
     ]
     assert result.stderr.splitlines()[-1] == "demo: down, nothing is left"
+
+
+@pytest.mark.parametrize(
+    ("word", "verb"), [("ps", "status"), ("ls", "status"), ("top", "status -w"), ("stop", "down"), ("dwon", "down")]
+)
+def test_a_verb_that_is_called_otherwise_elsewhere_is_understood(run: Run, word: str, verb: str) -> None:
+    result = run(word)
+    assert result.exit_code == 2
+    assert f"Did you mean '{verb}'?" in result.stderr
 
 
 def test_down_says_what_it_waits_for(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

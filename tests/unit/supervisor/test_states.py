@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from epdctl.ids import Incarnation, RankName
+from epdctl.rank.fatal import Departure
 from epdctl.supervisor.states.actions import (
     Action,
     Advertise,
@@ -21,6 +22,7 @@ from epdctl.supervisor.states.actions import (
     TellGang,
     Withdraw,
 )
+from epdctl.supervisor.states.endings import MEANINGS, how_it_went
 from epdctl.supervisor.states.events import (
     DependenciesReady,
     DrainedReported,
@@ -291,6 +293,12 @@ def test_only_a_fault_is_a_death() -> None:
 
 
 LATE = "stop asked for; not drained within 20 s, so what it had is cut off"
+
+
+def test_every_status_that_a_rank_of_ours_leaves_with_has_a_meaning() -> None:
+    assert set(MEANINGS) >= set(Departure) - {Departure.ASKED}
+    assert how_it_went(Departure.CHECKPOINT, "rank") == "exited with status 81 (its checkpoint cannot be loaded)"
+    assert how_it_went(1, "rank") == "exited with status 1"
 
 
 @pytest.mark.parametrize(
