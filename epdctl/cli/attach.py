@@ -23,7 +23,7 @@ from epdctl.errors import DeadlineExceeded, NotRunning, RankError, RankFailed, U
 from epdctl.topology.plan import Plan
 from epdctl.wire.control import Event, FollowLogs, LogLine, RankState, RankStatus, StatusReply
 
-__all__ = ["Interrupted", "Session", "all_ready", "given_up", "longest_start"]
+__all__ = ["Interrupted", "News", "Session", "all_ready", "given_up", "longest_start"]
 
 News = StatusReply | LogLine | Event
 _MARGIN_SECONDS = 60.0
@@ -129,7 +129,7 @@ class Session:
         Raises Unreachable when the daemon does not do it.
         """
         force = False
-        self.inbox.pump("down", self.client.down())
+        self.inbox.pump("down", self._down(force=False))
         while True:
             match item := self.inbox.take():
                 case Event():
@@ -144,10 +144,14 @@ class Session:
                     if item.source == "down":
                         return force
 
+    def _down(self, *, force: bool) -> Iterator[Event]:
+        self.client.first_word(force)
+        yield from self.client.down(force=force)
+
     def _kill(self) -> Iterator[Event]:
         """Says nothing: whoever waits for the first ``down`` hears all that follows from this one."""
-        deque(self.client.down(force=True), maxlen=0)
-        return iter(())
+        deque(self._down(force=True), maxlen=0)
+        yield from ()
 
 
 def _late(seconds: float, last: StatusReply | None) -> str:

@@ -23,9 +23,6 @@ from epdctl.wire.control import StatusReply
 
 __all__ = ["detached", "foreground", "take_down"]
 
-_PATIENCE_SECONDS = 10.0  # for a daemon's first word, before it is taken to hang
-_FORCE_SECONDS = 3.0
-
 
 def detached(plan: Plan, wait_timeout: float | None) -> None:
     """Return when every rank is ready; whatever goes wrong before, leave nothing behind and raise."""
@@ -79,7 +76,7 @@ def take_down(name: str | None, *, drain_s: float | None, force: bool) -> None:
 
 
 def _ask_down(cluster: ClusterRef, drain_s: float | None, force: bool) -> None:
-    reply = cluster.client.status(_FORCE_SECONDS if force else _PATIENCE_SECONDS)
+    reply = cluster.client.first_word(force)
     if not force:
         say(draining_line(reply, cluster.record.drain_s if drain_s is None else drain_s))
     for event in cluster.client.down(drain_s=drain_s, force=force):

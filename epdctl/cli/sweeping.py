@@ -65,6 +65,8 @@ def end_from_outside(cluster: ClusterRef) -> None:
     if procs.kill(daemon):
         procs.wait_gone([daemon], _SWEEP_SECONDS)
     procs.wait_gone(find(cluster.record.run), _GUARDS_SECONDS)
+    if cluster.state.events.exists():
+        cluster.state.events.touch()  # the daemon could not say when its run was over
 
 
 def check_leftovers(environ: Mapping[str, str], *, sweep: bool) -> Check:

@@ -79,7 +79,8 @@ def status_title(reply: StatusReply) -> str:
 
 def encoder_address(reply: StatusReply) -> str | None:
     """Where the encoder's own HTTP surface is, if it has one."""
-    return next((status.endpoints.http for status in reply.ranks if status.endpoints.http), None)
+    routers = (status for status in reply.ranks if status.stage is Stage.ENCODER_ROUTER)
+    return next((status.endpoints.http for status in routers if status.endpoints.http), None)
 
 
 def draining_line(reply: StatusReply, seconds: float) -> str:

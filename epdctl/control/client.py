@@ -55,6 +55,8 @@ __all__ = ["Client", "refused_error"]
 
 ANSWER_SECONDS = 5.0  # the daemon answers at once: one that does not hangs
 CAPTURE_SECONDS = 420.0  # above the daemon's own deadlines for recording and writing
+PATIENCE_SECONDS = 10.0  # for the first word of a daemon that is to stop
+FORCE_SECONDS = 3.0
 SLACK_SECONDS = 15.0  # beyond a rank's own deadlines, between two events of a cluster that is going down
 EXIT_SECONDS = 10.0  # from the last word of the daemon to the end of its process
 
@@ -112,6 +114,11 @@ class Client:
 
     def logs(self, command: FollowLogs) -> Generator[LogLine, None, None]:
         return self.follow(command, None if command.follow else ANSWER_SECONDS)
+
+    def first_word(self, force: bool) -> StatusReply:
+        """The status before a ``down``. A daemon that does not say it will not stop anything either, and a person who
+        wants it by force need not be sure."""
+        return self.status(FORCE_SECONDS if force else PATIENCE_SECONDS)
 
     def down(self, drain_s: float | None = None, force: bool = False) -> Generator[Event, None, None]:
         """Events until the cluster has stopped. Ends when the daemon's process and its run directory are gone.

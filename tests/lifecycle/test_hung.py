@@ -8,9 +8,12 @@ import signal
 import pytest
 from typer.testing import CliRunner, Result
 
+from epdctl.cli import raising
+from epdctl.cli.attach import News, Session
+from epdctl.cli.inbox import Inbox
 from epdctl.cli.main import app
 from tests.lifecycle.conftest import Begin
-from tests.support.leaks import marked_processes
+from tests.support.leaks import GUARD_SECONDS, marked_processes
 from tests.support.scripted import Cluster
 from tests.support.scripted_rank import Script
 
@@ -23,8 +26,8 @@ def hung(begin: Begin, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, place[name])
     monkeypatch.delenv("EPDCTL_CLUSTER", raising=False)
     monkeypatch.setattr("epdctl.control.client.ANSWER_SECONDS", 0.2)
-    monkeypatch.setattr("epdctl.cli.raising._PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr("epdctl.cli.raising._FORCE_SECONDS", 0.2)
+    monkeypatch.setattr("epdctl.control.client.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("epdctl.control.client.FORCE_SECONDS", 0.2)
     cluster = begin(TWO)
     cluster.until_ready()
     os.kill(cluster.daemon.pid, signal.SIGSTOP)
@@ -60,6 +63,19 @@ def test_a_forced_down_ends_it_from_outside_and_proves_it(hung: Cluster, place: 
     assert result.exit_code == 0, result.stderr
     assert f"killing the daemon (pid {hung.daemon.pid}); its ranks end with it" in result.stderr
     assert result.stderr.splitlines()[-1] == "scripted: down, nothing is left"
+    assert hung.wait() == -signal.SIGKILL
+    assert marked_processes(place) == []
+
+
+def test_the_second_interrupt_of_an_up_ends_it_from_outside(
+    hung: Cluster, place: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the first one too, when it has waited long enough."""
+    monkeypatch.setattr("epdctl.control.client.PATIENCE_SECONDS", GUARD_SECONDS)
+    inbox: Inbox[News] = Inbox()
+    inbox.interrupt("SIGINT")
+    session = Session(hung.daemon.cluster, inbox)
+    assert raising._stop(session), "it was killed"
     assert hung.wait() == -signal.SIGKILL
     assert marked_processes(place) == []
 

@@ -27,7 +27,7 @@ def reply(*ranks: RankStatus, gateway: str | None = "http://127.0.0.1:8000") -> 
 
 
 READY = reply(
-    rank("gateway/0"),
+    rank("gateway/0", endpoints=Endpoints(http="http://127.0.0.1:8000")),
     rank("encoder-router/0"),
     rank("encoder/0", gpus=[PhysicalGpu(index=3, uuid="GPU-abc")]),
     rank("prefill/0"),

@@ -100,6 +100,7 @@ def test_a_rank_that_was_given_up_gets_its_remedy_in_health_too() -> None:
 
 def test_encoders_that_stand_alone_are_found_by_their_address() -> None:
     alone = reply(rank("encoder-router/0", endpoints=Endpoints(http="http://127.0.0.1:8110")), gateway=None)
+    assert tables.encoder_address(READY) is None, "the gateway's is another"
     assert tables.status_title(alone) == "demo: 1 of 1 ranks ready, gateway (none), encoder http://127.0.0.1:8110"
 
 

@@ -134,7 +134,7 @@ def test_in_the_foreground_logs_follow_until_a_signal_drains_and_stops_it(
     before = signal.getsignal(number)
     result = run("up", "demo.yaml")
     assert (result.exit_code, result.stdout) == (0, URL + "encoder/0        | encoded 3\n")
-    assert cluster.script.asked == ["watch", FollowLogs(tail=0, follow=True), Down()]
+    assert cluster.script.asked == ["watch", FollowLogs(tail=0, follow=True), "status", Down()]
     assert "demo: down, nothing is left" in result.stderr
     assert signal.getsignal(number) is before
 
@@ -154,7 +154,7 @@ def test_a_second_interrupt_kills(run: Run, cluster: Cluster, monkeypatch: pytes
     monkeypatch.setattr("epdctl.cli.attach.event_line", interrupt_twice)
     result = run("up", "demo.yaml")
     assert result.exit_code == 130, "what was cut off did not go down cleanly"
-    assert cluster.script.asked[-2:] == [Down(), Down(force=True)]
+    assert cluster.script.asked[-4:] == ["status", Down(), "status", Down(force=True)]
     first = "SIGINT: draining: 2 requests in flight, at most 30 s; once more to kill"
     last = "demo: down, nothing is left"
     assert result.stderr.splitlines()[-5:] == [first, "seen", "SIGINT: killing", "seen", last], "each event once"
