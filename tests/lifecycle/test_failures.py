@@ -98,6 +98,16 @@ def test_a_checkpoint_that_cannot_be_loaded_fails_at_once_with_reason_and_log(be
     assert cluster.client.health().verdict == "unhealthy"
 
 
+def test_a_rank_in_backoff_says_when_its_next_try_is(begin: Begin) -> None:
+    cluster = begin({"decode/0": Script()}, restart=RestartPolicy(initial=90.0, maximum=90.0, jitter=0.0))
+    assert cluster.until_rank("decode/0", READY).next_try_s is None
+    cluster.kill("decode/0")
+    waiting = cluster.until_rank("decode/0", RankState.BACKOFF)
+    assert waiting.next_try_s is not None
+    assert 0.0 <= waiting.next_try_s <= 90.0
+    assert "; next try in " in cluster.client.health().problems[0].text
+
+
 def test_a_fault_at_load_that_may_pass_is_tried_again(begin: Begin) -> None:
     cluster = begin({"prefill/0": [Script(fatal="out of memory", kind=FatalKind.MEMORY), Script()]})
     again = cluster.until_rank("prefill/0", READY, incarnation=2)
