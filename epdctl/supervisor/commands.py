@@ -63,8 +63,10 @@ class Commands:
 
     async def down(self, command: Down) -> AsyncGenerator[Event, None]:
         """The events of the stop, to the last. It goes on to its end without the one who asked."""
-        self._daemon.stop(command.drain_s, command.force)
-        async for event in self._daemon.events.read(follow=True, tail=0):
+        events = self._daemon.events
+        before = events.count
+        self._daemon.stop(command.drain_s, command.force)  # whose first events are there when this returns
+        async for event in events.read(follow=True, tail=events.count - before):
             yield event
 
     def logs(self, command: FollowLogs) -> AsyncGenerator[LogLine, None]:

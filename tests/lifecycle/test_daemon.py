@@ -34,6 +34,8 @@ def test_every_rank_becomes_ready_and_all_of_them_go_down(begin: Begin) -> None:
     assert all(rank.pid and rank.rss_bytes and rank.endpoints.inbox for rank in status.ranks)
     assert cluster.client.health().verdict == "healthy"
     events = cluster.down()
+    first, second = events[:2]
+    assert (first.kind, first.text, second.rank, second.state) == ("command", "down", "gateway/0", RankState.DRAINING)
     assert events[-1].kind == "down"
     assert {event.rank for event in events if event.state is STOPPED} == set(ALL)
     assert "WARNING" not in cluster.state.daemon_log.read_text(), "nothing happened that was not asked for"
