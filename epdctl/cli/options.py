@@ -43,14 +43,15 @@ class Globals:
 
 def complete_ranks(ctx: typer.Context, incomplete: str) -> list[str]:
     """Rank and stage names of the cluster that runs; nothing when none does."""
+    from epdctl.control.cluster import find_cluster
     from epdctl.errors import EpdError
 
     said = ctx.params.get("cluster") or (ctx.parent.params.get("cluster") if ctx.parent else None)
     try:
-        ranks = client(ctx, said).status().ranks
+        ranks = find_cluster(chosen_cluster(ctx, said), os.environ).record.ranks
     except EpdError:
         return []
-    names = [str(status.rank) for status in ranks] + sorted({str(status.stage) for status in ranks})
+    names = ranks + sorted({rank.partition("/")[0] for rank in ranks})
     return [name for name in names if name.startswith(incomplete)]
 
 

@@ -23,8 +23,9 @@ def status(
 ) -> None:
     """Show every rank: state, reason, process, GPUs, memory, work."""
     daemon = options.client(ctx, cluster)
+    now = daemon.status()  # and one that hangs is not watched in silence
     if not watch:
-        _show_one(daemon.status(), json=json)
+        _show_one(now, json=json)
     elif json:
         _show_each(daemon.watch(), json=True)
     else:

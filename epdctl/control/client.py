@@ -103,6 +103,7 @@ class Client:
         return self.ask(StartCaptures(ranks=list(ranks), steps=steps, output=output))
 
     def stop_captures(self) -> CaptureReply:
+        self.status()  # writing takes minutes, and one that hangs is not waited for
         return self.ask(StopCaptures(), CAPTURE_SECONDS)
 
     def watch(self) -> Generator[StatusReply, None, None]:

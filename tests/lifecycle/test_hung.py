@@ -38,7 +38,13 @@ def run(*words: str) -> Result:
     return CliRunner().invoke(app, list(words), catch_exceptions=False)
 
 
-@pytest.mark.parametrize("verb", ["status", "health", "health --deep", "health --timeout 0.1", "events -f", "down"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "status", "status -w", "health", "health --deep", "health --timeout 0.1", "events -f", "restart all",
+        "profile start", "profile stop", "down",
+    ],
+)  # fmt: skip
 def test_it_is_named_with_its_log_and_its_remedy(hung: Cluster, verb: str) -> None:
     result = run(*verb.split())
     assert result.exit_code == 4

@@ -176,7 +176,7 @@ def test_a_capture_that_fails_on_one_rank_is_told_and_exits_1(run: Run, base: Pa
         assert run("profile", "stop").exit_code == 0
     assert result.exit_code == 1
     assert result.stdout.splitlines() == ["recording 1 rank into /c", "decode/0 does not: it died"]
-    assert script.asked == [StartCaptures(ranks=["encoder"], steps=3, output=str(tmp_path)), "stop_captures"]
+    assert script.asked == [StartCaptures(ranks=["encoder"], steps=3, output=str(tmp_path)), "status", "stop_captures"]
 
 
 def test_down_clears_what_a_killed_daemon_left(run: Run, base: Path) -> None:
