@@ -19,6 +19,7 @@ from epdctl.encoder.ranks import Outlook
 from epdctl.encoder.verdict import Roster
 from epdctl.errors import PeerGone
 from epdctl.ids import RankName, Stage
+from epdctl.rank.idle import IdleCheck
 from epdctl.rank.peers import Links, Place
 from epdctl.rank.service import Progress, Pulse
 from epdctl.telemetry.hops import Hops, Way
@@ -114,6 +115,7 @@ class RouterService:
         self._completed = 0
         self._draining = False
         self._absent: Sequence[Absent] = ()
+        self._invariants = IdleCheck(self.check)
         self._idle = asyncio.Event()
         self._idle.set()
         self._alarm: asyncio.TimerHandle | None = None
@@ -210,6 +212,7 @@ class RouterService:
             way = self.hops.begin(Kind.ITEM, key.request, "queued", attempt=key.attempt, item=key.item)
             self._jobs[key] = _Job(message, frames[0], way)
             self._media_bytes += len(frames[0])
+            self._invariants.busy()
             self._idle.clear()
             now = self._clock()
             self._apply(self._dispatcher.submit(key, now + message.budget_s, now, message.item.content_hash))
@@ -342,7 +345,17 @@ class RouterService:
             self._arm(deadline)
 
     def pulse(self) -> Pulse:
-        return Pulse(inflight=len(self._dispatcher), waiting=self.waiting, completed=self._completed)
+        return Pulse(
+            inflight=len(self._dispatcher),
+            waiting=self.waiting,
+            completed=self._completed,
+            unhealthy=self._invariants.verdict(idle=not self._jobs),
+        )
+
+    def check(self) -> None:
+        """Raises AssertionError where an item or its picture is held by nobody, or twice."""
+        self._dispatcher.check()
+        assert self._media_bytes == sum(len(job.media) for job in self._jobs.values()), "the bytes of pictures are off"
 
     async def until_idle(self) -> None:
         await self._idle.wait()

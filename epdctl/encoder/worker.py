@@ -27,6 +27,7 @@ from epdctl.ids import Stage
 from epdctl.rank.compute import ComputeThread
 from epdctl.rank.device import prepare_device
 from epdctl.rank.facts import facts_of
+from epdctl.rank.idle import IdleCheck
 from epdctl.rank.machine import Machine
 from epdctl.rank.peers import PeerTable, Place
 from epdctl.rank.profile import Profiler
@@ -135,6 +136,7 @@ class EncoderService:
         self._epochs: dict[int, int] = {}  # of each item's dispatch
         self._completed = 0
         self._draining = False
+        self._invariants = IdleCheck(lambda: self._here.makings.cache.check())
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -234,6 +236,7 @@ class EncoderService:
 
     def _accept(self, work: _Work) -> None:
         self._idle.clear()
+        self._invariants.busy()
         task = self._items[work.dispatch] = self._tasks.start(self._encode(work), f"item {work.dispatch}")
         task.add_done_callback(lambda _: self._ended(work))
 
@@ -385,7 +388,7 @@ class EncoderService:
             waiting=self._loaded.makings.room.waiting + self._loaded.forward.waiting,
             completed=self._completed,
             standstill=self._compute.job_seconds,
-            unhealthy=self._loaded.watch.reason,
+            unhealthy=self._loaded.watch.reason or self._invariants.verdict(idle=not self._items),
             embeddings=self._figures,
         )
 

@@ -207,6 +207,24 @@ def test_every_item_lands_in_its_own_slot_whoever_encodes_it(sockets: Path) -> N
     in_world(sockets, test)
 
 
+def test_what_was_not_given_back_is_found_when_nothing_is_in_flight(sockets: Path) -> None:
+    async def test(world: World) -> None:
+        router, gateway, answers = await world.router()
+        encoder = await world.encoder(ToyTower())
+        router._media_bytes += 7
+        encoder._here.makings.cache.bytes += 7
+        assert (router.pulse().unhealthy, encoder.pulse().unhealthy) == (None, None), "nothing has happened yet"
+        gateway.send(world.job(), [picture(ROWS, 0)])
+        await answers.count(1)
+        await turns_until(lambda: not encoder.pulse().inflight)
+        assert router.pulse().unhealthy == "with nothing in flight, the bytes of pictures are off"
+        assert encoder.pulse().unhealthy == "with nothing in flight, bytes are off"
+        router._media_bytes -= 7
+        encoder._here.makings.cache.bytes -= 7
+
+    in_world(sockets, test)
+
+
 def test_a_batch_is_formed_from_whatever_waits_across_requests_within_its_budget(sockets: Path) -> None:
     async def test(world: World) -> None:
         gate = Gate()
@@ -939,6 +957,7 @@ def test_a_broken_device_shows_although_work_is_staged_on_it(sockets: Path) -> N
         for number in range(3):
             router.send(EncodeItem(dispatch=number, job=world.job(number)), [picture(ROWS, number)])
         await answers.until(of(ItemSized, 3))  # staged, and the forward never ends
+        await gate.began.count(1)
         await turns_until(lambda: encoder.pulse().unhealthy is not None)
         assert encoder.pulse().unhealthy == "the test item was not encoded within 0.05 s"
         assert encoder.pulse().standstill > 0.0, "and it is known since when"
