@@ -15,7 +15,8 @@ from epdctl.ids import Modality
 
 __all__ = ["Bounds", "Largest", "largest"]
 
-_SIDES = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16), (2, 1), (1, 2), (3, 1), (1, 3), (6, 1), (1, 6))
+_LONG = ((1, 1), (5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (5, 2), (3, 1), (4, 1), (5, 1), (6, 1))
+_SIDES = (*_LONG, *((down, across) for across, down in _LONG[1:]))
 _HALVINGS = 8  # where a family refuses the largest pictures, or makes fewer rows of them
 _RATE = 48_000  # samples a second; a family reckons in its own
 
@@ -65,6 +66,6 @@ def _headers(modality: Modality, bounds: Bounds) -> Iterator[tuple[str, Header]]
         return
     for halving in range(_HALVINGS):
         for across, down in _SIDES:
-            unit = math.sqrt((bounds.pixels >> halving) / (across * down))
-            width, height = int(across * unit), int(down * unit)
+            unit = math.isqrt((bounds.pixels >> halving) // (across * down))  # whole: families round by exact shapes
+            width, height = across * unit, down * unit
             yield f"a picture of {width} x {height} pixels", PictureHeader(width, height)
