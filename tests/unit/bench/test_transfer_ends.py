@@ -111,7 +111,7 @@ def test_what_was_made_in_its_slot_is_verified_too(sockets: Path) -> None:
         measured(sockets, in_place=True, forget_after=0)
 
 
-@pytest.mark.parametrize("good", [0, 1, 3])
+@pytest.mark.parametrize("good", [0, 3, 7])  # of 8 writes in four rounds
 def test_a_write_that_did_not_land_is_found_in_whichever_round(sockets: Path, good: int) -> None:
     with pytest.raises(TransferError, match="not what was sent"):
         measured(sockets, forget_after=good)
