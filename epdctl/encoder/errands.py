@@ -150,7 +150,11 @@ async def _hand_out(body: EncodeBody, job: Job, to: Destination, ends: float) ->
         grids=[item.grid for item in job.items],
         specs=specs,
     )
-    await deliver(Parcel(message, rows), to, max(0.0, ends - asyncio.get_running_loop().time()))
+    over = job.borrow()
+    try:
+        await deliver(Parcel(message, rows), to, max(0.0, ends - asyncio.get_running_loop().time()))
+    finally:
+        over()
     return JSONResponse(_sizes(body, job, specs))
 
 

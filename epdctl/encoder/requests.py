@@ -1,4 +1,5 @@
-"""The HTTP requests that are open: counted from their first byte to the last of their answers, and waited for."""
+"""The HTTP requests for work that are open: counted from their first byte to the last of their answers, and waited
+for. Whoever only looks on is not."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import asyncio
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 __all__ = ["OpenRequests"]
+
+WORK = frozenset({"/encode", "/send"})
 
 
 class OpenRequests:
@@ -19,6 +22,9 @@ class OpenRequests:
         self._none.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") not in WORK:
+            await self._app(scope, receive, send)
+            return
         self._open += 1
         self._none.clear()
         try:

@@ -115,6 +115,7 @@ class RouterService:
         self._completed = 0
         self._draining = False
         self._absent: Sequence[Absent] = ()
+        self._cut: set[RankKey] = set()  # the connection to them is down
         self._invariants = IdleCheck(self.check)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -152,7 +153,7 @@ class RouterService:
         return Roster(self.ranks(), resting, self._absent)
 
     def open_ranks(self) -> list[RankKey]:
-        return [_key(peer) for peer in self._encoders.table.accepting]
+        return [key for peer in self._encoders.table.accepting if (key := _key(peer)) not in self._cut]
 
     @property
     def waiting(self) -> int:
@@ -180,6 +181,7 @@ class RouterService:
         actions = self._dispatcher.changed(tuple(joined), tuple(left), self._clock(), resting, self._outlook)
         self._apply(actions)
         self._rearm()
+        self._cut.intersection_update(map(_key, self._encoders.table))
         if self._surface is not None:
             self._surface.ranks_changed()
         if self._place.lost(peers):
@@ -190,6 +192,9 @@ class RouterService:
         change = self._dispatcher.mended if stands else self._dispatcher.cut
         self._apply(change(_key(peer), self._clock()))
         self._rearm()
+        (self._cut.discard if stands else self._cut.add)(_key(peer))
+        if self._surface is not None:
+            self._surface.ranks_changed()
 
     def cut_off(self) -> None:
         """This router had been given up, and with it every item that it was given."""

@@ -185,7 +185,7 @@ class HttpSurface:
             raise RequestError(401, "show the token: Authorization: Bearer …", code="unauthorized")
 
     def _check_open(self, request: Request) -> None:
-        if self._draining and request.method == "POST":
+        if self._draining and (request.method == "POST" or request.url.path == "/health_generate"):
             raise RequestError(503, "the encoder is being stopped", code="draining", retry_after=1)
 
     async def _encode(self, request: Request) -> Response:

@@ -127,6 +127,7 @@ class EncoderService:
         self._beside = beside
         self._compute = ComputeThread() if beside is None else beside.compute
         self._preprocessing = ThreadPoolExecutor(spec.config.encoder.preprocess_threads, "preprocess")
+        self._short = ThreadPoolExecutor(1, "short")  # what must not wait behind whole videos
         self._tasks = Tasks()
         self._notices = Notices()
         self._peers = PeerTable()
@@ -283,7 +284,7 @@ class EncoderService:
         work.way.enter("writing")
         _check_shape(embedding, spec)
         loop = asyncio.get_running_loop()
-        frame = await loop.run_in_executor(self._preprocessing, payload, as_bytes(embedding))
+        frame = await loop.run_in_executor(self._short, payload, as_bytes(embedding))
         return _Answer(self._encoded(work, spec, reading), frame)
 
     async def _into_slot(self, work: _Work, slot: RemoteLease) -> ItemEncoded:
@@ -321,7 +322,7 @@ class EncoderService:
     async def _measure(self) -> float:
         """The norm of the canary's embedding, made as every item's is."""
         canary = self._canary(self._spec.config.model)
-        prepared = await self._prepared(memoryview(canary.media), canary.item)
+        prepared = await self._prepared_by(self._short, memoryview(canary.media), canary.item)
         self._here.makings.room.learn(canary.item, prepared.pixels.nbytes)
         try:
             embedding = await self._here.forward.encode(prepared, first=True)
@@ -330,9 +331,12 @@ class EncoderService:
         return await self._compute.run(lambda: float(torch.linalg.vector_norm(embedding.float())))
 
     async def _prepared(self, media: memoryview, item: MediaItem) -> Prepared:
+        return await self._prepared_by(self._preprocessing, media, item)
+
+    async def _prepared_by(self, threads: ThreadPoolExecutor, media: memoryview, item: MediaItem) -> Prepared:
         """Raises Refused, for one too that is not what the prompt and the slot were made for."""
         loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._preprocessing, self._prepare, media, item)
+        prepared = await loop.run_in_executor(threads, self._prepare, media, item)
         if (list(prepared.grid), prepared.rows) != (item.grid, item.rows):
             text = f"the {item.modality.noun} makes {prepared.rows} rows of grid {list(prepared.grid)}"
             raise Refused(FailureKind.BAD_MEDIA, f"{text}, and its header promised {item.rows} of {item.grid}")
@@ -419,7 +423,8 @@ class EncoderService:
 
     async def close(self) -> None:
         await self._tasks.close()
-        self._preprocessing.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._preprocessing, self._short):
+            threads.shutdown(wait=False, cancel_futures=True)
         self._notices.close()
         if self._loaded is not None:
             self._loaded.inbox.close()

@@ -83,7 +83,7 @@ class MonoService:
             inflight=language.inflight + router.inflight,
             waiting=language.waiting + router.waiting,
             completed=language.completed + router.completed,
-            unhealthy=tower.unhealthy or language.unhealthy,
+            unhealthy=tower.unhealthy or router.unhealthy or language.unhealthy,
             embeddings=tower.embeddings,
         )
 

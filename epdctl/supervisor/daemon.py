@@ -135,7 +135,7 @@ class Daemon:
         meant = [member for member in self.members.values() if member.name in ranks or member.gang in gangs_meant]
         self.events.record("command", f"restart {' '.join(member.name for member in meant)}")
         first = next_to_stop([member.name for member in meant], self._states())
-        self._restarting += [member for member in meant if member.name not in first]
+        self._restarting += [one for one in meant if one.name not in first and one not in self._restarting]
         self._post_all([member for member in meant if member.name in first], RestartRequested())
         return [member.name for member in meant]
 
@@ -143,6 +143,7 @@ class Daemon:
         """Drain and stop every rank, in order; asked again with ``force``, kill what is left."""
         deadlines = self._stop.deadlines
         self._stop.deadlines = deadlines if drain_s is None else replace(deadlines, drain=drain_s)
+        self._restarting.clear()
         self.stop_asked.set()
         self.events.record("command", "down, by force" if force else "down")
         if force:

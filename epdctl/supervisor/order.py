@@ -10,13 +10,14 @@ from epdctl.ids import RankName, Stage
 from epdctl.supervisor.states.rank import SETTLED
 from epdctl.wire.control import RankState
 
-__all__ = ["States", "before", "front_of", "next_to_stop"]
+__all__ = ["STEPS", "States", "before", "front_of", "next_to_stop"]
 
 States = Mapping[RankName, RankState]
 
 # Front to back. The gateway takes no more requests and finishes those it has, for which it needs all the others; then
 # the encoders' router, whose own clients' items can go nowhere once its encoders take none. The rest comes last.
 FRONT = (Stage.GATEWAY, Stage.ENCODER_ROUTER)
+STEPS = len(FRONT) + 1  # of a stop
 
 
 def next_to_stop(ranks: Iterable[RankName], states: States) -> list[RankName]:

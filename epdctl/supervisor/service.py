@@ -17,6 +17,7 @@ from epdctl.launch.local import LocalLauncher
 from epdctl.supervisor.commands import Commands
 from epdctl.supervisor.daemon import Daemon
 from epdctl.supervisor.logs import bound
+from epdctl.supervisor.order import STEPS
 from epdctl.supervisor.reception import Reception
 from epdctl.supervisor.rundir import RunDir
 from epdctl.supervisor.sweep import sweep
@@ -122,7 +123,7 @@ def _hold(lifeline: int, daemon: Daemon) -> None:
 async def _until_settled(daemon: Daemon) -> None:
     await daemon.stop_asked.wait()
     deadlines = daemon.deadlines
-    limit = 2 * (deadlines.drain + deadlines.kill) + SLACK_SECONDS  # the gateway drains first, then all others
+    limit = STEPS * (deadlines.drain + deadlines.kill) + SLACK_SECONDS
     try:
         async with asyncio.timeout(limit):
             await daemon.settled.wait()

@@ -283,9 +283,15 @@ class Link(_Socket, Generic[In, Out]):
             self._reopening = self._loop.call_later(REOPEN_SECONDS, self._reopen)
 
     def _reopen(self) -> None:
-        self._socket = _made(zmq.DEALER)
-        self._fd = int(self._socket.getsockopt(zmq.FD))
-        self._connect()
+        """Out of descriptors or memory, it is tried again: what is in short supply now may come back."""
+        try:
+            self._socket = _made(zmq.DEALER)
+            self._fd = int(self._socket.getsockopt(zmq.FD))
+            self._connect()
+        except zmq.ZMQError as error:
+            log.warning("the connection to %s cannot be made anew yet: %s", self.endpoint, error)
+            self._release()
+            self._reopening = self._loop.call_later(REOPEN_SECONDS, self._reopen)
 
     def _advance(self, events: int) -> bool:
         if self._outbox and events & _WRITABLE:
