@@ -22,7 +22,8 @@ EpdError (70: our fault)
 │   ├── RegistrationFailed a transport refused a pool's memory
 │   ├── SlotBusy           another writer has not left the slot
 │   ├── QuarantineFull     too many slots wait for writers of which nobody knows the end
-│   └── StaleGeneration    the slot belongs to somebody else by now
+│   ├── StaleGeneration    the slot belongs to somebody else by now
+│   └── WritesAdrift       what moves the bytes gave writes up, and may still be at them
 └── RequestError           what a client is told; carries an HTTP status
 """
 
@@ -59,6 +60,7 @@ __all__ = [
     "Unreachable",
     "UserError",
     "WireError",
+    "WritesAdrift",
 ]
 
 
@@ -198,6 +200,10 @@ class QuarantineFull(TransferError):
 
 class StaleGeneration(TransferError):
     """The slot was given to somebody else since the address was handed out."""
+
+
+class WritesAdrift(TransferError):
+    """Writes ended in an error that does not say that they have stopped: only the end of their writer does."""
 
 
 class RequestError(EpdError):

@@ -385,8 +385,10 @@ class EncoderService:
             log.info("the router left before its answer: %s", error)
 
     def pulse(self) -> Pulse:
+        """Raises WritesAdrift, which ends the rank."""
         if self._loaded is None:
             return Pulse(standstill=self._compute.job_seconds)
+        self._loaded.transport.bound_adrift()
         return Pulse(
             inflight=len(self._items),
             waiting=self._loaded.makings.room.waiting + self._loaded.forward.waiting,

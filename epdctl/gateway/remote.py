@@ -157,7 +157,7 @@ class Fetcher:
 
     async def _roots(self) -> ssl.SSLContext:
         """Whose certificates are trusted: read once and beside the loop, which it would hold up."""
-        if self._trusted is None:
+        if self._trusted is None or (self._trusted.done() and self._trusted.exception() is not None):
             self._trusted = asyncio.ensure_future(asyncio.to_thread(httpx.create_ssl_context, trust_env=False))
         return await asyncio.shield(self._trusted)
 

@@ -29,7 +29,7 @@ REFUSED: Refused = {
     "modalities": (None, [], ["text"]),
     "moderation": (None,),
     "prediction": (None,),
-    "reasoning_effort": (None,),
+    "reasoning_effort": (None, "none"),
     "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
@@ -54,7 +54,7 @@ REFUSED: Refused = {
     "guided_json": (None,),
     "guided_regex": (None,),
     "guided_whitespace_pattern": (None,),
-    "include_reasoning": (None, True),
+    "include_reasoning": (None, True, False),  # of an answer that is one text
     "include_stop_str_in_output": (None, False),
     "kv_transfer_params": (None,),
     "length_penalty": (None, 1),

@@ -163,11 +163,12 @@ class LanguageRank(ABC, Generic[S, In]):
         return Refusal(FailureKind.RANK_LOST, f"{self._spec.rank} was withdrawn for a while")
 
     def pulse(self) -> Pulse:
-        """Raises QuarantineFull, which ends the rank: only a new process is sure of all its memory again."""
+        """Raises QuarantineFull and WritesAdrift, which end the rank: only a new process is sure of its memory."""
         if self._machine is None:
             return Pulse()
         for pool in self._written:
             pool.bound_quarantine()
+        self._machine.transport.bound_adrift()
         pages = self._machine.pages
         return Pulse(
             inflight=len(self._stays),

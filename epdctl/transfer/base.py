@@ -101,6 +101,10 @@ class Transport(Protocol):
         """Nothing will come of the slot that was opened."""
         ...
 
+    def bound_adrift(self) -> None:
+        """Raises WritesAdrift where this process should end, so that the slots of peers that are there come back."""
+        ...
+
     def withdraw(self, endpoint: str) -> None:
         """The peer at ``endpoint`` is gone: fail its pending writes with PeerGone and drop what is queued for it."""
         ...

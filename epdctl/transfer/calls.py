@@ -55,10 +55,10 @@ class Calls:
     async def attach(self) -> Attached:
         """Once for all writes. Raises what ``gone`` ends with."""
         if self._attached is None:
-            self._attached = asyncio.get_running_loop().create_future()
             owner, pid = self._owner, os.getpid()
             hello = Attach(token=owner.token, rank=owner.rank, incarnation=owner.incarnation, pid=pid, born=birth(pid))
             self._link.send(hello)
+            self._attached = asyncio.get_running_loop().create_future()
         await self._or_gone(self._attached)
         return self._attached.result()
 

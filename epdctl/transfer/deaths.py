@@ -71,5 +71,5 @@ def birth(pid: int) -> int:
     try:
         with open(f"/proc/{pid}/stat") as file:
             return int(file.read().rpartition(")")[2].split()[19])
-    except OSError as error:
+    except FileNotFoundError as error:
         raise ProcessLookupError(pid) from error

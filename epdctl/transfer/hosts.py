@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from epdctl.errors import PeerGone
+from epdctl.errors import PeerGone, WritesAdrift
 from epdctl.transfer.base import Piece
 from epdctl.transfer.calls import Calls
 from epdctl.transfer.landing import Owner, Parcel, Refusal, place_of, refused
@@ -28,6 +29,7 @@ __all__ = ["Host"]
 
 log = logging.getLogger(__name__)
 
+ADRIFT_SECONDS = 10.0  # less than a reader bears in quarantine; a peer that is gone or hangs is withdrawn before
 RETIRE_SECONDS = 600.0  # for what was begun at a peer that was withdrawn to end, before its link is closed
 
 
@@ -41,7 +43,8 @@ class Host:
         self._thread = ThreadPoolExecutor(1, "transfer")
         self._slots: dict[int, Slot] = {}  # by generation
         self._remotes: dict[str, Remote] = {}
-        self._adrift: list[Sequence[Piece]] = []  # may be read still; bounded by what the peer bears in quarantine
+        self._adrift: list[Sequence[Piece]] = []  # may be read still; bounded by ``bound_adrift``
+        self._adrift_since = math.inf
         self._calls = Calls(endpoint, owner)
         self._closed = False
         self.working: set[asyncio.Future[Any]] = set()
@@ -88,10 +91,19 @@ class Host:
             finally:
                 if not stopped:
                     self._adrift.append(pieces)
+                    self._adrift_since = min(self._adrift_since, asyncio.get_running_loop().time())
                 end = End(write=slot.end(), landed=landed, stopped=stopped, pieces=sums)
                 answer = await self._calls.end(end)
             if isinstance(answer, Rejected):
                 raise refused(answer)
+
+    def bound_adrift(self) -> None:
+        """See Transport. Whoever began these writes must go before the peer has to, who did nothing wrong."""
+        if asyncio.get_running_loop().time() - self._adrift_since > ADRIFT_SECONDS:
+            raise WritesAdrift(
+                f"{len(self._adrift)} writes to {self._calls.endpoint} were given up by what moves the bytes, "
+                "which may still be at them: their slots come back when this process ends"
+            )
 
     async def _sums(self, pieces: Sequence[Piece]) -> list[PieceHeader]:
         """On the thread: about 1 s for each GB."""

@@ -114,6 +114,9 @@ class MemoryTransport:
     def drop_slot(self, lease: RemoteLease) -> None:
         pass
 
+    def bound_adrift(self) -> None:
+        """Its receiver lands the bytes, and knows when that is over."""
+
     def withdraw(self, endpoint: str) -> None:
         for task in self._writing.pop(endpoint, ()):
             task.cancel()

@@ -79,6 +79,10 @@ class OneSidedTransport:
             peer = self._peers[pool.endpoint] = Host(pool.endpoint, self._owner, self._mover, self.moved)
         return peer
 
+    def bound_adrift(self) -> None:
+        for peer in self._peers.values():
+            peer.bound_adrift()
+
     def withdraw(self, endpoint: str) -> None:
         if (peer := self._peers.pop(endpoint, None)) is not None:
             task = asyncio.get_running_loop().create_task(peer.retire(PeerGone(f"{endpoint} was withdrawn")))

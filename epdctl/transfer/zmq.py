@@ -59,13 +59,21 @@ class ZmqTransport:
         return self._landings.register(pool, "zmq", self.endpoint)
 
     def _arrived(self, sender: Sender, write: Write, frames: list[memoryview]) -> None:
-        answer = self._landings.land(write, frames)
+        answer = self._landed(write, frames)
         if isinstance(answer, Rejected):
             log.warning("refused bytes for %s: %s", write.pool, answer.text)
         try:
             self._inbox.reply(sender, answer, RECEIVER_TO_WRITER)
         except PeerGone as error:
             log.info("a writer left before its answer: %s", error)
+
+    def _landed(self, write: Write, frames: list[memoryview]) -> ReceiverToWriter:
+        """Whatever goes wrong is told: a writer that hears nothing waits, and keeps its bytes."""
+        try:
+            return self._landings.land(write, frames)
+        except Exception as error:
+            log.exception("bytes for %s could not be put there", write.pool)
+            return Rejected(write=write.write, kind="frames", text=f"they could not be put there: {error}")
 
     async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
         endpoint = lease.pool.endpoint
@@ -83,6 +91,9 @@ class ZmqTransport:
 
     def drop_slot(self, lease: RemoteLease) -> None:
         pass
+
+    def bound_adrift(self) -> None:
+        """Its receiver lands the bytes, and knows when that is over."""
 
     def withdraw(self, endpoint: str) -> None:
         if (peer := self._peers.pop(endpoint, None)) is not None:
@@ -105,6 +116,12 @@ class _Peer:
         self._link: Link[ReceiverToWriter, WriterToReceiver] = Link(
             endpoint, RECEIVER_TO_WRITER, WRITER_TO_RECEIVER, self._answered, send_buffer=SEND_BUFFER_BYTES
         )
+        self._link.watch(self._stands)
+
+    def _stands(self, stands: bool) -> None:
+        """What a broken connection carried has no answer any more."""
+        if not stands:
+            self._fail(PeerGone(f"the connection to {self._link.endpoint} broke"))
 
     async def write(self, lease: RemoteLease, pieces: Sequence[Piece]) -> None:
         """One that is given up leaves its messages with ZMQ; they keep their room until they are answered."""
@@ -153,6 +170,9 @@ class _Peer:
 
     def close(self, error: PeerGone) -> None:
         self._link.close()
+        self._fail(error)
+
+    def _fail(self, error: PeerGone) -> None:
         for future in list(self._unanswered.values()):
             if not future.done():
                 future.set_exception(error)

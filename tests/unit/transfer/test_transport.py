@@ -23,9 +23,10 @@ from epdctl.errors import (
     StaleGeneration,
     TransferError,
     UserError,
+    WritesAdrift,
 )
 from epdctl.ids import Incarnation, RankName
-from epdctl.transfer import guests, landing, zmq
+from epdctl.transfer import guests, hosts, landing, zmq
 from epdctl.transfer.allocators import RangeAllocator
 from epdctl.transfer.base import Piece, Transport
 from epdctl.transfer.deaths import birth
@@ -509,6 +510,55 @@ def test_a_peer_that_was_withdrawn_just_before_the_end_is_closed_too(make_one_si
         writer.withdraw(receiver.address.endpoint)
         await writer.close()
         assert peer._calls._link.closed
+
+    between(make_one_sided, test)
+
+
+def test_a_receiver_that_fails_to_land_bytes_says_so_and_the_writer_goes_on(
+    sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unanswered, each such message kept its room in the window for good."""
+
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        assert isinstance(receiver.transport, ZmqTransport)
+        land = receiver.transport._landings.land
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("the device is out of memory")
+
+        monkeypatch.setattr(receiver.transport._landings, "land", broken)
+        for _number in range(2 * zmq.WINDOW):
+            with pytest.raises(TransferError, match="out of memory"):
+                await writer.write(receiver.lease(8), [Piece(rubbish(8), 0)], seconds=30)
+        monkeypatch.setattr(receiver.transport._landings, "land", land)
+        await writer.write(receiver.lease(8), [Piece(rubbish(8), 0)], seconds=30)
+
+    between(lambda: OverZmq(sockets), test)
+
+
+def test_a_writer_whose_writes_are_adrift_must_go_before_their_reader(
+    make_one_sided: Callable[[], Fabric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        await writer.write(receiver.lease(8), [Piece(rubbish(8), 0)], seconds=30)
+        assert isinstance(writer, OneSidedTransport)
+        (peer,) = writer._peers.values()
+
+        async def gives_up(*_: object) -> None:
+            raise TransferError("the engine gave up")
+
+        monkeypatch.setattr(peer, "_move", gives_up)
+        with pytest.raises(TransferError, match="the engine gave up"):
+            await writer.write(receiver.lease(8), [Piece(rubbish(8), 0)], seconds=30)
+        writer.bound_adrift()  # the peer may be dying, and is withdrawn then
+        monkeypatch.setattr(hosts, "ADRIFT_SECONDS", -1.0)
+        with pytest.raises(WritesAdrift, match=r"1 writes to .* were given up"):
+            writer.bound_adrift()
+        writer.withdraw(receiver.address.endpoint)
+        writer.bound_adrift()
+        assert isinstance(receiver.transport, OneSidedTransport)
+        for guest in receiver.transport._guests._guests.values():
+            guests._leave_all(guest)  # as the writer's death would have it
 
     between(make_one_sided, test)
 
