@@ -11,8 +11,7 @@ import msgspec
 from epdctl.errors import PlacementError
 from epdctl.ids import Stage
 from epdctl.topology.plan import PlannedRank
-from epdctl.wire import mooncake
-from epdctl.wire.config import TransferConfig
+from epdctl.wire.variables import environment
 
 __all__ = ["SERVICES", "NativeAdapter"]
 
@@ -70,17 +69,14 @@ class NativeAdapter:
 
         PYTORCH_CUDA_ALLOC_CONF is never passed on: expandable segments cannot be written to by peers.
         """
-        threads = str(rank.config.threads)
+        threads, transfer = str(rank.config.threads), rank.config.transfer
+        moving = environment(transfer.backend, transfer.protocol)
         own = {
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in rank.gpus),
         }
-        return dict(sorted((self._inherited | _FIXED | _engine(rank.config.transfer) | own).items()))
-
-
-def _engine(transfer: TransferConfig) -> dict[str, str]:
-    return mooncake.environment(transfer.protocol) if transfer.backend == "mooncake" else {}
+        return dict(sorted((self._inherited | _FIXED | moving | own).items()))
 
 
 def _may_inherit(name: str) -> bool:

@@ -21,7 +21,7 @@ from epdctl.errors import EpdError, UserError
 from epdctl.topology.hardware import Gpu, Hardware, probe, usable_cores
 from epdctl.topology.values import parse_size
 from epdctl.transfer.rdma import rdma_devices
-from epdctl.wire import mooncake
+from epdctl.wire.variables import MOONCAKE, environment
 
 __all__ = ["EMBEDDING", "KV", "KV_PAGE", "SIZES", "TRANSPORTS", "Row", "Way", "available", "measure", "run"]
 
@@ -233,9 +233,9 @@ def _end(visible: str, way: Way) -> Iterator[_End]:
         "OMP_NUM_THREADS": share, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0",
         "CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     }  # fmt: skip
-    foreign = {"PYTORCH_CUDA_ALLOC_CONF", *mooncake.VARIABLES.values()}
+    foreign = {"PYTORCH_CUDA_ALLOC_CONF", *MOONCAKE.values()}
     inherited = {name: value for name, value in os.environ.items() if name not in foreign}
-    environ = inherited | own | mooncake.environment(way.protocol)
+    environ = inherited | own | environment(way.backend, way.protocol)
     with tempfile.TemporaryFile("w+") as words:
         process = subprocess.Popen(
             [sys.executable, "-m", "epdctl.bench.ends"],

@@ -20,7 +20,7 @@ import torch
 from epdctl.errors import RegistrationFailed, TransferError, UserError
 from epdctl.transfer.loopback import keep_on_loopback, listening, port_of
 from epdctl.transfer.rdma import rdma_devices
-from epdctl.wire.mooncake import VARIABLES, steered
+from epdctl.wire.variables import MOONCAKE, steered
 
 __all__ = ["PROTOCOLS", "Engine", "Run", "Way", "engine_of", "probe"]
 
@@ -146,8 +146,8 @@ def engine_of(protocol: str) -> Engine:
 def _require_environment(protocol: str) -> None:
     """The engine must have been told ``protocol`` and no other. Raises UserError."""
     if (told := steered(os.environ)) != [protocol]:
-        found = ", ".join(f"{VARIABLES[other]} ({other})" for other in told) or "none of its like"
-        raise UserError(f"protocol {protocol} needs {VARIABLES[protocol]}=1 in the environment, which has {found}")
+        found = ", ".join(f"{MOONCAKE[other]} ({other})" for other in told) or "none of its like"
+        raise UserError(f"protocol {protocol} needs {MOONCAKE[protocol]}=1 in the environment, which has {found}")
 
 
 def _require_protocol(engine: Engine, opened: frozenset[int]) -> None:

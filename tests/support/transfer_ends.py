@@ -27,9 +27,9 @@ from epdctl.transfer.leases import SlotState
 from epdctl.transfer.mooncake_engine import PROTOCOLS, Way
 from epdctl.transfer.open import BACKENDS, Opening
 from epdctl.transfer.pool import Pool
-from epdctl.wire import mooncake
 from epdctl.wire.config import TransferConfig
 from epdctl.wire.transfer import RemoteLease
+from epdctl.wire.variables import environment
 from tests.support.halfway import Halfway
 from tests.support.rude_writers import FAULTS
 
@@ -47,7 +47,7 @@ def pattern(nbytes: int, seed: int) -> torch.Tensor:
 
 
 def open_at(backend: str, endpoint: str, rank: str, token: str = "secret", *, checksum: bool = False) -> Transport:
-    os.environ |= mooncake.environment("tcp")  # as the plan gives it to a rank
+    os.environ |= environment("mooncake", "tcp")  # as the plan gives it to a rank
     owner = Owner(RankName(rank), Incarnation(1), token, checksum)
     config = TransferConfig(backend=backend, protocol="tcp" if backend == "mooncake" else "")
     return BACKENDS[backend](Opening(endpoint, owner, config, torch.device("cpu")))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from epdctl.wire import mooncake
+from epdctl.wire.variables import environment
 from tests.support.ranks import socket_directory
 
 
@@ -18,5 +18,5 @@ def sockets() -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def told_to_use_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the plan gives a rank with Mooncake: the one engine of this process is asked for TCP."""
-    for name, value in mooncake.environment("tcp").items():
+    for name, value in environment("mooncake", "tcp").items():
         monkeypatch.setenv(name, value)

@@ -22,7 +22,7 @@ from epdctl.topology.ports import why_not_free
 from epdctl.topology.profiles import list_profiles, profile_text
 from epdctl.topology.schema import json_schema
 from epdctl.wire.message import to_json
-from epdctl.wire.mooncake import VARIABLES
+from epdctl.wire.variables import MOONCAKE
 from tests.unit.topology.support import UUIDS, machine, rank, seats
 
 PROFILES = Path(epdctl.__file__).parent.parent / "profiles"
@@ -126,6 +126,8 @@ def test_what_a_rank_is_run_with(checkpoint: Path) -> None:
         "GOMP_SPINCOUNT": "0",
         "HF_HUB_OFFLINE": "1",
         "KINETO_LOG_LEVEL": "6",
+        "MALLOC_MMAP_THRESHOLD_": "33554432",  # of zmq, which is what no Mooncake leaves
+        "MALLOC_TRIM_THRESHOLD_": "134217728",
         "MKL_NUM_THREADS": "3",
         "OMP_NUM_THREADS": "3",
         "OMP_WAIT_POLICY": "passive",
@@ -145,8 +147,8 @@ def test_mooncake_is_told_its_protocol_and_no_other(checkpoint: Path, tmp_path: 
     file.write_text(f"{text}\ntransfer: {{backend: mooncake, protocol: {protocol}}}\n")
     engines = dataclasses.replace(machine(2), mooncake="mooncake-transfer-engine-cuda13")
     made = planned(file, checkpoint, engines)
-    own = {name for name in rank(made, "encoder/0").env if name in VARIABLES.values()}
-    assert own == {VARIABLES[protocol]}
+    own = {name for name in rank(made, "encoder/0").env if name in MOONCAKE.values()}
+    assert own == {MOONCAKE[protocol]}
 
 
 def test_a_cpu_rank_sees_no_gpu(checkpoint: Path) -> None:

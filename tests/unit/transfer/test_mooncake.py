@@ -20,8 +20,8 @@ from epdctl.transfer.mooncake import MooncakeMover
 from epdctl.transfer.mooncake_engine import PROTOCOLS, Engine, engine_of, probe
 from epdctl.transfer.movers import Put
 from epdctl.transfer.rdma import RdmaDevices, rdma_devices
-from epdctl.wire.mooncake import VARIABLES
 from epdctl.wire.transfer import PoolLocation
+from epdctl.wire.variables import MOONCAKE
 
 CPU = torch.device("cpu")
 
@@ -217,10 +217,10 @@ MooncakeMover("rdma", torch.device("cpu"))
 
 
 def told(monkeypatch: pytest.MonkeyPatch, *protocols: str) -> None:
-    for variable in VARIABLES.values():
+    for variable in MOONCAKE.values():
         monkeypatch.delenv(variable, raising=False)
     for protocol in protocols:
-        monkeypatch.setenv(VARIABLES[protocol], "1")
+        monkeypatch.setenv(MOONCAKE[protocol], "1")
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_the_engine_is_told_its_protocol_and_no_other(
 ) -> None:
     engine_of.cache_clear()
     told(monkeypatch, *told_as)
-    with pytest.raises(UserError, match=f"protocol {protocol} needs {VARIABLES[protocol]}=1 in the environment"):
+    with pytest.raises(UserError, match=f"protocol {protocol} needs {MOONCAKE[protocol]}=1 in the environment"):
         engine_of(protocol)
 
 
