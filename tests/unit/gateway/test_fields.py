@@ -106,7 +106,7 @@ UNSERVED: dict[str, Any] = {
     "thinking_token_budget": 100,
     "guided_whitespace_pattern": " ",
     "logprob_token_ids": [1],
-    "include_reasoning": False,
+    "include_reasoning": "yes",
     "repetition_detection": {"max_pattern_size": 4},
     # SGLang's
     "input_ids": [1, 2],
