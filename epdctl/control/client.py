@@ -143,7 +143,7 @@ class Client:
         return max(waits, kill) + SLACK_SECONDS
 
     def ask(self, question: Question[R], seconds: float | None = None) -> R:
-        """The one reply, within ``seconds`` (10 by default)."""
+        """The one reply, within ``seconds`` (ANSWER_SECONDS by default)."""
         for reply in self._replies(question, seconds or ANSWER_SECONDS):
             return _checked(question, reply)
         raise self._unreachable(f"closed the connection before it answered {_name(question)}")

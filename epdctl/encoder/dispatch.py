@@ -71,6 +71,11 @@ class Dispatcher:
         """Those that may take items, in the order of their names."""
         return sorted(self._ranks)
 
+    @property
+    def open_ranks(self) -> list[RankKey]:
+        """Those that items may go to, now or once they have room."""
+        return self._ranks.open
+
     def pending(self, rank: RankKey) -> int:
         return self._ranks.pending(rank)
 
@@ -81,10 +86,6 @@ class Dispatcher:
         if self._waiting and (ask := self._ranks.next_ask) is not None:
             times.append(ask)
         return min(times, default=None)
-
-    def holder(self, content: str) -> RankKey | None:
-        """The rank that may remember this picture."""
-        return self._ranks.holder(content)
 
     # -- what clients and the table say --
 

@@ -62,6 +62,7 @@ class Prober:
         self._seconds = seconds
         self._norm: float | None = None  # of the first that was right
         self._made: Counter[RankName] = Counter()  # real embeddings, by who made them
+        self._news = asyncio.Event()  # of those
         self._numbers = itertools.count(1)
         self._asked: dict[RankKey, tuple[int, asyncio.Future[Proved | None]]] = {}
         self._running: asyncio.Task[Outcome] | None = None
@@ -69,6 +70,7 @@ class Prober:
     def encoded(self, by: RankName, message: ItemEncoded) -> None:
         if message.source is Source.MADE:
             self._made[by] += 1
+            self._news.set()
 
     def proved(self, by: RankKey, message: Proved) -> None:
         number, answer = self._asked.get(by, (0, None))
@@ -96,14 +98,11 @@ class Prober:
         before = Counter(self._made)
         keys = self._fleet.open_ranks()
         proving = asyncio.gather(*(self._prove(key, before) for key in keys))
-        (encode, by), words = await asyncio.gather(self._encode(), proving)
-        if isinstance(encode, RequestError):
-            crowded = encode.code in CROWDED and self._made != before
-            encode = BUSY if crowded else f"the test item was not encoded: {encode.message}"
+        (encode, by), words = await asyncio.gather(self._encode(before), proving)
         ranks = {key.rank: word for key, word in zip(keys, words, strict=True) if word is not None}
         return Outcome(encode, by, ranks)
 
-    async def _encode(self) -> tuple[str | RequestError, RankName | None]:
+    async def _encode(self, before: Mapping[RankName, int]) -> tuple[str, RankName | None]:
         ends = asyncio.get_running_loop().time() + self._seconds + SLACK_SECONDS
         try:
             job = self._jobs.start([(self._canary.item, self._canary.media)], self._seconds)
@@ -112,8 +111,21 @@ class Prober:
             finally:
                 self._jobs.forget(job)
         except RequestError as error:
-            return error, None
+            if error.code in CROWDED and await self._gets_on(before, ends):
+                return BUSY, None
+            return f"the test item was not encoded: {error.message}", None
         return self._judged(norm_of(rows, spec)), job.by
+
+    async def _gets_on(self, before: Mapping[RankName, int], ends: float) -> bool:
+        """Whether anything is made by then: it may be that nothing was in the moment until the item was refused."""
+        try:
+            async with asyncio.timeout_at(ends):
+                while self._made == before:
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def _judged(self, norm: float) -> str:
         if not math.isfinite(norm) or norm == 0.0:

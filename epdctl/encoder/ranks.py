@@ -134,10 +134,6 @@ class Ranks:
 
     # -- who remembers what --
 
-    def holder(self, content: str) -> RankKey | None:
-        """The rank that may remember this picture."""
-        return self._holders.get(content)
-
     def _note_holder(self, content: str, rank: RankKey) -> None:
         if not content or not self.remember:
             return

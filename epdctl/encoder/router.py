@@ -115,7 +115,6 @@ class RouterService:
         self._completed = 0
         self._draining = False
         self._absent: Sequence[Absent] = ()
-        self._cut: set[RankKey] = set()  # the connection to them is down
         self._invariants = IdleCheck(self.check)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -153,7 +152,7 @@ class RouterService:
         return Roster(self.ranks(), resting, self._absent)
 
     def open_ranks(self) -> list[RankKey]:
-        return [key for peer in self._encoders.table.accepting if (key := _key(peer)) not in self._cut]
+        return self._dispatcher.open_ranks
 
     @property
     def waiting(self) -> int:
@@ -181,7 +180,6 @@ class RouterService:
         actions = self._dispatcher.changed(tuple(joined), tuple(left), self._clock(), resting, self._outlook)
         self._apply(actions)
         self._rearm()
-        self._cut.intersection_update(map(_key, self._encoders.table))
         if self._surface is not None:
             self._surface.ranks_changed()
         if self._place.lost(peers):
@@ -192,7 +190,6 @@ class RouterService:
         change = self._dispatcher.mended if stands else self._dispatcher.cut
         self._apply(change(_key(peer), self._clock()))
         self._rearm()
-        (self._cut.discard if stands else self._cut.add)(_key(peer))
         if self._surface is not None:
             self._surface.ranks_changed()
 

@@ -6,6 +6,7 @@ Training changes whole tensors, so one block of each tells two sets of weights o
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,9 +51,11 @@ def fingerprint(checkpoint: Path) -> str | None:
             blocks.extend(_Block(path, offset) for offset in _middles(header))
         elif size <= SETTINGS_BYTES:
             digest.update(path.read_bytes())
-    for block in blocks[:: -(-len(blocks) // BLOCKS) or 1]:
-        with block.path.open("rb") as file:
-            digest.update(os.pread(file.fileno(), BLOCK_BYTES, block.offset))
+    chosen = blocks[:: -(-len(blocks) // BLOCKS) or 1]
+    for path, group in itertools.groupby(chosen, key=lambda block: block.path):
+        with path.open("rb") as file:
+            for block in group:
+                digest.update(os.pread(file.fileno(), BLOCK_BYTES, block.offset))
     return digest.hexdigest()
 
 

@@ -157,12 +157,13 @@ class RankProcess:
         if isinstance(self._service, TellsOfAll):
             self._service.take_source(self._enquiry.ask)
         endpoints = await self._service.start(self._report)
+        ready = await _ready(self._service, endpoints)
         self._ready = True
         self._up.set()
         self._capture = Capture(self._service, self._post)
         if self._peers is not None:
             _tell(self._service, self._peers)
-        self._post(_ready(self._service, endpoints))
+        self._post(ready)
 
     def _find_service(self, name: str) -> ServiceFactory:
         self._report("imports", 0, 1)
@@ -307,9 +308,11 @@ class RankProcess:
         self._post(ClockTold(asked=question.asked, heard=heard, told=clock()))
 
 
-def _ready(service: Service, endpoints: Endpoints) -> Ready:
+async def _ready(service: Service, endpoints: Endpoints) -> Ready:
+    """With what is read of the checkpoint, beside the loop: a remote file system may take seconds for it."""
     if isinstance(service, Factual):
-        return Ready(endpoints=endpoints, facts=service.facts(), transfer=service.transfer_note)
+        facts = await in_thread(service.facts)
+        return Ready(endpoints=endpoints, facts=facts, transfer=service.transfer_note)
     return Ready(endpoints=endpoints)
 
 

@@ -38,10 +38,13 @@ class DeathWatch:
             raise ProcessLookupError(pid)
 
     def _lives(self) -> bool:
+        """So it is taken where nobody can say, out of descriptors: what it may still write to stays its own."""
         try:
             return birth(self._pid) == self._born
         except ProcessLookupError:
             return False
+        except OSError:
+            return True
 
     def _look(self) -> None:
         if self._lives():

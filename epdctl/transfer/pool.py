@@ -16,9 +16,8 @@ from epdctl.wire.transfer import Extent, TensorSpec
 __all__ = ["GRACE_SECONDS", "QUARANTINE_PART", "Pool"]
 
 QUARANTINE_PART = 4  # more than one part in so many waiting for lost writers, and the pool's owner must start anew
-GRACE_SECONDS = (
-    30.0  # before a slot counts: who lives says until then that it stopped, what a dead one sent has settled
-)
+# Before a slot counts: who lives says until then that it stopped, and what a dead one sent has settled.
+GRACE_SECONDS = 30.0
 
 
 def _nobody_waits() -> None:

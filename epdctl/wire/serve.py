@@ -69,9 +69,8 @@ class Sampling(Part, frozen=True):
     top_k: int = 0
     seed: int = 0
     max_tokens: int = 16
-    stop_token_ids: list[
-        int
-    ] = []  # the client's, and the model's unless it is to ignore them; not sent out, they end it
+    # The client's, and the model's unless it is to ignore them: not sent out, they end the answer.
+    stop_token_ids: list[int] = []
     min_p: float = 0.0  # of the likeliest token's share
     presence_penalty: float = 0.0  # over the answer
     frequency_penalty: float = 0.0  # over the answer

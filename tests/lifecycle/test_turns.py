@@ -314,6 +314,19 @@ def test_a_death_is_told_and_so_is_that_nobody_will_start_it_again(place: dict[s
     play(place, act, DECODE, "gateway/0")
 
 
+def test_a_stop_ends_a_restart_that_waits_for_its_turn(place: dict[str, str]) -> None:
+    async def act(scene: Scene) -> None:
+        hellos = {hello.rank: hello for hello in map(scene.connect, scene.launcher.launched)}
+        for hello in hellos.values():
+            scene.daemon.hear(hello, Ready(endpoints=Endpoints()))
+        scene.daemon.restart(list(scene.daemon.members))
+        scene.daemon.stop()
+        scene.daemon.hear(hellos[RankName("gateway/0")], Drained())
+        assert scene.state() is RankState.READY, "it is not asked to start anew, and not to stop before its turn"
+
+    play(place, act, DECODE, "gateway/0")
+
+
 def test_a_restart_of_everything_goes_front_to_back(place: dict[str, str]) -> None:
     front = ("gateway/0", "encoder-router/0")
 

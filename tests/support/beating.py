@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -12,10 +12,10 @@ from epdctl.rank.process import RankProcess
 from epdctl.rank.service import Service
 from epdctl.wire.config import RankSpec
 from epdctl.wire.lifecycle import Fatal, Heartbeat, RankToSupervisor, SupervisorToRank
+from tests.support.ranks import News
 
 __all__ = ["Beating", "beating"]
 
-GUARD_SECONDS = 60.0
 OFTEN = 0.005  # seconds between two beats
 
 
@@ -26,25 +26,19 @@ class Beating(RankProcess):
         config = msgspec.structs.replace(spec.config, heartbeat_seconds=OFTEN)
         super().__init__(msgspec.structs.replace(spec, config=config), _Stream(self))  # type: ignore[arg-type]
         self.heard: list[RankToSupervisor] = []
-        self._news = asyncio.Event()
-        self._leaving.add_done_callback(lambda _: self._news.set())
+        self._news = News()
+        self._leaving.add_done_callback(lambda _: self._news.tell())
         self._service, self._ready = service, True
         self._up.set()
 
     def hear(self, message: RankToSupervisor) -> None:
         self.heard.append(message)
-        self._news.set()
-
-    async def _until(self, fact: Callable[[], bool]) -> None:
-        async with asyncio.timeout(GUARD_SECONDS):
-            while not fact():
-                self._news.clear()
-                await self._news.wait()
+        self._news.tell()
 
     async def beats(self) -> Heartbeat:
         """The next beat; the rank lives on."""
         before = len(self.heard)
-        await self._until(lambda: len(self.heard) > before or self._leaving.done())
+        await self._news.until(lambda: len(self.heard) > before or self._leaving.done())
         assert not self._leaving.done(), f"the rank leaves: {self._leaving.result()}"
         last = self.heard[-1]
         assert isinstance(last, Heartbeat)
@@ -52,7 +46,7 @@ class Beating(RankProcess):
 
     async def leaves(self) -> Fatal:
         """What the rank says when it goes."""
-        await self._until(self._leaving.done)
+        await self._news.until(self._leaving.done)
         last = self._leaving.result()
         assert isinstance(last, Fatal)
         return last

@@ -57,6 +57,7 @@ from epdctl.wire.serve import (
 )
 from epdctl.wire.sockets import Link
 from tests.support.halfway import Halfway
+from tests.support.ranks import News
 
 GUARD_SECONDS = 60.0
 WIDTH = 4
@@ -404,19 +405,12 @@ class Gateway:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._news = asyncio.Event()
+        self._news = News()
         self.heard: list[RankToGateway] = []
 
     def _hear(self, message: RankToGateway) -> None:
         self.heard.append(message)
-        self._news.set()
-
-    async def _until(self, fact: Callable[[], bool]) -> None:
-        """Waits without spinning: a loop that spins takes the interpreter from an engine at work."""
-        async with asyncio.timeout(GUARD_SECONDS):
-            while not fact():
-                self._news.clear()
-                await self._news.wait()
+        self._news.tell()
 
     def to(self, rank: Rank) -> Link[Any, Any]:
         codecs: dict[Stage, Codec[Any]] = {Stage.PREFILL: TO_PREFILL, Stage.DECODE: TO_DECODE}
@@ -432,7 +426,7 @@ class Gateway:
             found[:] = [m for m in self.about(name, attempt) if isinstance(m, kind)]
             return bool(found)
 
-        await self._until(look)
+        await self._news.until(look)
         return found[0]
 
     async def outcome(self, name: str = "r1", attempt: int = 1) -> Finished | Failed:
@@ -442,7 +436,7 @@ class Gateway:
             ends[:] = [m for m in self.about(name, attempt) if isinstance(m, Finished | Failed)]
             return bool(ends)
 
-        await self._until(look)
+        await self._news.until(look)
         return ends[0]
 
     def about(self, name: str, attempt: int = 1) -> list[RankToGateway]:

@@ -46,21 +46,36 @@ def run(work: Coroutine[Any, Any, T], *, unhandled: list[BaseException] | None =
     return result
 
 
+class News:
+    """That something has changed, and a way to wait for a fact without spinning: a loop that spins takes the
+    interpreter from an engine at work."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+
+    def tell(self) -> None:
+        self._changed.set()
+
+    async def until(self, fact: Callable[[], bool]) -> None:
+        async with asyncio.timeout(GUARD_SECONDS):
+            while not fact():
+                self._changed.clear()
+                await self._changed.wait()
+
+
 class Facts:
     """Values that callbacks saw, and a way to wait until enough of them came."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
-        self._changed = asyncio.Event()
+        self._news = News()
 
     def add(self, value: Any) -> None:
         self.seen.append(value)
-        self._changed.set()
+        self._news.tell()
 
     async def until(self, enough: Callable[[list[Any]], bool]) -> list[Any]:
-        while not enough(self.seen):
-            self._changed.clear()
-            await self._changed.wait()
+        await self._news.until(lambda: enough(self.seen))
         return self.seen
 
     async def count(self, number: int) -> list[Any]:

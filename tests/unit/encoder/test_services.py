@@ -19,9 +19,10 @@ import zmq
 
 from epdctl.encoder.router import RouterService
 from epdctl.encoder.worker import EncoderService
+from epdctl.engine.api import Prepared
 from epdctl.errors import EpdError, PoolExhausted
 from epdctl.ids import Incarnation, RankName, RequestId
-from epdctl.rank.service import Recorded, Service
+from epdctl.rank.service import Proof, Recorded, Service
 from epdctl.transfer.allocators import RangeAllocator
 from epdctl.transfer.landing import Owner
 from epdctl.transfer.pool import Pool
@@ -660,11 +661,14 @@ def test_a_rank_whose_connection_broke_is_given_its_items_again_once_it_stands(
         world.peers["encoder/0"] = make_peer("encoder/0", Endpoints(inbox=rude.endpoint))
         router.absent_changed([absent("encoder/1")])
         world.tell()
+        assert len(router.open_ranks()) == 1
         gateway.send(world.inline(0), [picture(ROWS, 0)])
         await turns_until(lambda: router.pulse().waiting == 1)
+        assert not router.open_ranks(), "nobody asks it anything while it cannot answer"
         gateway.send(world.inline(1), [picture(ROWS, 1)])
         (told,) = await answers.until(of(Encoded, 1))
         assert (told.index, told.by) == (1, "encoder/0")
+        assert router.open_ranks() == router._dispatcher.ranks, "it stands again"
         kinds = [type(message) for message in rude.told]
         assert kinds == [EncodeItem, CancelItem, EncodeItem], "what it may still be at is called off first"
         await world.encoder(ToyTower(), 1)
@@ -967,6 +971,32 @@ def test_a_broken_device_shows_although_work_is_staged_on_it(sockets: Path) -> N
         tower.canary = lambda: torch.full((1, WIDTH), torch.nan)
         await turns_until(lambda: encoder.pulse().unhealthy is not None)
         assert "has norm nan" in str(encoder.pulse().unhealthy)
+
+    in_world(sockets, test)
+
+
+def test_a_canary_does_not_wait_behind_what_is_prepared(sockets: Path) -> None:
+    """Two long videos held the threads for longer than the canary had, and a healthy rank was given up."""
+
+    async def test(world: World) -> None:
+        tower, go_on = ToyTower(), threading.Event()
+        prepare, begun = tower.prepare, Facts()
+        loop = asyncio.get_running_loop()
+
+        def preparing(media: bytes | memoryview, item: MediaItem) -> Prepared:
+            if item.rows == ROWS:
+                loop.call_soon_threadsafe(begun.add, 1)
+                assert go_on.wait(60), "the test never let it go on"
+            return prepare(media, item)
+
+        tower.prepare = preparing  # type: ignore[method-assign]
+        encoder = await world.encoder(tower, encoder=EncoderConfig(preprocess_threads=1))
+        router, answers = world.as_router()
+        router.send(EncodeItem(dispatch=1, job=world.job()), [picture(ROWS, 1)])
+        await begun.count(1)
+        assert await encoder.prove() == Proof()
+        go_on.set()
+        await answers.until(of(ItemEncoded, 1))
 
     in_world(sockets, test)
 

@@ -11,6 +11,7 @@ from safetensors.torch import load
 
 from epdctl.encoder.inline import Inline
 from epdctl.encoder.jobs import Account, Job, Jobs
+from epdctl.encoder.requests import OpenRequests
 from epdctl.errors import RequestError
 from epdctl.ids import Incarnation, Modality, RankName, RequestId
 from epdctl.wire.deliver import ENCODER_TO_READER, READER_TO_ENCODER, Embeddings, Received
@@ -169,6 +170,10 @@ async def receive_nothing() -> Any:
     return await asyncio.Event().wait()
 
 
+async def send_nothing(_: Any) -> None:
+    raise AssertionError("nothing was to be answered")
+
+
 def test_draining_waits_for_the_answers_and_not_only_for_the_items(sockets: Path, tmp_path: Path) -> None:
     """The items had ended while a reader was still being served, and closing then answered 500."""
 
@@ -194,6 +199,52 @@ def test_draining_waits_for_the_answers_and_not_only_for_the_items(sockets: Path
     at_site(sockets, tmp_path, test)
 
 
+@pytest.mark.parametrize(("path", "waited_for"), [("/encode", True), ("/send", True), ("/health_generate", False)])
+def test_draining_waits_for_nobody_who_only_looks_on(path: str, waited_for: bool) -> None:
+    async def scene() -> None:
+        answer = asyncio.Event()
+
+        async def app(*_: Any) -> None:
+            await answer.wait()
+
+        requests = OpenRequests(app)
+        request = asyncio.ensure_future(requests({"type": "http", "path": path}, receive_nothing, send_nothing))
+        await asyncio.sleep(0)
+        idle = asyncio.ensure_future(requests.until_none())
+        await asyncio.sleep(0)
+        assert idle.done() is not waited_for
+        answer.set()
+        await asyncio.gather(request, idle)
+
+    run(scene())
+
+
+def test_embeddings_stay_on_the_account_while_a_reader_is_being_served(sockets: Path, tmp_path: Path) -> None:
+    """The hold of a part may end meanwhile."""
+
+    async def test(site: Site) -> None:
+        await site.encoder()
+        slow: Inbox[Embeddings] = Inbox(f"tcp://127.0.0.1:{(port := free_port())}", ENCODER_TO_READER, taken)
+        site.world.stack.callback(slow.close)
+        assert (await site.encode(1)).status_code == 200
+        sending = asyncio.ensure_future(site.send(deliver_to="caller", embedding_port=port))
+        sender, message = (await arrived.count(1))[0]
+        account, errands = site.surface._jobs.account, site.surface._errands
+        held_bytes = account.held
+        assert held_bytes > 0
+        errands._late(("a", 0))
+        assert account.held == held_bytes
+        slow.reply(sender, Received(delivery=message.delivery), READER_TO_ENCODER)
+        assert (await sending).status_code == 200
+        assert account.held == 0
+
+    def taken(sender: Sender, message: Embeddings, _: list[memoryview]) -> None:
+        arrived.add((sender, message))
+
+    arrived = Facts()
+    at_site(sockets, tmp_path, test)
+
+
 def test_what_comes_while_it_drains_is_refused(sockets: Path, tmp_path: Path) -> None:
     async def test(site: Site) -> None:
         gate, tower = held(site)
@@ -205,6 +256,8 @@ def test_what_comes_while_it_drains_is_refused(sockets: Path, tmp_path: Path) ->
         await gate.began.count(1)
         reply = await site.encode(2, deliver_to="inline")
         assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "draining", "1")
+        probe = await site.http.get("/health_generate")
+        assert (probe.status_code, probe.json()["code"]) == (503, "draining")
         gate.open.set()
         await draining
 

@@ -21,7 +21,7 @@ from epdctl.engine.api import Prepared
 from epdctl.ids import Incarnation, Modality, RankName, RequestId, Stage
 from epdctl.rank.service import HearsAbsent
 from epdctl.wire.config import EncoderConfig, Limits
-from epdctl.wire.encode import Encode, EncodeItem, ItemEncoded, MediaItem, Prove
+from epdctl.wire.encode import Encode, EncodeItem, ItemEncoded, MediaItem, Prove, Proved
 from epdctl.wire.lifecycle import Absent
 from epdctl.wire.transfer import TensorSpec
 from tests.support.towers import CANARY_SEED, WIDTH, embedding, picture
@@ -108,7 +108,8 @@ def test_every_rank_is_proved_and_one_that_is_blind_is_named(sockets: Path, tmp_
 
 
 def test_a_crowd_is_no_illness_while_its_items_get_done(sockets: Path, tmp_path: Path) -> None:
-    """22 of 30 probes of an encoder that had all hands full were 503."""
+    """22 of 30 probes of an encoder that had all hands full were 503; so were those whose proofs came before anything
+    else that was made."""
 
     async def test(site: Site) -> None:
         gate, tower = held(site)
@@ -117,6 +118,10 @@ def test_a_crowd_is_no_illness_while_its_items_get_done(sockets: Path, tmp_path:
         await turns_until(lambda: site.world.services["encoder-router/0"].pulse().inflight == 2)
         probing = asyncio.ensure_future(site.http.get("/health_generate"))
         await turns_until(lambda: 'epdctl_encoder_items_total{end="full"} 1.0' in site.surface._meters.text().decode())
+        prober = site.surface._prober
+        ((rank, (number, proof)),) = prober._asked.items()
+        prober.proved(rank, Proved(number=number, fault=None))
+        await turns_until(lambda: not prober._asked and proof.done())
         gate.open.set()
         reply = await probing
         assert (reply.status_code, reply.json()["encode"]) == (200, BUSY), reply.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -281,6 +282,27 @@ def test_certificates_are_read_once_and_beside_the_loop(monkeypatch: pytest.Monk
     asyncio.run(scene())
     assert len(readers) == 1
     assert readers[0] is not threading.main_thread()
+
+
+def test_certificates_that_could_not_be_read_once_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, failures = ssl.create_default_context, [OSError(errno.EMFILE, "too many open files")]
+
+    def making(**options: Any) -> ssl.SSLContext:
+        if failures:
+            raise failures.pop()
+        return make(**options)
+
+    monkeypatch.setattr(ssl, "create_default_context", making)
+
+    async def scene() -> None:
+        async with serving(lambda _: ok()) as port:
+            fetcher = Fetcher([f"127.0.0.1:{port}"], seconds=60, limit=1 << 20)
+            place = at(f"http://127.0.0.1:{port}/a")
+            with pytest.raises(RequestError, match="too many open files"):
+                await fetcher.fetch_all(place, lambda _: None)
+            assert set(await fetcher.fetch_all(place, lambda _: None)) == set(place)
+
+    asyncio.run(scene())
 
 
 def test_what_comes_is_held_as_it_comes() -> None:

@@ -215,6 +215,21 @@ def test_a_picture_under_way_counts_like_a_request() -> None:
     run(scene())
 
 
+def test_what_any_of_its_parts_finds_wrong_is_said() -> None:
+    async def scene() -> None:
+        async with mono(ToyTower()) as rank:
+            rank.service._router._media_bytes += 7
+            rank.ask(asked(3))
+            await rank.show(asked(3))
+            await rank.gateway.outcome()
+            await rank.idle()
+            await until(lambda: rank.service.pulse().inflight == 0)
+            assert rank.service.pulse().unhealthy == "with nothing in flight, the bytes of pictures are off"
+            rank.service._router._media_bytes -= 7
+
+    run(scene())
+
+
 def test_a_draining_rank_still_encodes_for_what_it_holds() -> None:
     question = asked(3)
 
