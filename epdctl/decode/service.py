@@ -84,7 +84,7 @@ class DecodeService(LanguageRank[DecodeStay, ToDecode]):
 
     @property
     def _quarantined_pages(self) -> int:
-        return sum(len(lease.extents) for lease in self._kv.leases.live(SlotState.QUARANTINED))
+        return sum(self._extents.held(lease.extents) for lease in self._kv.leases.live(SlotState.QUARANTINED))
 
     def _received(self, sender: Sender, message: ToDecode, _: list[memoryview]) -> None:
         match message:

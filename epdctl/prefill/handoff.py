@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from epdctl.engine.pages import pages_for
 from epdctl.errors import DeadlineExceeded, LeaseExpired, PeerGone, StaleGeneration, TransferError, WireError
@@ -11,8 +12,9 @@ from epdctl.rank.admission import Refusal
 from epdctl.wire.encode import FailureKind
 from epdctl.wire.serve import KvLayout, KvLease
 from epdctl.wire.sockets import Sender
+from epdctl.wire.transfer import Extent
 
-__all__ = ["Offer", "Outgoing", "misfit", "why_not_written"]
+__all__ = ["Offer", "Outgoing", "Stretch", "misfit", "stretches", "why_not_written"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +54,51 @@ class Outgoing:
         return self.sent == self.total
 
 
+class Stretch(NamedTuple):
+    """Pages that lie side by side at both ends: at ``source`` in our pool, ``offset`` bytes into decode's extent."""
+
+    source: int
+    extent: int
+    offset: int
+    nbytes: int
+
+
+def stretches(own: Sequence[int], due: range, extents: Sequence[Extent], page_bytes: int) -> Iterator[Stretch]:
+    """How the pages ``due``, by their place in the prompt, go: ``own`` are their numbers here, in order of the prompt,
+    and ``extents`` decode's, each of whole pages. As few as can be: what lies side by side is moved as one piece.
+    """
+    source = extent = offset = nbytes = 0
+    for page, (into, begin) in zip(own[due.start : due.stop], _places(extents, due, page_bytes), strict=True):
+        if nbytes and page * page_bytes == source + nbytes and into == extent:
+            nbytes += page_bytes
+            continue
+        if nbytes:
+            yield Stretch(source, extent, offset, nbytes)
+        source, extent, offset, nbytes = page * page_bytes, into, begin, page_bytes
+    if nbytes:
+        yield Stretch(source, extent, offset, nbytes)
+
+
+def _places(extents: Sequence[Extent], due: range, page_bytes: int) -> Iterator[tuple[int, int]]:
+    """Of each page ``due``: the number of its extent, and where in it."""
+    first = 0
+    for number, extent in enumerate(extents):
+        pages = extent.nbytes // page_bytes
+        for page in range(max(due.start - first, 0), min(due.stop - first, pages)):
+            yield number, page * page_bytes
+        first += pages
+
+
 def misfit(own: KvLayout, offer: KvLease, prompt_pages: int) -> Refusal | None:
     """Why this lease cannot take the pages of a rank whose layout is ``own``."""
     if offer.layout != own:
         differences = ", ".join(_differences(own, offer.layout))
         text = f"the KV layouts of prefill and {offer.lease.pool.owner} differ: {differences}"
         return Refusal(FailureKind.INTERNAL, f"{text}; both stages must run the same model and page_size")
-    extents = offer.lease.extents
-    if len(extents) < prompt_pages or any(extent.nbytes != own.page_bytes for extent in extents):
-        sizes = sorted({extent.nbytes for extent in extents})
-        text = f"{offer.lease.pool.owner} leased {len(extents)} pages of {sizes} bytes"
-        return Refusal(FailureKind.INTERNAL, f"{text}; the prompt has {prompt_pages} of {own.page_bytes}")
+    sizes = [extent.nbytes for extent in offer.lease.extents]
+    if sum(sizes) < prompt_pages * own.page_bytes or any(size % own.page_bytes for size in sizes):
+        text = f"{offer.lease.pool.owner} leased {sum(sizes)} bytes in pieces of {sorted(set(sizes))}"
+        return Refusal(FailureKind.INTERNAL, f"{text}; the prompt has {prompt_pages} pages of {own.page_bytes}")
     return None
 
 

@@ -11,7 +11,7 @@ from typing import assert_never
 from epdctl.engine.api import Advance
 from epdctl.errors import PeerGone, TransferError, WireError
 from epdctl.ids import Room
-from epdctl.prefill.handoff import Offer, Outgoing, misfit, why_not_written
+from epdctl.prefill.handoff import Offer, Outgoing, misfit, stretches, why_not_written
 from epdctl.rank.admission import Refusal
 from epdctl.rank.machine import NATIVE, Parts
 from epdctl.rank.peers import Changes
@@ -210,8 +210,12 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
         self._hand_over(stay)
 
     def _pieces(self, stay: PrefillStay, due: range) -> list[Piece]:
-        pages, kv = stay.holding().pages, self.machine.loaded.kv
-        return [Piece(kv.page(pages[place]), place) for place in due]
+        assert stay.offer is not None, "pages go to whoever offered theirs"
+        kv, extents = self.machine.loaded.kv, stay.offer.kv.lease.extents
+        return [
+            Piece(kv.memory[way.source : way.source + way.nbytes], way.extent, way.offset)
+            for way in stretches(stay.holding().pages, due, extents, kv.layout.page_bytes)
+        ]
 
     def _hand_over(self, stay: PrefillStay) -> None:
         if stay.over or stay.first_token is None or not stay.outgoing.done or stay.offer is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from epdctl.errors import PoolExhausted, TransferError
@@ -108,7 +108,9 @@ class Pages(Protocol):
 
 
 class PageExtents:
-    """A page allocator as a pool sees it: one extent per page, in the order taken. Unit: pages."""
+    """A page allocator as a pool sees it: pages in the order taken, those that lie side by side as one extent. Unit:
+    pages.
+    """
 
     def __init__(self, pages: Pages, page_bytes: int) -> None:
         self._pages = pages
@@ -124,14 +126,29 @@ class PageExtents:
 
     def take(self, amount: int) -> list[Extent]:
         size = self._page_bytes
-        return [Extent(offset=page * size, nbytes=size) for page in self._pages.take(amount)]
+        return [Extent(offset=first * size, nbytes=count * size) for first, count in _joined(self._pages.take(amount))]
 
     def give(self, extents: Sequence[Extent]) -> None:
         self._pages.give(self.pages_of(extents))
 
     def held(self, extents: Sequence[Extent]) -> int:
-        return len(extents)
+        return sum(extent.nbytes for extent in extents) // self._page_bytes
 
     def pages_of(self, extents: Sequence[Extent]) -> list[int]:
         """The page numbers behind a lease's extents, in order."""
-        return [extent.offset // self._page_bytes for extent in extents]
+        size = self._page_bytes
+        return [page for e in extents for page in range(e.offset // size, (e.offset + e.nbytes) // size)]
+
+
+def _joined(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Each run of consecutive numbers: its first, and how many."""
+    first = count = 0
+    for page in pages:
+        if count and page == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = page, 1
+    if count:
+        yield first, count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 
 from epdctl.errors import DeadlineExceeded, LeaseExpired, PeerGone, StaleGeneration, TransferError, WireError
 from epdctl.ids import Incarnation, RankName, RequestId, Room
-from epdctl.prefill.handoff import Outgoing, misfit, why_not_written
+from epdctl.prefill.handoff import Outgoing, misfit, stretches, why_not_written
+from epdctl.transfer.allocators import PageExtents
 from epdctl.wire.encode import FailureKind
 from epdctl.wire.serve import KvLayout, KvLease
 from epdctl.wire.transfer import Extent, PoolAddress, RemoteLease
@@ -42,6 +45,45 @@ def test_every_page_goes_once_in_order_and_whole(prompt: int, page: int, chunks:
     assert sent == list(range(-(-prompt // page)))
 
 
+PAGE = 64
+
+
+@given(st.permutations(range(12)), st.permutations(range(12)), st.lists(st.integers(1, 5), min_size=1, max_size=12))
+def test_every_page_is_moved_to_its_own_place_in_as_few_pieces_as_can_be(
+    own: list[int], theirs: list[int], chunks: list[int]
+) -> None:
+    def bytes_of(page: int) -> list[tuple[int, int]]:
+        return [(page, byte) for byte in range(0, PAGE, 16)]
+
+    class Theirs:
+        total = free = 12
+
+        def take(self, count: int) -> list[int]:
+            return theirs[:count]
+
+        def give(self, pages: object) -> None: ...
+
+    extents = PageExtents(Theirs(), PAGE).take(12)
+    ours = [each for page in range(12) for each in bytes_of(page)]
+    pool: list[tuple[int, int] | None] = [None] * len(ours)
+    sent, pieces = 0, 0
+    for chunk in itertools.cycle(chunks):
+        due = range(sent, min(12, sent + chunk))
+        for way in stretches(own, due, extents, PAGE):
+            into = extents[way.extent].offset + way.offset
+            assert way.offset + way.nbytes <= extents[way.extent].nbytes
+            pool[into // 16 : (into + way.nbytes) // 16] = ours[way.source // 16 : (way.source + way.nbytes) // 16]
+            pieces += 1
+        breaks = sum(own[place] + 1 != own[place + 1] or theirs[place] + 1 != theirs[place + 1] for place in due[:-1])
+        assert pieces == breaks + 1
+        sent, pieces = due.stop, 0
+        if sent == 12:
+            break
+    for place in range(12):
+        start = theirs[place] * PAGE // 16
+        assert pool[start : start + PAGE // 16] == bytes_of(own[place])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"page_size": 32}, "page_size 16 here, 32 there"), ({"dtype": "bfloat16"}, "dtype float32 here, bfloat16 there")],
@@ -56,7 +98,10 @@ def test_another_layout_is_named_with_both_values(change: dict[str, object], wor
 def test_a_lease_with_too_little_room_is_refused(pages: int, nbytes: int) -> None:
     refusal = misfit(LAYOUT, lease(pages=pages, nbytes=nbytes), 3)
     assert refusal is not None
-    assert f"decode/0 leased {pages} pages of [{nbytes}] bytes; the prompt has 3 of {LAYOUT.page_bytes}" in refusal.text
+    words = (
+        f"decode/0 leased {pages * nbytes} bytes in pieces of [{nbytes}]; the prompt has 3 pages of {LAYOUT.page_bytes}"
+    )
+    assert words in refusal.text
 
 
 def test_a_lease_that_fits_is_taken() -> None:

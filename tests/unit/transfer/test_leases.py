@@ -229,7 +229,7 @@ def test_a_slot_reads_as_the_tensor_that_was_promised() -> None:
             pool.tensor(lease, wrong)
 
 
-def test_pages_become_extents_in_the_order_taken() -> None:
+def test_pages_become_extents_in_the_order_taken_and_neighbours_one() -> None:
     class Stack:
         total = 4
 
@@ -250,7 +250,8 @@ def test_pages_become_extents_in_the_order_taken() -> None:
     allocator = PageExtents(Stack(), 64)
     pool = Pool("kv", torch.zeros(256, dtype=torch.uint8), allocator)
     lease = pool.lease(3, "r", seconds=1.0)
-    assert [extent.offset for extent in lease.extents] == [64, 128, 0]
+    assert [(extent.offset, extent.nbytes) for extent in lease.extents] == [(64, 128), (0, 64)]
+    assert allocator.held(lease.extents) == 3
     assert allocator.pages_of(lease.extents) == [1, 2, 0]
     pool.check()
     assert (allocator.free, allocator.total, lease.nbytes) == (1, 4, 192)
