@@ -22,7 +22,7 @@ from epdctl.bench.digest import change, digest, total
 from epdctl.engine.pages import PageAllocator
 from epdctl.errors import TransferError
 from epdctl.ids import Incarnation, RankName, RequestId
-from epdctl.transfer.allocators import PageExtents, RangeAllocator
+from epdctl.transfer.allocators import Allocator, PageExtents, RangeAllocator
 from epdctl.transfer.base import Piece, Transport
 from epdctl.transfer.landing import Owner
 from epdctl.transfer.leases import Lease
@@ -33,7 +33,7 @@ from epdctl.transfer.tensors import spec_of, spread
 from epdctl.wire.config import TransferConfig
 from epdctl.wire.encode import ENCODER_TO_LANGUAGE, EmbeddingLanded
 from epdctl.wire.sockets import Inbox, Link
-from epdctl.wire.transfer import RemoteLease
+from epdctl.wire.transfer import Extent, RemoteLease
 
 __all__ = ["main"]
 
@@ -83,9 +83,7 @@ class Receiver:
         address = self._transport.register(pool)
         _done(self._device)
         seconds = time.perf_counter() - began
-        extents = list(allocator.take(pages or size))
-        if scattered:
-            random.Random(0).shuffle(extents)
+        extents = list(allocator.take(pages or size)) if not scattered else _one_by_one(allocator, pages)
         lease = pool.leases.grant(extents, "bench", seconds=LEASE_SECONDS)
         self._pools[pool.name], self._leases[pool.name] = pool, lease
         remote = json.loads(msgspec.json.encode(lease.remote(address), enc_hook=str))
@@ -202,6 +200,13 @@ class Took(NamedTuple):
     written: float
     summed: float | None
     moving: float | None
+
+
+def _one_by_one(allocator: Allocator, pages: int) -> list[Extent]:
+    """So that hardly any two lie side by side."""
+    extents = [extent for _ in range(pages) for extent in allocator.take(1)]
+    random.Random(0).shuffle(extents)
+    return extents
 
 
 def _free_port() -> int:

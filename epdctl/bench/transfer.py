@@ -62,10 +62,14 @@ TRANSPORTS = (
     Way("shm-in-slot", "shm", in_place=True),
     Way("mooncake-tcp", "mooncake", "tcp"),
     Way("mooncake-rdma", "mooncake", "rdma"),
+    Way("gpu-cuda-ipc", "cuda-ipc", gpu=True),
+    Way("gpu-cuda-ipc-opened", "cuda-ipc", gpu=True, opened=True),
+    Way("gpu-cuda-ipc-pages", "cuda-ipc", gpu=True, page=KV_PAGE),
+    Way("gpu-cuda-ipc-scattered", "cuda-ipc", gpu=True, page=KV_PAGE, scattered=True),
     Way("gpu-mooncake-nvlink", "mooncake", "nvlink", gpu=True),
     Way("gpu-mooncake-nvlink-opened", "mooncake", "nvlink", gpu=True, opened=True),
-    Way("gpu-mooncake-nvlink-adjacent", "mooncake", "nvlink", gpu=True, page=KV_PAGE),
-    Way("gpu-mooncake-nvlink-pages", "mooncake", "nvlink", gpu=True, page=KV_PAGE, scattered=True),
+    Way("gpu-mooncake-nvlink-pages", "mooncake", "nvlink", gpu=True, page=KV_PAGE),
+    Way("gpu-mooncake-nvlink-scattered", "mooncake", "nvlink", gpu=True, page=KV_PAGE, scattered=True),
     Way("gpu-zmq", "zmq", gpu=True),
 )
 

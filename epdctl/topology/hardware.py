@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ MOONCAKE_PACKAGES = (
     "mooncake-transfer-engine",
     "mooncake-transfer-engine-non-cuda",
 )
+_P2P_WRITE = 1  # NVML_P2P_CAPS_INDEX_WRITE
 _END = ("", "-1")  # entries of CUDA_VISIBLE_DEVICES that end the list
 
 
@@ -62,14 +64,16 @@ class Hardware:
     cores: int
     notes: tuple[str, ...] = ()  # what a person should know about how this was found
     mooncake: str | None = None  # the package of it that is installed
+    apart: frozenset[frozenset[str]] = frozenset()  # pairs of UUIDs of GPUs that cannot reach each other's memory
 
 
 def probe(environ: Mapping[str, str]) -> Hardware:
     """What this machine has, as ``environ`` lets us see it. Raises PlacementError when the driver is there but sick."""
     wanted = environ.get("CUDA_VISIBLE_DEVICES")
     nothing = wanted is not None and wanted.partition(",")[0].strip() in _END  # then a sick driver does not matter
-    gpus, notes = visible(() if nothing else read_gpus(), wanted)
-    return Hardware(gpus, usable_cores(), notes, installed_mooncake())
+    found, apart = ((), frozenset[frozenset[str]]()) if nothing else read_gpus()
+    gpus, notes = visible(found, wanted)
+    return Hardware(gpus, usable_cores(), notes, installed_mooncake(), apart)
 
 
 def visible(gpus: Sequence[Gpu], wanted: str | None) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
@@ -90,19 +94,22 @@ def visible(gpus: Sequence[Gpu], wanted: str | None) -> tuple[tuple[Gpu, ...], t
     return tuple(chosen), ()
 
 
-def read_gpus() -> tuple[Gpu, ...]:
-    """Every GPU of the machine in PCI order, a MIG one as its slices; none without a driver."""
+def read_gpus() -> tuple[tuple[Gpu, ...], frozenset[frozenset[str]]]:
+    """Every GPU of the machine in PCI order, a MIG one as its slices, and which cannot reach each other's memory; none
+    without a driver.
+    """
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
-        return ()
+        return (), frozenset()
     except pynvml.NVMLError as error:
         raise _sick(error) from error
     try:
         with _translated():
-            return tuple(gpu for index in range(pynvml.nvmlDeviceGetCount()) for gpu in _read(index))
+            count = pynvml.nvmlDeviceGetCount()
+            return tuple(gpu for index in range(count) for gpu in _read(index)), frozenset(_apart(count))
     finally:
         with _translated():
             pynvml.nvmlShutdown()
@@ -152,6 +159,17 @@ def _read(index: int) -> Iterator[Gpu]:
     parent = _text(pynvml.nvmlDeviceGetUUID(device))
     for part in slices:
         yield _gpu(index, part, parent)
+
+
+def _apart(count: int) -> Iterator[frozenset[str]]:
+    """Where the driver says so; what it cannot say is found out by whoever tries."""
+    import pynvml
+
+    devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+    for one, other in itertools.permutations(devices, 2):
+        with contextlib.suppress(pynvml.NVMLError_NotSupported, pynvml.NVMLError_InvalidArgument):
+            if pynvml.nvmlDeviceGetP2PStatus(one, other, _P2P_WRITE) != pynvml.NVML_P2P_STATUS_OK:
+                yield frozenset(_text(pynvml.nvmlDeviceGetUUID(device)) for device in (one, other))
 
 
 def _gpu(index: int, device: Any, mig_parent: str | None) -> Gpu:

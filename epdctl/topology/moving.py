@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,6 +35,11 @@ class Ends:
     @property
     def sliced(self) -> bool:
         return any(gpu.mig_parent for gpu in self.gpus)
+
+    def apart(self, hardware: Hardware) -> tuple[Gpu, Gpu] | None:
+        """Two GPUs that cannot reach each other's memory."""
+        pairs = itertools.combinations(self.gpus, 2)
+        return next((pair for pair in pairs if frozenset(gpu.uuid for gpu in pair) in hardware.apart), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +75,9 @@ def _best(ends: Ends, hardware: Hardware) -> tuple[str, str]:
         return "zmq", "some model ranks are on GPUs and some are not"
     if ends.sliced:
         return "zmq", "MIG slices cannot write to each other"
-    if hardware.mooncake in (None, WITHOUT_CUDA):
-        return "zmq", "no Mooncake package for GPUs is installed: `epdctl doctor`"
-    return "mooncake", "every model rank has a GPU of this host"
+    if pair := ends.apart(hardware):
+        return "zmq", f"GPUs {pair[0]} and {pair[1]} cannot reach each other's memory"
+    return "cuda-ipc", "every model rank has a GPU of this host"
 
 
 def _complaints(said: TransferSection, config: TransferConfig, ends: Ends, hardware: Hardware) -> Iterator[Complaint]:
@@ -80,6 +86,8 @@ def _complaints(said: TransferSection, config: TransferConfig, ends: Ends, hardw
         yield Complaint(
             protocol, f"{said.protocol} is a protocol of Mooncake's", "write backend: mooncake, or remove it"
         )
+    if config.backend == "cuda-ipc":
+        yield from _between_gpus(ends, hardware)
     if config.backend == "shm" and not ends.all_on_cpu:
         yield Complaint(backend, "shm moves host memory, but some model ranks are on GPUs", "write auto")
     if config.backend == "mooncake" and hardware.mooncake is None:
@@ -94,3 +102,11 @@ def _complaints(said: TransferSection, config: TransferConfig, ends: Ends, hardw
         yield Complaint(
             backend, f"{WITHOUT_CUDA} knows no GPUs", "`epdctl doctor` prints the line that installs another"
         )
+
+
+def _between_gpus(ends: Ends, hardware: Hardware) -> Iterator[Complaint]:
+    where = ("transfer", "backend")
+    if not ends.all_on_gpu or ends.sliced:
+        yield Complaint(where, "cuda-ipc is between whole GPUs, and some model ranks have none", "write auto")
+    elif pair := ends.apart(hardware):
+        yield Complaint(where, f"GPUs {pair[0]} and {pair[1]} cannot reach each other's memory", "write auto")

@@ -241,9 +241,10 @@ class LimitsSection(_Section):
 class TransferSection(_Section):
     """How embeddings and KV pages move between ranks."""
 
-    backend: Literal["auto", "zmq", "shm", "mooncake"] = Field(
+    backend: Literal["auto", "zmq", "shm", "cuda-ipc", "mooncake"] = Field(
         default="auto",
-        description="shm: within a host, on CPUs; mooncake: over NVLink, RDMA or TCP; zmq: anywhere. "
+        description="shm: within a host, on CPUs; cuda-ipc: within a host, between GPUs; mooncake: by its engine, over "
+        "NVLink, RDMA or TCP; zmq: anywhere. "
         "auto: the best that all ranks can do; `plan` says which.",
     )
     protocol: Literal["tcp", "rdma", "nvlink"] | None = Field(

@@ -14,9 +14,10 @@ import torch
 
 from epdctl.errors import RegistrationFailed, UserError
 from epdctl.transfer.landing import Owner
-from epdctl.transfer.mooncake_engine import PROTOCOLS, Engine, Run, engine_of, probe
-from epdctl.transfer.movers import Put
+from epdctl.transfer.mooncake_engine import PROTOCOLS, Engine, engine_of, probe
+from epdctl.transfer.movers import DeviceOrder, Put
 from epdctl.transfer.onesided import OneSidedTransport
+from epdctl.transfer.runs import Run, runs
 from epdctl.transfer.tensors import require_room
 from epdctl.wire.transfer import PoolLocation
 
@@ -58,7 +59,7 @@ class _RemotePool:
     def put(self, puts: Sequence[Put], stop: threading.Event) -> None:
         place, base = self._location.place, self._location.base
         direct = [put for put in puts if self._stage is None or self._engine.knows(put.data)]
-        for batch in _batches(list(_runs(direct, base)), self._engine.way.batch_bytes):
+        for batch in _batches(list(runs(direct, base)), self._engine.way.batch_bytes):
             if stop.is_set():
                 return
             self._engine.write(place, batch)
@@ -74,21 +75,6 @@ class _RemotePool:
         """The engine keeps its own connections."""
 
 
-def _runs(puts: Sequence[Put], base: int) -> Iterator[Run]:
-    """``puts`` with neighbours joined. Hundreds of pages come at once, and no byte moves meanwhile."""
-    source = target = nbytes = 0
-    for put in puts:
-        start, place, more = put.data.data_ptr(), base + put.place, put.data.numel()
-        if start == source + nbytes and place == target + nbytes:
-            nbytes += more
-            continue
-        if nbytes:
-            yield Run(source, target, nbytes)
-        source, target, nbytes = start, place, more
-    if nbytes:
-        yield Run(source, target, nbytes)
-
-
 def _batches(runs: Sequence[Run], size: int) -> Iterator[list[Run]]:
     """About ``size`` bytes each; a longer run is not cut."""
     ends = itertools.accumulate(run.nbytes for run in runs)
@@ -96,15 +82,15 @@ def _batches(runs: Sequence[Run], size: int) -> Iterator[list[Run]]:
         yield [run for run, _ in group]
 
 
-class MooncakeMover:
+class MooncakeMover(DeviceOrder):
     """A Mover."""
 
     backend = "mooncake"
     inline_bytes = 0
 
     def __init__(self, protocol: str, device: torch.device) -> None:
+        super().__init__(device)
         self._engine = engine_of(protocol)
-        self._device = device
         self._memories: list[torch.Tensor] = []
         self.settle_seconds = PROTOCOLS[protocol].settle_seconds
         open_ports = "" if self._engine.private else "; its ports are open to other machines"
@@ -126,17 +112,6 @@ class MooncakeMover:
 
     def reach(self, location: PoolLocation) -> _RemotePool:
         return _RemotePool(self._engine, self._stage, location)
-
-    def ready(self) -> torch.cuda.Event | None:
-        if self._device.type != "cuda":
-            return None
-        made = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        made.record(torch.cuda.current_stream(self._device))
-        return made
-
-    def wait(self, made: object | None) -> None:
-        if isinstance(made, torch.cuda.Event):
-            made.synchronize()
 
     def close(self) -> None:
         for memory in self._memories:

@@ -11,23 +11,22 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
 from epdctl.errors import RegistrationFailed, TransferError, UserError
 from epdctl.transfer.loopback import keep_on_loopback, listening, port_of
 from epdctl.transfer.rdma import rdma_devices
+from epdctl.transfer.runs import Run
 from epdctl.wire.variables import MOONCAKE, steered
 
-__all__ = ["PROTOCOLS", "Engine", "Run", "Way", "engine_of", "probe"]
+__all__ = ["PROTOCOLS", "Engine", "Way", "engine_of", "probe"]
 
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
-NVLINK_CALLS = 1  # at once, for one batch; the engine copies the runs of one call one after another
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class Way:
     """How one protocol is asked for, and what it must reach at start. ``settle_seconds``: see Guests.
 
     ``batch_bytes``: between two looks at whether the writer was told to stop. ``staged``: it reads registered memory
-    only, so what lies elsewhere goes through a buffer that is. ``calls``: into which the runs of a batch are divided.
+    only, so what lies elsewhere goes through a buffer that is.
     """
 
     engine: str
@@ -44,13 +43,12 @@ class Way:
     settle_seconds: float
     batch_bytes: int
     staged: bool = False
-    calls: int = 1
 
 
 PROTOCOLS = {
     "tcp": Way("tcp", 4 << 20, 0.0, 5.0, 64 << 20),
     "rdma": Way("rdma", 16 << 20, 0.0, 5.0, 256 << 20, staged=True),
-    "nvlink": Way("tcp", 256 << 20, 50.0, 1.0, 1 << 30, calls=NVLINK_CALLS),  # TCP in its place would reach 2 to 6
+    "nvlink": Way("tcp", 256 << 20, 50.0, 1.0, 1 << 30),  # TCP in its place would reach 2 to 6
 }
 
 
@@ -62,14 +60,6 @@ class RawEngine(Protocol):
     def register_memory(self, address: int, nbytes: int, /) -> int: ...
     def unregister_memory(self, address: int, /) -> int: ...
     def batch_transfer_sync_write(self, to: str, own: list[int], theirs: list[int], sizes: list[int], /) -> int: ...
-
-
-class Run(NamedTuple):
-    """Contiguous at both ends. Addresses in their own processes."""
-
-    source: int
-    target: int
-    nbytes: int
 
 
 class Engine:
@@ -86,7 +76,6 @@ class Engine:
         self._known: dict[int, int] = {}  # address → bytes
         self.port = raw.get_rpc_port()  # where others ask which memory is registered
         self.session = f"{HOST}:{self.port}"
-        self._helpers = ThreadPoolExecutor(self.way.calls, "mooncake")
 
     def register(self, memory: torch.Tensor) -> None:
         """Raises RegistrationFailed."""
@@ -105,17 +94,7 @@ class Engine:
         return any(start <= address and address + nbytes <= start + size for start, size in self._known.items())
 
     def write(self, session: str, runs: Sequence[Run]) -> None:
-        """Back when no call is under way any more, whatever became of it. Raises TransferError."""
-        first, *others = (runs[lane :: self.way.calls] for lane in range(min(self.way.calls, len(runs))))
-        rest = [self._helpers.submit(self._call, session, part) for part in others]
-        try:
-            self._call(session, first)
-        finally:
-            wait(rest)
-        for done in rest:
-            done.result()
-
-    def _call(self, session: str, runs: Sequence[Run]) -> None:
+        """Raises TransferError."""
         sources, targets, sizes = map(list, zip(*runs, strict=True))
         if self._raw.batch_transfer_sync_write(session, sources, targets, sizes) != 0:
             raise TransferError(f"Mooncake ({self.protocol}) did not deliver {sum(sizes)} bytes to {session}")

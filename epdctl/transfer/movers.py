@@ -11,7 +11,7 @@ import torch
 
 from epdctl.wire.transfer import PoolLocation
 
-__all__ = ["Moved", "Mover", "Put", "Remote"]
+__all__ = ["DeviceOrder", "Moved", "Mover", "Put", "Remote"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,24 @@ class Mover(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class DeviceOrder:
+    """The part of a Mover that waits for what a GPU is still making."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def ready(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        made = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        made.record(torch.cuda.current_stream(self._device))
+        return made
+
+    def wait(self, made: object | None) -> None:
+        if isinstance(made, torch.cuda.Event):
+            made.synchronize()
 
 
 class Moved:

@@ -9,6 +9,7 @@ import torch
 
 from epdctl.errors import UserError
 from epdctl.transfer.base import Transport
+from epdctl.transfer.cuda_ipc import cuda_ipc_transport
 from epdctl.transfer.landing import Owner
 from epdctl.transfer.memory import Exchange, MemoryTransport
 from epdctl.transfer.shm import shm_transport
@@ -48,7 +49,12 @@ def _mooncake(opening: Opening) -> Transport:
     return mooncake_transport(opening.endpoint, opening.owner, opening.config.protocol, opening.device)
 
 
+def _cuda_ipc(opening: Opening) -> Transport:
+    return cuda_ipc_transport(opening.endpoint, opening.owner, opening.device)
+
+
 BACKENDS: Mapping[str, Callable[[Opening], Transport]] = {
+    "cuda-ipc": _cuda_ipc,
     "memory": _memory,
     "mooncake": _mooncake,
     "shm": _shm,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,9 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
 ]
 
+# Imported here, it would open sockets of its own in this process, whenever it likes.
+WITH_MOONCAKE = pytest.mark.skipif(find_spec("mooncake") is None, reason="Mooncake is an extra")
+
 TOPOLOGY = """\
 model: {{path: {model}, name: tiny}}
 gateway: {{port: ${{EPDCTL_PORT}}}}
@@ -28,6 +34,17 @@ stages:
   prefill: {{gpus: [0], share: 0.3, kv_tokens: 8192, chunk_tokens: 64}}
   decode: {{gpus: [1]}}  # its KV pool by what the GPU has
 transfer: {transfer}
+"""
+KILLED = """\
+model: {{path: {model}, name: tiny}}
+gateway: {{port: ${{EPDCTL_PORT}}}}
+stages:
+  encoder: {{gpus: [0], share: 0.3}}
+  prefill: {{gpus: [1], kv_tokens: 8192, chunk_tokens: 64}}
+  decode: {{gpus: [0], share: 0.3, kv_tokens: 8192}}
+transfer: {{embedding_pool: {half}}}
+restart: {{initial: 0.1, maximum: 1}}
+limits: {{wait_seconds: 3m}}
 """
 ASKED: list[list[Part]] = [(one, three_sizes, eight)[number % 3](100 + 10 * number) for number in range(20)]
 
@@ -43,11 +60,17 @@ def over_zmq(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list
         return _answers(cluster)
 
 
-def test_twenty_requests_over_nvlink_are_answered_as_over_zmq(
-    tmp_path: Path, checkpoint: Path, over_zmq: list[Answer]
+@pytest.mark.parametrize(
+    ("transfer", "says"),
+    [
+        ("{backend: auto}", "cuda-ipc, "),
+        pytest.param("{backend: mooncake, protocol: nvlink}", "mooncake nvlink, ", marks=WITH_MOONCAKE),
+    ],
+)
+def test_twenty_requests_between_gpus_are_answered_as_over_zmq(
+    tmp_path: Path, checkpoint: Path, over_zmq: list[Answer], transfer: str, says: str
 ) -> None:
-    pytest.importorskip("mooncake.engine", reason="Mooncake is an extra")
-    with _cluster(tmp_path, checkpoint, "{backend: mooncake, protocol: nvlink}", "mooncake nvlink, ") as cluster:
+    with _cluster(tmp_path, checkpoint, transfer, says) as cluster:
         found = _answers(cluster)
         shown = cluster.run("status", "--cluster", cluster.name)
         print(shown.stdout, shown.stderr)
@@ -55,10 +78,29 @@ def test_twenty_requests_over_nvlink_are_answered_as_over_zmq(
     assert len({answer.token_ids for answer in found}) > len(found) // 2  # the pictures matter
 
 
+def test_a_rank_that_was_killed_finds_its_gpus_memory_again(
+    tmp_path: Path, checkpoint: Path, over_zmq: list[Answer]
+) -> None:
+    """Prefill's pool fits its GPU once: its predecessor's must be gone, which the encoder had open."""
+    half = torch.cuda.get_device_properties(1).total_memory * 6 // 10
+    cluster = Cluster(tmp_path, KILLED.format(model=checkpoint, half=half), name="killed")
+    with no_leaks(cluster.env):
+        cluster.up()
+        try:
+            assert _answers(cluster) == over_zmq
+            for name in ("prefill/0", "decode/0", "encoder/0", "prefill/0"):
+                rank = cluster.rank(name)
+                os.kill(rank["pid"], signal.SIGKILL)
+                cluster.wait_ready(name, incarnation=rank["incarnation"] + 1)
+                assert _answers(cluster) == over_zmq, f"after {name} was killed"
+        finally:
+            cluster.down()
+
+
 @contextlib.contextmanager
 def _cluster(home: Path, checkpoint: Path, transfer: str, says: str) -> Iterator[Cluster]:
     """Up, with every model rank's transport as ``says``, and down without a trace."""
-    cluster = Cluster(home, TOPOLOGY.format(model=checkpoint, transfer=transfer), name=says.split()[0])
+    cluster = Cluster(home, TOPOLOGY.format(model=checkpoint, transfer=transfer), name=says.split(",")[0].split()[0])
     with no_leaks(cluster.env):
         cluster.up()
         try:

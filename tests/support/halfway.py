@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from epdctl.errors import TransferError
-from epdctl.transfer import landing, mooncake_engine, shm, zmq
-from epdctl.transfer.mooncake_engine import Engine, Run
+from epdctl.transfer import cuda, landing, mooncake_engine, shm, zmq
+from epdctl.transfer.mooncake_engine import Engine
+from epdctl.transfer.runs import Run
 
 __all__ = ["Halfway"]
 
@@ -27,7 +28,13 @@ class Halfway:
         self.reached, self.opened, self.moved = threading.Event(), threading.Event(), threading.Event()
         self._armed = False
         self._gives_up = False
-        {"shm": self._within_shm, "mooncake": self._within_mooncake, "zmq": self._within_zmq}[backend](patch)
+        within = {
+            "shm": self._within_shm,
+            "mooncake": self._within_mooncake,
+            "zmq": self._within_zmq,
+            "cuda-ipc": self._within_cuda,
+        }
+        within[backend](patch)
 
     def arm(self, *, gives_up: bool = False) -> None:
         for event in (self.reached, self.opened, self.moved):
@@ -77,12 +84,28 @@ class Halfway:
             if not self._taken():
                 real(engine, session, runs)
                 return
-            halves = [(run, run.nbytes // 2) for run in runs]
-            real(engine, session, [Run(run.source, run.target, half) for run, half in halves])
-            rest = [Run(run.source + half, run.target + half, run.nbytes - half) for run, half in halves]
+            first, rest = _halves(runs)
+            real(engine, session, first)
             self._stand(lambda: real(engine, session, rest))
 
         patch(mooncake_engine.Engine, "write", write)
+
+    def _within_cuda(self, patch: Patch) -> None:
+        begin, finish = cuda._Stream.begin, cuda._Stream.finish
+
+        def moved(stream: Any, runs: list[Run]) -> None:
+            begin(stream, runs)
+            finish(stream)
+
+        def halved(stream: Any, runs: list[Run]) -> None:
+            if not self._taken():
+                begin(stream, runs)
+                return
+            first, rest = _halves(runs)
+            moved(stream, first)
+            self._stand(lambda: moved(stream, rest))
+
+        patch(cuda._Stream, "begin", halved)
 
     def _within_zmq(self, patch: Patch) -> None:
         """Its messages are made so small that a write of a few hundred KiB has many."""
@@ -100,3 +123,9 @@ class Halfway:
 
         patch(landing, "PARCEL_BYTES", 64 << 10)
         patch(zmq, "_packed", packed)
+
+
+def _halves(runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    halves = [(run, run.nbytes // 2) for run in runs]
+    first = [Run(run.source, run.target, half) for run, half in halves]
+    return first, [Run(run.source + half, run.target + half, run.nbytes - half) for run, half in halves]

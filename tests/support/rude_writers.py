@@ -167,4 +167,6 @@ _ONE_SIDED: tuple[Fault, ...] = (
     frame_without_end,
 )
 
-FAULTS: Mapping[str, tuple[Fault, ...]] = {"zmq": _MESSAGES, "shm": _ONE_SIDED, "mooncake": _ONE_SIDED}
+FAULTS: Mapping[str, tuple[Fault, ...]] = {
+    "zmq": _MESSAGES, "shm": _ONE_SIDED, "mooncake": _ONE_SIDED, "cuda-ipc": _ONE_SIDED,
+}  # fmt: skip

@@ -33,7 +33,9 @@ from epdctl.wire.variables import environment
 from tests.support.halfway import Halfway
 from tests.support.rude_writers import FAULTS
 
-__all__ = ["POOL_BYTES", "End", "decoded", "encoded", "open_at", "pattern", "receiving", "settle", "writing"]
+__all__ = [
+    "POOL_BYTES", "End", "decoded", "device_of", "encoded", "open_at", "pattern", "receiving", "settle", "writing",
+]  # fmt: skip
 
 GUARD_SECONDS = 60.0
 POOL_BYTES = 1 << 20
@@ -46,11 +48,16 @@ def pattern(nbytes: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
+def device_of(backend: str) -> torch.device:
+    """Where this backend's data is."""
+    return torch.device("cuda:0" if backend == "cuda-ipc" else "cpu")
+
+
 def open_at(backend: str, endpoint: str, rank: str, token: str = "secret", *, checksum: bool = False) -> Transport:
     os.environ |= environment("mooncake", "tcp")  # as the plan gives it to a rank
     owner = Owner(RankName(rank), Incarnation(1), token, checksum)
     config = TransferConfig(backend=backend, protocol="tcp" if backend == "mooncake" else "")
-    return BACKENDS[backend](Opening(endpoint, owner, config, torch.device("cpu")))
+    return BACKENDS[backend](Opening(endpoint, owner, config, device_of(backend)))
 
 
 @dataclass
@@ -159,10 +166,11 @@ def _writer(pipe: Connection, backend: str, sockets: str, name: str, environ: di
         through = transport(token, how)
         if how == "broken":
             landing.sums_of = lambda pieces: [1] * len(pieces)
+        data = pattern(nbytes, seed).to(device_of(backend))
         if verb == "write":
-            return await _outcome(through, target, pattern(nbytes, seed))
+            return await _outcome(through, target, data)
         gate.arm(gives_up=verb == "half_given_up")
-        halves.append(asyncio.create_task(_outcome(through, target, pattern(nbytes, seed))))
+        halves.append(asyncio.create_task(_outcome(through, target, data)))
         return await asyncio.to_thread(gate.reached.wait, GUARD_SECONDS)
 
     _obey(pipe, obey)
@@ -183,7 +191,7 @@ def _receiver(pipe: Connection, backend: str, endpoint: str, size: int) -> None:
         if not kept:
             settle(0.01)
             transport = open_at(backend, endpoint, "prefill/0")
-            pool = Pool("embeddings", transport.allocate(size, torch.device("cpu")), RangeAllocator(size))
+            pool = Pool("embeddings", transport.allocate(size, device_of(backend)), RangeAllocator(size))
             kept.extend([transport, pool, transport.register(pool)])
         _, pool, address = kept
         match verb:
@@ -220,5 +228,5 @@ def encoded(lease: RemoteLease) -> bytes:
 
 
 def settle(seconds: float, patch: Callable[[dict[str, Way], str, Way], None] = dict.__setitem__) -> None:
-    """So long is waited for what a dead writer had sent over Mooncake."""
+    """So long is waited for what a dead writer had sent by an engine."""
     patch(PROTOCOLS, "tcp", replace(PROTOCOLS["tcp"], settle_seconds=seconds))

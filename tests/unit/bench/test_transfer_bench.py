@@ -33,9 +33,12 @@ def test_only_what_this_machine_has_is_tried(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(transfer, "rdma_devices", RdmaDevices)
     assert names(machine()) == ["zmq", "zmq-tcp", "shm", "shm-in-slot"]
     assert names(beside(0, "mooncake-transfer-engine-non-cuda"))[-2:] == ["shm-in-slot", "mooncake-tcp"]
-    nvlink = "gpu-mooncake-nvlink"
-    between = [nvlink, f"{nvlink}-opened", f"{nvlink}-adjacent", f"{nvlink}-pages", "gpu-zmq"]
-    assert names(beside(2, "mooncake-transfer-engine-cuda13"))[-5:] == between
+    ipc, nvlink = (
+        [f"gpu-{way}{more}" for more in ("", "-opened", "-pages", "-scattered")]
+        for way in ("cuda-ipc", "mooncake-nvlink")
+    )
+    assert names(beside(2, "mooncake-transfer-engine-cuda13"))[-9:] == [*ipc, *nvlink, "gpu-zmq"]
+    assert names(beside(2, None))[-5:] == [*ipc, "gpu-zmq"]
     assert names(beside(2, "mooncake-transfer-engine-non-cuda"))[-1] == "gpu-zmq"
     assert "gpu-zmq" not in names(beside(1, "mooncake-transfer-engine-cuda13"))
     slices = Hardware((gpu(0, "MIG-1", "GPU-9"), gpu(0, "MIG-2", "GPU-9")), 2)

@@ -69,6 +69,7 @@ class Driver:
 
     def __init__(self, devices: dict[str, list[str] | None]) -> None:
         self.devices = devices
+        self.apart: set[tuple[str, str]] = set()
         self.open = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +98,12 @@ class Driver:
     def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
         return type("Memory", (), {"total": 100})()
 
+    def nvmlDeviceGetP2PStatus(self, one: str, other: str, what: int) -> int:
+        assert what == 1, "to write"
+        if self.devices[one]:
+            raise pynvml.NVMLError_NotSupported()
+        return 1 if (one, other) in self.apart else 0
+
     def nvmlDeviceGetMigMode(self, handle: str) -> tuple[int, int]:
         slices = self.devices[handle]
         if slices is None:
@@ -116,9 +123,12 @@ class Driver:
 def test_reading_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver({"GPU-a": None, "GPU-b": ["MIG-1", "MIG-2"], "GPU-c": []})
     driver.install(monkeypatch)
-    found = [(one.index, one.uuid, one.mig_parent) for one in read_gpus()]
+    driver.apart = {("GPU-c", "GPU-a")}
+    gpus, apart = read_gpus()
+    found = [(one.index, one.uuid, one.mig_parent) for one in gpus]
     assert found == [(0, "GPU-a", None), (1, "MIG-1", "GPU-b"), (1, "MIG-2", "GPU-b"), (2, "GPU-c", None)]
-    assert {(one.name, one.memory_bytes) for one in read_gpus()} == {("NVIDIA H200", 100)}
+    assert {(one.name, one.memory_bytes) for one in gpus} == {("NVIDIA H200", 100)}
+    assert apart == {frozenset({"GPU-a", "GPU-c"})}
     assert driver.open == 0
 
 
@@ -128,7 +138,7 @@ def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch, error: type[Except
         raise error()
 
     monkeypatch.setattr(pynvml, "nvmlInit", refuse)
-    assert read_gpus() == ()
+    assert read_gpus() == ((), frozenset())
 
 
 @pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetMemoryInfo"])

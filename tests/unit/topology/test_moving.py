@@ -19,14 +19,20 @@ def beside(gpus: int, mooncake: str | None) -> Hardware:
     return dataclasses.replace(machine(gpus), mooncake=mooncake)
 
 
+def apart(gpus: int, one: int, other: int) -> Hardware:
+    found = machine(gpus)
+    return dataclasses.replace(found, apart=frozenset({frozenset({found.gpus[one].uuid, found.gpus[other].uuid})}))
+
+
 @pytest.mark.parametrize(
     ("text", "hardware", "backend", "protocol", "why"),
     [
         (EPD, beside(0, None), "shm", "", "auto → shm (every model rank is on this host's CPU)"),
         (EPD, beside(0, CPU), "shm", "", "auto → shm"),
-        (EPD, beside(3, CUDA), "mooncake", "nvlink", "auto → mooncake, protocol nvlink (every model rank has a GPU"),
-        (EPD, beside(3, None), "zmq", "", "auto → zmq (no Mooncake package for GPUs"),
-        (EPD, beside(3, CPU), "zmq", "", "auto → zmq (no Mooncake package for GPUs"),
+        (EPD, beside(3, CUDA), "cuda-ipc", "", "auto → cuda-ipc (every model rank has a GPU of this host)"),
+        (EPD, beside(3, None), "cuda-ipc", "", "auto → cuda-ipc"),
+        (EPD, apart(3, 0, 2), "zmq", "", "auto → zmq (GPUs 0 and 2 cannot reach each other's memory)"),
+        (EPD, apart(4, 0, 3), "cuda-ipc", "", "auto → cuda-ipc"),
         (EPD + "transfer: {backend: mooncake}", beside(0, CPU), "mooncake", "tcp", "transfer: protocol → tcp"),
         (EPD + "transfer: {backend: mooncake}", beside(3, CUDA), "mooncake", "nvlink", "transfer: protocol → nvlink"),
         (MODEL + "stages: {mono: {}}", beside(0, CPU), "memory", "", "backend: auto → memory (a mono rank"),
@@ -61,6 +67,8 @@ def test_half_on_gpus_and_slices_meet_over_zmq() -> None:
     ("transfer", "hardware", "problem"),
     [
         ("{backend: shm}", beside(3, CUDA), "transfer.backend: shm moves host memory"),
+        ("{backend: cuda-ipc}", beside(0, None), "transfer.backend: cuda-ipc is between whole GPUs"),
+        ("{backend: cuda-ipc}", apart(3, 1, 2), "transfer.backend: GPUs 1 and 2 cannot reach each other's memory"),
         ("{backend: mooncake}", beside(0, None), "transfer.backend: no Mooncake package is installed"),
         ("{backend: mooncake, protocol: nvlink}", beside(0, CPU), "transfer.protocol: nvlink is between whole GPUs"),
         ("{backend: mooncake}", beside(3, CPU), f"transfer.backend: {CPU} knows no GPUs"),

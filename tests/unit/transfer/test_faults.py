@@ -33,6 +33,7 @@ from tests.support.transfer_ends import (
     POOL_BYTES,
     End,
     decoded,
+    device_of,
     encoded,
     open_at,
     pattern,
@@ -44,7 +45,13 @@ from tests.support.transfer_ends import (
 HALF = POOL_BYTES // 2
 
 
-@pytest.fixture(params=["zmq", "shm", "mooncake"])
+CUDA = pytest.param(
+    "cuda-ipc", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+)
+ONE_SIDED = ["shm", "mooncake", CUDA]  # zmq's writes are landed by one process, in order
+
+
+@pytest.fixture(params=["zmq", *ONE_SIDED])
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "mooncake":
         pytest.importorskip("mooncake.engine", reason="Mooncake is an extra")
@@ -56,10 +63,11 @@ class Here:
 
     def __init__(self, backend: str, sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         settle(0.01, monkeypatch.setitem)
+        self.device = device_of(backend)
         self.now = 0.0
         self.sockets = sockets
         self.transport: Transport = open_at(backend, f"ipc://{sockets}/here", "prefill/0")
-        memory = self.transport.allocate(POOL_BYTES, torch.device("cpu"))
+        memory = self.transport.allocate(POOL_BYTES, self.device)
         self.pool = Pool("embeddings", memory, RangeAllocator(POOL_BYTES), clock=lambda: self.now)
         self.address = self.transport.register(self.pool)
         self.freed = asyncio.Event()
@@ -70,12 +78,13 @@ class Here:
 
     def holds(self, lease: RemoteLease, seed: int) -> bool:
         extent = lease.extents[0]
-        return torch.equal(self.pool.memory[extent.offset :][: extent.nbytes], pattern(extent.nbytes, seed))
+        held = self.pool.memory[extent.offset :][: extent.nbytes]
+        return torch.equal(held, pattern(extent.nbytes, seed).to(self.device))
 
     async def half(self, lease: RemoteLease, seed: int) -> None:
         """Returns when the first half of its bytes is there; the other is not."""
         start, middle = lease.extents[0].offset, lease.extents[0].nbytes // 2
-        slot, data = self.pool.memory[start : start + 2 * middle], pattern(2 * middle, seed)
+        slot, data = self.pool.memory[start : start + 2 * middle], pattern(2 * middle, seed).to(self.device)
         while not torch.equal(slot[:middle], data[:middle]):  # noqa: ASYNC110 - memory has no events
             await asyncio.sleep(0)
         assert not slot[middle:].any()
@@ -148,7 +157,7 @@ def test_a_lease_that_ends_under_its_writer(here: Play, backend: str) -> None:
     here(test)
 
 
-@pytest.mark.parametrize("backend", ["shm", "mooncake"], indirect=True)
+@pytest.mark.parametrize("backend", ONE_SIDED, indirect=True)
 def test_an_engine_that_gave_a_write_up_and_goes_on_writes_into_nobodys_slot(here: Play) -> None:
     """Its error is no end: not even its writer knows when the last byte comes, so the slot waits for its death."""
 
@@ -211,7 +220,11 @@ COMES_OF_IT = {
 
 @pytest.mark.parametrize(
     ("backend", "fault"),
-    [(backend, fault.__name__) for backend, faults in FAULTS.items() for fault in faults],
+    [
+        pytest.param(backend, fault.__name__, marks=CUDA.marks if backend == "cuda-ipc" else ())
+        for backend, faults in FAULTS.items()
+        for fault in faults
+    ],
     indirect=["backend"],
 )
 def test_frames_cut_short_or_beyond_all_bounds(here: Play, backend: str, fault: str) -> None:
@@ -262,18 +275,18 @@ def test_what_the_receiver_refuses_is_told_in_words_and_the_next_write_lands(her
 def test_a_receiver_killed_and_started_again_at_the_same_address(backend: str, sockets: Path) -> None:
     async def test() -> None:
         writer = open_at(backend, f"ipc://{sockets}/writer", "encoder/0")
-        endpoint = f"ipc://{sockets}/there"
+        endpoint, device = f"ipc://{sockets}/there", device_of(backend)
         try:
             with receiving(backend, endpoint) as first:
                 old = decoded(await first.ask("lease", 1000))
-                await writer.write(old, [Piece(pattern(1000, 1), 0)], seconds=60)
+                await writer.write(old, [Piece(pattern(1000, 1).to(device), 0)], seconds=60)
                 first.kill()
                 with receiving(backend, endpoint) as second:
                     new = decoded(await second.ask("lease", 1000))
                     with pytest.raises((PeerGone, StaleGeneration, DeadlineExceeded)):
-                        await writer.write(old, [Piece(pattern(1000, 2), 0)], seconds=60)
+                        await writer.write(old, [Piece(pattern(1000, 2).to(device), 0)], seconds=60)
                     assert await second.ask("sum") == 0, "what was meant for the first never reaches the second"
-                    await writer.write(new, [Piece(pattern(1000, 3), 0)], seconds=60)
+                    await writer.write(new, [Piece(pattern(1000, 3).to(device), 0)], seconds=60)
                     assert await second.ask("sum") == int(pattern(1000, 3).sum())
                     assert await second.ask("free") == POOL_BYTES, "a slot leaks"
         finally:
@@ -282,7 +295,7 @@ def test_a_receiver_killed_and_started_again_at_the_same_address(backend: str, s
     run(test())
 
 
-@pytest.mark.parametrize("backend", ["shm", "mooncake"], indirect=True)  # zmq's are landed by one process, in order
+@pytest.mark.parametrize("backend", ONE_SIDED, indirect=True)
 def test_two_processes_never_write_into_one_slot(backend: str, sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         receiver = Here(backend, sockets, monkeypatch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from epdctl.transfer.mooncake import MooncakeMover
 from epdctl.transfer.mooncake_engine import PROTOCOLS, Engine, engine_of, probe
 from epdctl.transfer.movers import Put
 from epdctl.transfer.rdma import RdmaDevices, rdma_devices
+from epdctl.transfer.runs import Run
 from epdctl.wire.transfer import PoolLocation
 from epdctl.wire.variables import MOONCAKE
 
@@ -93,42 +93,6 @@ def test_neighbours_at_both_ends_go_as_one_run(engine: Engine) -> None:
     assert not engine._known
 
 
-def with_calls(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
-    monkeypatch.setitem(PROTOCOLS, "tcp", dataclasses.replace(PROTOCOLS["tcp"], calls=calls))
-
-
-@pytest.mark.parametrize("pages", [1, 2, 3, 10])
-def test_a_batch_may_be_divided_into_several_calls(monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
-    with_calls(monkeypatch, 3)
-    engine = Engine(Pretender(), "tcp")
-    source, target = torch.arange(pages * 10, dtype=torch.uint8), torch.zeros(pages * 20, dtype=torch.uint8)
-    start, base = source.data_ptr(), target.data_ptr()
-    engine.write(
-        engine.session, [mooncake_engine.Run(start + page * 10, base + page * 20, 10) for page in range(pages)]
-    )
-    assert len(writes(engine)) == min(3, pages)
-    assert torch.equal(target.view(-1, 20)[:, :10].flatten(), source)
-
-
-def test_a_call_that_failed_waits_for_those_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes that come after a write has ended would land in somebody else's slot."""
-    ended, failed = threading.Event(), threading.Event()
-
-    class Lame(Pretender):
-        def batch_transfer_sync_write(self, to: str, own: list[int], theirs: list[int], sizes: list[int]) -> int:
-            if own == [0]:
-                failed.set()
-                return -1
-            assert failed.wait(30)
-            ended.set()
-            return 0
-
-    with_calls(monkeypatch, 2)
-    with pytest.raises(TransferError, match="did not deliver 8 bytes"):
-        Engine(Lame(), "tcp").write("127.0.0.1:7", [mooncake_engine.Run(each, each, 8) for each in (0, 8)])
-    assert ended.is_set()
-
-
 def test_a_writer_that_was_told_to_stop_writes_no_further_batch(engine: Engine) -> None:
     stop = threading.Event()
     stop.set()
@@ -166,7 +130,7 @@ def test_errors_of_the_engine_are_ours() -> None:
     with pytest.raises(RegistrationFailed, match="does not take 8 bytes on cpu"):
         refusing.register(torch.zeros(8, dtype=torch.uint8))
     with pytest.raises(TransferError, match=r"did not deliver 8 bytes to 127\.0\.0\.1:7"):
-        refusing.write("127.0.0.1:7", [mooncake_engine.Run(0, 0, 8)])
+        refusing.write("127.0.0.1:7", [Run(0, 0, 8)])
 
 
 def test_the_probe_believes_bytes_and_not_words() -> None:

@@ -29,6 +29,7 @@ from epdctl.ids import Incarnation, RankName
 from epdctl.transfer import guests, hosts, landing, zmq
 from epdctl.transfer.allocators import RangeAllocator
 from epdctl.transfer.base import Piece, Transport
+from epdctl.transfer.cuda_ipc import CudaIpcMover
 from epdctl.transfer.deaths import birth
 from epdctl.transfer.landing import Frame, Owner
 from epdctl.transfer.memory import Exchange, MemoryTransport
@@ -61,6 +62,7 @@ from epdctl.wire.transfer import (
     RemoteLease,
     Write,
 )
+from tests.support.host_memory import HostMemory
 from tests.support.ranks import Facts, make_spec, run
 
 
@@ -192,7 +194,22 @@ class OverMooncake(OneSided):
         return MooncakeMover("tcp", torch.device("cpu"))
 
 
-@pytest.fixture(params=[OverZmq, OverTcp, WithinProcess, OverShm, OverMooncake])
+class OverCudaIpc(OneSided):
+    """This process's own memory in place of GPUs."""
+
+    def __init__(self, sockets: Path) -> None:
+        super().__init__(sockets)
+        self.memory = HostMemory()
+
+    def mover(self) -> Mover:
+        return CudaIpcMover(self.memory, torch.device("cpu"))
+
+    def close(self) -> None:
+        super().close()
+        assert self.memory.all_closed(), "memory of a peer is held"
+
+
+@pytest.fixture(params=[OverZmq, OverTcp, WithinProcess, OverShm, OverMooncake, OverCudaIpc])
 def make_fabric(request: pytest.FixtureRequest, sockets: Path) -> Callable[[], Fabric]:
     return lambda: request.param(sockets)
 
@@ -202,7 +219,7 @@ def make_messaging(request: pytest.FixtureRequest, sockets: Path) -> Callable[[]
     return lambda: request.param(sockets)
 
 
-@pytest.fixture(params=[OverShm, OverMooncake])
+@pytest.fixture(params=[OverShm, OverMooncake, OverCudaIpc])
 def make_one_sided(request: pytest.FixtureRequest, sockets: Path) -> Callable[[], Fabric]:
     return lambda: request.param(sockets)
 
@@ -576,7 +593,7 @@ def test_a_pool_is_registered_once(make_fabric: Callable[[], Fabric]) -> None:
 def test_the_backend_of_the_topology_decides(sockets: Path) -> None:
     async def work() -> None:
         spec = make_spec("prefill/0", sockets)
-        for backend in BACKENDS:
+        for backend in BACKENDS.keys() - {"cuda-ipc"}:
             if backend == "mooncake":
                 pytest.importorskip("mooncake.engine", reason="Mooncake is an extra")
             transport = open_transport(TransferConfig(backend=backend, protocol="tcp"), spec)
@@ -585,6 +602,8 @@ def test_the_backend_of_the_topology_decides(sockets: Path) -> None:
             await transport.close()
         with pytest.raises(UserError, match="pigeon"):
             open_transport(TransferConfig(backend="pigeon"), spec)
+        with pytest.raises(UserError, match="cuda-ipc moves memory of GPUs, not of cpu"):
+            open_transport(TransferConfig(backend="cuda-ipc"), spec)
         with pytest.raises(UserError, match="smoke"):
             open_transport(TransferConfig(backend="mooncake", protocol="smoke"), spec)
 
