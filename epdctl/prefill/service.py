@@ -48,7 +48,10 @@ RoomKey = tuple[Room, int]  # room, attempt
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class PrefillStay(PromptStay):
-    """``offer``: decode's pages, from when it came until decode has been told how it ended."""
+    """``offer``: decode's pages, from when it came until decode has been told how it ended.
+
+    ``made``: by its latest chunk, see Transport.
+    """
 
     room: Room
     decode_at: RankRef
@@ -57,6 +60,7 @@ class PrefillStay(PromptStay):
     first_token: int | None = None
     likelihood: Likelihood | None = None
     rope_delta: int = 0
+    made: object | None = None
 
     @property
     def room_key(self) -> RoomKey:
@@ -184,6 +188,7 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
     def _advanced(self, stay: PrefillStay, advance: Advance) -> None:
         stay.rope_delta = advance.rope_delta
         stay.outgoing.computed(advance.computed)
+        stay.made = self._made
         if advance.prompt_done:
             stay.first_token = advance.token
             stay.likelihood = advance.likelihood
@@ -200,7 +205,8 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
         way = self.hops.begin(Kind.WRITE, stay.request, "writing", attempt=stay.attempt)
         try:
             while not stay.over and (due := stay.outgoing.due()):
-                await self.machine.transport.write(kv.lease, self._pieces(stay, due), seconds=self._left(stay))
+                pieces, seconds = self._pieces(stay, due), self._left(stay)
+                await self.machine.transport.write(kv.lease, pieces, seconds=seconds, made=stay.made)
                 stay.outgoing.sent = due.stop
         except (TransferError, WireError) as error:
             self._end(stay, why_not_written(error, kv.lease.pool.owner))

@@ -77,6 +77,7 @@ class LanguageRank(ABC, Generic[S, In]):
         self._draining = False
         self._completed = 0
         self._invariants = IdleCheck(self.check)
+        self._made: object | None = None  # by the last step that was told of; see Transport
 
     # -- what heirs say --
 
@@ -332,7 +333,8 @@ class LanguageRank(ABC, Generic[S, In]):
 
     # -- results of the engine (rank.stepper.Results) --
 
-    def advanced(self, advances: Sequence[Advance], during: Period) -> None:
+    def advanced(self, advances: Sequence[Advance], during: Period, made: object | None) -> None:
+        self._made = made
         for advance in advances:
             self._completed += 1
             if (stay := self._stays.get(advance.id)) is not None:

@@ -63,10 +63,16 @@ class Machine:
             await transport.close()
             raise
         profiler = Profiler(compute)
+
+        def after_step() -> object | None:
+            made = transport.made()
+            profiler.step()
+            return made
+
         return cls(
             loaded=loaded,
             pages=PageAllocator(loaded.kv.pages),
-            stepper=Stepper(loaded.engine, compute, results, profiler.step),
+            stepper=Stepper(loaded.engine, compute, results, after_step),
             transport=transport,
             compute=compute,
             profiler=profiler,

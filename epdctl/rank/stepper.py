@@ -55,7 +55,9 @@ class Results(Protocol):
         """The engine did not take this sequence."""
         ...
 
-    def advanced(self, advances: Sequence[Advance], during: Period) -> None: ...
+    def advanced(self, advances: Sequence[Advance], during: Period, made: object | None) -> None:
+        """``made``: what to wait for before the bytes of this step are read; the next one may run already."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class _Turn:
     refused: list[tuple[str, EpdError]] = field(default_factory=list)
     advances: list[Advance] = field(default_factory=list)
     during: Period = Period(0, 0)  # noqa: RUF009
+    made: object | None = None
     more: bool = False
 
 
@@ -78,12 +81,12 @@ class Stepper:
     """What waits here is bounded by the rank's admission: every order is for a sequence that holds a grant."""
 
     def __init__(
-        self, engine: StepEngine, compute: ComputeThread, results: Results, after_step: Callable[[], None]
+        self, engine: StepEngine, compute: ComputeThread, results: Results, after_step: Callable[[], object | None]
     ) -> None:
         self._engine = engine
         self._compute = compute
         self._results = results
-        self._after_step = after_step  # on the compute thread
+        self._after_step = after_step  # on the compute thread; says what was made, see Results
         self._orders: queue.SimpleQueue[NewSequence | _Abort] = queue.SimpleQueue()
         self._ahead = 0
         self._stopped = threading.Event()
@@ -114,7 +117,7 @@ class Stepper:
         for sequence, error in turn.refused:
             self._results.refused(sequence, error)
         if turn.advances:
-            self._results.advanced(turn.advances, turn.during)
+            self._results.advanced(turn.advances, turn.during, turn.made)
 
     # -- on the compute thread --
 
@@ -127,7 +130,7 @@ class Stepper:
             began = time_ns()
             turn.advances = self._engine.step()
             turn.during = Period(began, time_ns())
-            self._after_step()
+            turn.made = self._after_step()
         turn.more = self._engine.has_work
         return turn
 

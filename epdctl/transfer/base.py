@@ -28,6 +28,10 @@ class Piece:
     extent: int
     offset: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
 
 class LandingPool(Protocol):
     """Memory that peers write to. Implemented by transfer.pool."""
@@ -85,8 +89,17 @@ class Transport(Protocol):
         """Make ``pool`` writable by peers; once per pool, before Ready. Raises RegistrationFailed."""
         ...
 
-    async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
-        """Raises PeerGone, DeadlineExceeded, StaleGeneration or LeaseExpired; then nothing may be assumed landed."""
+    def made(self) -> object | None:
+        """Asked on the thread that makes data, right behind its kernels: what ``write`` is to wait for."""
+        ...
+
+    async def write(
+        self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float, made: object | None = None
+    ) -> None:
+        """Without ``made`` it waits for all that its device has been given by now.
+
+        Raises PeerGone, DeadlineExceeded, StaleGeneration or LeaseExpired; then nothing may be assumed landed.
+        """
         ...
 
     async def open_slot(self, lease: RemoteLease, *, seconds: float) -> torch.Tensor | None:

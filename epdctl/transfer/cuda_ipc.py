@@ -49,11 +49,10 @@ class _Region:
 class _Opened:
     """A Remote. ``address``: of the peer's pool; ``whole``: of the allocation that it lies in."""
 
-    def __init__(self, cuda: Cuda, whole: int, address: int, device: torch.device) -> None:
+    def __init__(self, cuda: Cuda, whole: int, address: int) -> None:
         self._cuda = cuda
         self._whole = whole
         self._address = address
-        self._device = device
         self._copies: Copies | None = None
 
     def put(self, puts: Sequence[Put], stop: threading.Event) -> None:
@@ -61,8 +60,6 @@ class _Opened:
             return
         if self._copies is None:  # here, since a stream is its thread's own business
             self._copies = self._cuda.copies()
-        if elsewhere := {put.data.device for put in puts} - {self._device}:
-            raise TransferError(f"cuda-ipc moves memory of {self._device}, not of {elsewhere.pop()}")
         for batch in _batched(runs(puts, self._address), BATCH_RUNS):
             self._copies.begin(batch)
         self._copies.finish()
@@ -117,7 +114,7 @@ class CudaIpcMover(DeviceOrder):
         except BaseException:
             self._cuda.close(whole)
             raise
-        return _Opened(self._cuda, whole, whole + location.base, self._device)
+        return _Opened(self._cuda, whole, whole + location.base)
 
     def close(self) -> None:
         self._regions.clear()

@@ -25,12 +25,20 @@ from epdctl.transfer.movers import Moved, Mover, Put, Remote
 from epdctl.transfer.turns import Slot, Turn
 from epdctl.wire.transfer import End, Extent, PieceHeader, Rejected, RemoteLease
 
-__all__ = ["Host"]
+__all__ = ["Host", "Source"]
 
 log = logging.getLogger(__name__)
 
 ADRIFT_SECONDS = 10.0  # less than a reader bears in quarantine; a peer that is gone or hangs is withdrawn before
 RETIRE_SECONDS = 600.0  # for what was begun at a peer that was withdrawn to end, before its link is closed
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """``made``: see Transport."""
+
+    pieces: Sequence[Piece]
+    made: object | None
 
 
 class Host:
@@ -71,8 +79,8 @@ class Host:
 
     # -- one write --
 
-    async def write(self, lease: RemoteLease, pieces: Sequence[Piece], stop: threading.Event) -> None:
-        made = self._mover.ready()
+    async def write(self, lease: RemoteLease, source: Source, stop: threading.Event) -> None:
+        pieces = source.pieces
         async with Turn(self._slots, lease.generation) as slot:
             if stop.is_set():
                 return
@@ -84,7 +92,7 @@ class Host:
             try:
                 puts = await self._todo(lease.pool.pool, _puts(pieces, slot.extents))
                 stopped = False  # an error of what moves the bytes does not say that they have ceased to move
-                await self._move(puts, made, stop)
+                await self._move(puts, source.made, stop)
                 stopped = True
                 sums = await self._sums(pieces)
                 landed = not stop.is_set()
@@ -228,13 +236,9 @@ class _Todo:
 def _puts(pieces: Sequence[Piece], extents: Sequence[Extent]) -> list[Put]:
     """Raises TransferError when a piece leaves its extent."""
     try:
-        return [Put(piece.data, place_of(_header(piece), extents)) for piece in pieces]
+        return [Put(piece.data, place_of(piece, extents)) for piece in pieces]
     except Refusal as error:
         raise refused(Rejected(write=0, kind=error.kind, text=error.message)) from error
-
-
-def _header(piece: Piece) -> PieceHeader:
-    return PieceHeader(extent=piece.extent, offset=piece.offset, nbytes=piece.data.numel())
 
 
 def _is_there(remote: Remote, put: Put) -> bool:

@@ -183,15 +183,14 @@ def verify(header: PieceHeader, data: Frame) -> None:
         )
 
 
-def place_of(header: PieceHeader, extents: Sequence[Extent]) -> int:
+def place_of(piece: PieceHeader | Piece, extents: Sequence[Extent]) -> int:
     """Where in the pool this piece begins. Raises Refusal when it leaves its extent."""
-    if not 0 <= header.extent < len(extents):
-        raise Refusal("bounds", f"extent {header.extent} of {len(extents)}")
-    extent = extents[header.extent]
-    if min(header.offset, header.nbytes) < 0 or header.offset + header.nbytes > extent.nbytes:
-        end = header.offset + header.nbytes
-        raise Refusal("bounds", f"bytes {header.offset} to {end} of an extent of {extent.nbytes}")
-    return extent.offset + header.offset
+    if not 0 <= piece.extent < len(extents):
+        raise Refusal("bounds", f"extent {piece.extent} of {len(extents)}")
+    extent, end = extents[piece.extent], piece.offset + piece.nbytes
+    if min(piece.offset, piece.nbytes) < 0 or end > extent.nbytes:
+        raise Refusal("bounds", f"bytes {piece.offset} to {end} of an extent of {extent.nbytes}")
+    return extent.offset + piece.offset
 
 
 def _on_host(frame: Frame) -> Buffer:

@@ -77,7 +77,12 @@ class MemoryTransport:
     def register(self, pool: LandingPool) -> PoolAddress:
         return self._landings.register(pool, "memory", self._endpoint)
 
-    async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
+    def made(self) -> None:
+        """Whoever reads the data to send it does so behind its device's work."""
+
+    async def write(
+        self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float, made: object | None = None
+    ) -> None:
         task = asyncio.get_running_loop().create_task(self._write(lease, pieces))
         writing = self._writing.setdefault(lease.pool.endpoint, set())
         writing.add(task)

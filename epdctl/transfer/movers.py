@@ -60,8 +60,8 @@ class Mover(Protocol):
         """May take long; on a thread. Raises PeerGone or TransferError."""
         ...
 
-    def ready(self) -> object | None:
-        """Called where the data was made: what ``wait`` must be given so that it is really there."""
+    def made(self) -> object | None:
+        """See Transport: what ``wait`` must be given so that the data is really there."""
         ...
 
     def wait(self, made: object | None) -> None:
@@ -77,12 +77,12 @@ class DeviceOrder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def ready(self) -> torch.cuda.Event | None:
+    def made(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":
             return None
-        made = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        made.record(torch.cuda.current_stream(self._device))
-        return made
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def wait(self, made: object | None) -> None:
         if isinstance(made, torch.cuda.Event):

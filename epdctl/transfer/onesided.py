@@ -17,7 +17,7 @@ import torch
 from epdctl.errors import DeadlineExceeded, PeerGone
 from epdctl.transfer.base import LandingPool, Piece
 from epdctl.transfer.guests import Guests
-from epdctl.transfer.hosts import Host
+from epdctl.transfer.hosts import Host, Source
 from epdctl.transfer.landing import Owner
 from epdctl.transfer.movers import Moved, Mover
 from epdctl.wire.transfer import PoolAddress, RemoteLease
@@ -54,9 +54,15 @@ class OneSidedTransport:
     def register(self, pool: LandingPool) -> PoolAddress:
         return self._guests.register(pool, self._mover.locate(pool.name, pool.memory), self._mover.backend)
 
-    async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
+    def made(self) -> object | None:
+        return self._mover.made()
+
+    async def write(
+        self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float, made: object | None = None
+    ) -> None:
         peer, stop = self._keeper(lease) or self._peer(lease.pool), threading.Event()
-        await _until(peer, peer.write(lease, pieces, stop), _Bound(lease, seconds, stop))
+        there = Source(pieces, made or self._mover.made())
+        await _until(peer, peer.write(lease, there, stop), _Bound(lease, seconds, stop))
 
     async def open_slot(self, lease: RemoteLease, *, seconds: float) -> torch.Tensor | None:
         peer, stop = self._peer(lease.pool), threading.Event()

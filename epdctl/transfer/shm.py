@@ -151,7 +151,7 @@ class ShmMover:
         except OSError as error:
             raise PeerGone(f"the memory of the {location.pool} pool cannot be mapped: {error}") from error
 
-    def ready(self) -> None:
+    def made(self) -> None:
         return None
 
     def wait(self, made: object | None) -> None:

@@ -75,7 +75,12 @@ class ZmqTransport:
             log.exception("bytes for %s could not be put there", write.pool)
             return Rejected(write=write.write, kind="frames", text=f"they could not be put there: {error}")
 
-    async def write(self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float) -> None:
+    def made(self) -> None:
+        """Whoever reads the data to send it does so behind its device's work."""
+
+    async def write(
+        self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float, made: object | None = None
+    ) -> None:
         endpoint = lease.pool.endpoint
         peer = self._peers.get(endpoint)
         if peer is None:

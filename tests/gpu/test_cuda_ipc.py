@@ -62,7 +62,7 @@ def test_a_write_waits_for_its_data_and_for_nothing_queued_behind(sockets: Path)
                 made_from = pattern(1000, 2).to(GPU)
                 sleep(100_000_000)  # cycles: what is written is made late
                 data = made_from + 1
-                made = mover.ready()
+                made = mover.made()
                 sleep(4_000_000_000)  # about two seconds
                 behind: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 behind.record()

@@ -1,18 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from epdctl.wire.variables import environment
-from tests.support.ranks import socket_directory
-
-
-@pytest.fixture
-def sockets() -> Iterator[Path]:
-    with socket_directory() as directory:
-        yield directory
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,10 @@ from epdctl.errors import TransferError
 from epdctl.transfer.base import Piece, Transport
 from epdctl.transfer.onesided import OneSidedTransport
 from epdctl.wire.transfer import RemoteLease
-from tests.support.ranks import socket_directory
 
 PAGE, SIZE = 8192, 65536
 PLAIN = {"backend": "shm", "protocol": "", "gpu": False, "tcp": False, "token": "secret", "page": 0, "scattered": False}
 ROUNDS = {"rounds": 3, "sum": True, "opened": False, "in_place": False, "pooled": False}
-
-
-@pytest.fixture
-def sockets() -> Iterator[Path]:
-    with socket_directory() as directory:
-        yield directory
 
 
 def rubbish(words: int = SIZE // 8) -> torch.Tensor:
@@ -126,4 +119,4 @@ def test_pages_that_changed_places_are_found(sockets: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(OneSidedTransport, "write", mixed_up)
     with pytest.raises(TransferError, match="not what was sent"):
-        measured(sockets, page=PAGE, pooled=True)
+        measured(sockets, page=PAGE, pooled=True, scattered=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+from functools import partial
 
 import pytest
 
 from epdctl.errors import PeerGone
+from epdctl.transfer.shm import ShmMover
 from epdctl.wire.config import Limits
 from epdctl.wire.encode import FailureKind
 from epdctl.wire.serve import Failed, Finished, FinishReason, Granted, KvLayout, Token, Usage
-from tests.support.language_ranks import LAYOUT, PAGE, Question, Setup, alone, item, pair, run, until
+from tests.support.language_ranks import LAYOUT, PAGE, FakeEngine, Question, Setup, alone, item, pair, run, until
 from tests.support.ranks import make_peer
 
 PICTURES = (item(0, 3, 4), item(1, 9, 3))
@@ -133,6 +136,39 @@ def test_pages_go_out_while_the_next_chunk_runs() -> None:
             ranks.prefill.engine.let_go()
             await ranks.gateway.outcome()
             assert ranks.gateway.tokens() == alone(question)
+
+    run(scene())
+
+
+def stepped(engine: FakeEngine, steps: int) -> bool:
+    return engine.steps == steps
+
+
+def test_the_last_pages_wait_for_their_own_chunk_and_not_for_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU what the next step was given stands in the same stream: what is waited for is noted before it."""
+    first, other = Question(tokens=LONG), Question(tokens=(*LONG, *LONG), name="other", room=8)
+    waited: list[object] = []
+    monkeypatch.setattr(ShmMover, "wait", lambda _, made: waited.append(made))
+
+    async def scene() -> None:
+        async with pair(Setup(backend="shm")) as ranks:
+            engine = ranks.prefill.engine
+            monkeypatch.setattr(ShmMover, "made", lambda _: (threading.current_thread().name, engine.steps))
+            engine.hold()
+            for question in (first, other):
+                ranks.ask(question)
+                await ranks.gateway.hear(Granted, question.name)
+            chunks = -(-len(LONG) // engine.chunk)
+            for step in range(1, chunks + 1):
+                engine.step_once()
+                await until(partial(stepped, engine, step))
+            await ranks.gateway.hear(Token)
+            assert engine.steps == chunks  # the next one is under way
+            assert waited[-1] == ("compute", chunks)
+            engine.let_go()
+            for question in (first, other):
+                await ranks.gateway.outcome(question.name)
+                assert ranks.gateway.tokens(question.name) == alone(question)
 
     run(scene())
 

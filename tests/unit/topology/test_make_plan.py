@@ -126,8 +126,6 @@ def test_what_a_rank_is_run_with(checkpoint: Path) -> None:
         "GOMP_SPINCOUNT": "0",
         "HF_HUB_OFFLINE": "1",
         "KINETO_LOG_LEVEL": "6",
-        "MALLOC_MMAP_THRESHOLD_": "33554432",  # of zmq, which is what no Mooncake leaves
-        "MALLOC_TRIM_THRESHOLD_": "134217728",
         "MKL_NUM_THREADS": "3",
         "OMP_NUM_THREADS": "3",
         "OMP_WAIT_POLICY": "passive",

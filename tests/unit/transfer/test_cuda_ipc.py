@@ -87,16 +87,6 @@ def test_copies_that_do_not_finish_are_an_error_of_ours(memory: HostMemory, move
     remote.close()
 
 
-def test_data_of_another_device_is_refused_before_anything_is_written(mover: CudaIpcMover) -> None:
-    pool = mover.allocate(64, CPU).zero_()
-    remote = mover.reach(mover.locate("kv", pool))
-    puts = [Put(torch.ones(4, dtype=torch.uint8), 0), Put(torch.ones(4, dtype=torch.uint8, device="meta"), 4)]
-    with pytest.raises(TransferError, match="memory of cpu, not of meta"):
-        remote.put(puts, threading.Event())
-    assert not pool.any()
-    remote.close()
-
-
 def test_a_probe_believes_bytes_and_not_words(memory: HostMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     class Idle:
         def begin(self, _: object) -> None: ...
