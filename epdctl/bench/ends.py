@@ -71,11 +71,11 @@ class Receiver:
         return {
             "note": self._transport.note,
             "notify": self._inbox.endpoint,
-            "leases": [self._open(size, order["page"], scattered=order["scattered"]) for size in order["sizes"]],
+            "leases": [self._open(size, order["page"], order["run"]) for size in order["sizes"]],
         }
 
-    def _open(self, size: int, page: int, *, scattered: bool) -> dict[str, Any]:
-        """A pool, and a lease on all of it: in pages as a fresh cluster's lie, or in no order, if it has pages."""
+    def _open(self, size: int, page: int, run: int) -> dict[str, Any]:
+        """A pool, and a lease on all of it; if it has pages, in runs of so many and in no order."""
         pages = -(-size // page) if page else 0
         allocator = PageExtents(PageAllocator(pages + 1), page) if page else RangeAllocator(size)
         began = time.perf_counter()
@@ -83,7 +83,7 @@ class Receiver:
         address = self._transport.register(pool)
         _done(self._device)
         seconds = time.perf_counter() - began
-        extents = list(allocator.take(pages or size)) if not scattered else _one_by_one(allocator, pages)
+        extents = _in_runs(allocator, pages, run) if page else allocator.take(size)
         lease = pool.leases.grant(extents, "bench", seconds=LEASE_SECONDS)
         self._pools[pool.name], self._leases[pool.name] = pool, lease
         remote = json.loads(msgspec.json.encode(lease.remote(address), enc_hook=str))
@@ -202,9 +202,8 @@ class Took(NamedTuple):
     moving: float | None
 
 
-def _one_by_one(allocator: Allocator, pages: int) -> list[Extent]:
-    """So that hardly any two lie side by side."""
-    extents = [extent for _ in range(pages) for extent in allocator.take(1)]
+def _in_runs(allocator: Allocator, pages: int, run: int) -> list[Extent]:
+    extents = [extent for start in range(0, pages, run) for extent in allocator.take(min(run, pages - start))]
     random.Random(0).shuffle(extents)
     return extents
 

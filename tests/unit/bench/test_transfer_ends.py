@@ -18,7 +18,7 @@ from epdctl.transfer.onesided import OneSidedTransport
 from epdctl.wire.transfer import RemoteLease
 
 PAGE, SIZE = 8192, 65536
-PLAIN = {"backend": "shm", "protocol": "", "gpu": False, "tcp": False, "token": "secret", "page": 0, "scattered": False}
+PLAIN = {"backend": "shm", "protocol": "", "gpu": False, "tcp": False, "token": "secret", "page": 0, "run": 1}
 ROUNDS = {"rounds": 3, "sum": True, "opened": False, "in_place": False, "pooled": False}
 
 
@@ -87,7 +87,7 @@ WAYS: list[dict[str, Any]] = [
     {"backend": "zmq"},
     {"backend": "zmq", "tcp": True},
     {"page": PAGE, "pooled": True},
-    {"page": PAGE, "pooled": True, "scattered": True},
+    {"page": PAGE, "pooled": True, "run": 3},
 ]
 
 
@@ -119,4 +119,4 @@ def test_pages_that_changed_places_are_found(sockets: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(OneSidedTransport, "write", mixed_up)
     with pytest.raises(TransferError, match="not what was sent"):
-        measured(sockets, page=PAGE, pooled=True, scattered=True)
+        measured(sockets, page=PAGE, pooled=True)
