@@ -14,6 +14,7 @@ __all__ = [
     "Check",
     "Level",
     "Mooncake",
+    "check_cuda_ipc",
     "check_gpus",
     "check_kernel",
     "check_memlock",
@@ -110,7 +111,7 @@ def fitting_extra(torch_version: str | None, cuda_driver: int | None) -> str:
 def check_mooncake(found: Mooncake, extra: str, wanted_package: str) -> Check:
     line = f"pip install 'epdctl[{extra}]'"
     if not found.packages:
-        return ok("mooncake", f"not installed; only transfer between GPUs or over RDMA needs it: {line}")
+        return ok("mooncake", f"not installed; only transfer.backend: mooncake needs it: {line}")
     others = [package for package in found.packages if package != wanted_package]
     if others:
         text = f"{', '.join(found.packages)} installed; all of them write the same module, and this machine needs one"
@@ -142,6 +143,14 @@ def check_gpus(names: Sequence[str], problem: str | None) -> Check:
     if problem is not None:
         return Check(Level.FAIL, "gpus", f"the NVIDIA driver does not answer: {problem}", "nvidia-smi says more")
     return ok("gpus", "; ".join(names) if names else "none: ranks run on the CPU")
+
+
+def check_cuda_ipc(broken: str | None) -> Check:
+    """``broken``: why what a rank calls CUDA by does not import."""
+    if broken is None:
+        return ok("cuda-ipc", "cuda.bindings imports")
+    text = f"cuda.bindings does not import: {broken}"
+    return Check(Level.FAIL, "cuda-ipc", text, "pip install cuda-bindings, or write transfer.backend: zmq")
 
 
 def check_kernel(feature: str, works: bool, consequence: str) -> Check:

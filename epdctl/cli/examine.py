@@ -41,7 +41,10 @@ def examine(environ: Mapping[str, str]) -> Iterator[Check]:
     yield checks.check_package("transformers", installed("transformers"), (5, 17))
     yield _mooncake()
     yield checks.check_video(videos.missing(), videos.EXTRA)
-    yield checks.check_gpus(*gpu_names())
+    gpus, problem = gpu_names()
+    yield checks.check_gpus(gpus, problem)
+    if gpus:
+        yield checks.check_cuda_ipc(_import_error("cuda.bindings.runtime"))
     yield from _kernel()
     rdma = rdma_devices()
     yield checks.check_rdma(rdma)

@@ -132,7 +132,7 @@ class Loading(Message, frozen=True):
 class Ready(Message, frozen=True):
     endpoints: Endpoints
     facts: Facts | None = None  # of a rank with a model
-    transfer: str | None = None  # its transport's own word, for people: "mooncake nvlink, 1930.4 GB/s to itself"
+    transfer: str | None = None  # its transport's own word, for people: "cuda-ipc, 211.1 GB/s to itself"
 
 
 class Embeddings(Part, frozen=True):

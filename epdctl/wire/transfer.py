@@ -116,8 +116,8 @@ class PoolLocation(Part, frozen=True):
     """Where the bytes of a pool are, in the transport's own terms."""
 
     pool: str
-    place: str  # shm: a file of /proc; mooncake: the engine's host:port
-    base: int  # shm: bytes before the pool begins; mooncake: its address in the owner's process
+    place: str  # shm: a file of /proc; cuda-ipc: a handle of CUDA's; mooncake: the engine's host:port
+    base: int  # mooncake: the pool's address in its owner's process; else bytes before it in what `place` opens
     nbytes: int
 
 

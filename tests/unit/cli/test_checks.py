@@ -59,6 +59,8 @@ def test_mooncake_is_one_package_that_imports(found: Mooncake, level: Level, sai
         (checks.check_package("torch", "10.0", (2, 11)), Level.OK),
         (checks.check_gpus([], None), Level.OK),
         (checks.check_gpus([], "driver/library version mismatch"), Level.FAIL),
+        (checks.check_cuda_ipc(None), Level.OK),
+        (checks.check_cuda_ipc("No module named 'cuda'"), Level.FAIL),
         (checks.check_kernel("pidfd", False, "slow"), Level.WARN),
         (checks.check_memlock(64 << 10, has_rdma=True), Level.WARN),
         (checks.check_memlock(64 << 10, has_rdma=False), Level.OK),
