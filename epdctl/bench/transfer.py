@@ -29,7 +29,7 @@ SIZES = (4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30)
 EMBEDDING = 10_368 * 3_584 * 2  # eight pictures of 1008 x 1008 for a model of 3,584, in 16 bits
 KV_PAGE = 16 * 57_344  # 16 tokens of a 7B
 KV = 650 * KV_PAGE  # 10,400 tokens
-USED_RUN = 22  # pages: a pool of 16,384, 80 % taken by requests of 20 to 650 that come and go, leases 650 in 29 pieces
+USED_RUN = 11  # pages: of pools of 16,384, 80 % taken by requests of 20 to 650, 650 lie in 29 pieces at either end
 GPU_SIZES = (EMBEDDING, KV)
 ROUND_BYTES = 1 << 30  # about so many in all for one figure
 END_SECONDS = 20.0
@@ -238,7 +238,7 @@ def _end(visible: str, way: Way) -> Iterator[_End]:
         "OMP_NUM_THREADS": share, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0",
         "CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     }  # fmt: skip
-    foreign = {"PYTORCH_CUDA_ALLOC_CONF", *MOONCAKE.values()}
+    foreign = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", *MOONCAKE.values()}
     inherited = {name: value for name, value in os.environ.items() if name not in foreign}
     environ = inherited | own | environment(way.backend, way.protocol)
     with tempfile.TemporaryFile("w+") as words:

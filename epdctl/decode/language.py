@@ -58,7 +58,7 @@ class LanguageService(PromptRank[PromptStay, ToLanguage]):
         else:
             self._queue(stay)
 
-    def _advanced(self, stay: PromptStay, advance: Advance) -> None:
+    def _advanced(self, stay: PromptStay, advance: Advance, made: object | None) -> None:
         if advance.prompt_done:
             self._prompt_done(stay)
         if advance.token is not None:

@@ -238,7 +238,7 @@ class DecodeService(LanguageRank[DecodeStay, ToDecode]):
             return FinishReason.STOP
         return FinishReason.LENGTH if sampling.max_tokens <= 1 else None
 
-    def _advanced(self, stay: DecodeStay, advance: Advance) -> None:
+    def _advanced(self, stay: DecodeStay, advance: Advance, made: object | None) -> None:
         if advance.token is not None:
             self._answer(stay, advance.token, advance.finished, advance.likelihood)
 

@@ -8,7 +8,6 @@ import torch
 
 from epdctl.errors import LoadError, RegistrationFailed
 from epdctl.wire.serve import KvLayout
-from epdctl.wire.transfer import Extent
 
 __all__ = ["KvPool", "Memory", "own_memory"]
 
@@ -41,15 +40,6 @@ class KvPool:
     @property
     def device(self) -> torch.device:
         return self.memory.device
-
-    def extent(self, page: int) -> Extent:
-        """Where one page lies in ``memory``."""
-        return Extent(offset=page * self.layout.page_bytes, nbytes=self.layout.page_bytes)
-
-    def page(self, page: int) -> torch.Tensor:
-        """The bytes of one page, as a view: 1-D uint8."""
-        start = page * self.layout.page_bytes
-        return self.memory[start : start + self.layout.page_bytes]
 
 
 def _faulted_in(nbytes: int, device: torch.device, memory: Memory) -> torch.Tensor:

@@ -185,10 +185,10 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
 
     # -- pages --
 
-    def _advanced(self, stay: PrefillStay, advance: Advance) -> None:
+    def _advanced(self, stay: PrefillStay, advance: Advance, made: object | None) -> None:
         stay.rope_delta = advance.rope_delta
         stay.outgoing.computed(advance.computed)
-        stay.made = self._made
+        stay.made = made
         if advance.prompt_done:
             stay.first_token = advance.token
             stay.likelihood = advance.likelihood

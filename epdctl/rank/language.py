@@ -77,7 +77,6 @@ class LanguageRank(ABC, Generic[S, In]):
         self._draining = False
         self._completed = 0
         self._invariants = IdleCheck(self.check)
-        self._made: object | None = None  # by the last step that was told of; see Transport
 
     # -- what heirs say --
 
@@ -90,8 +89,8 @@ class LanguageRank(ABC, Generic[S, In]):
         """``stay`` holds all it needs."""
 
     @abstractmethod
-    def _advanced(self, stay: S, advance: Advance) -> None:
-        """One step took a running ``stay`` further."""
+    def _advanced(self, stay: S, advance: Advance, made: object | None) -> None:
+        """One step took a running ``stay`` further. ``made``: see rank.stepper.Results."""
 
     @abstractmethod
     def _take(self, stay: S) -> Grant | None:
@@ -334,15 +333,14 @@ class LanguageRank(ABC, Generic[S, In]):
     # -- results of the engine (rank.stepper.Results) --
 
     def advanced(self, advances: Sequence[Advance], during: Period, made: object | None) -> None:
-        self._made = made
         for advance in advances:
             self._completed += 1
             if (stay := self._stays.get(advance.id)) is not None:
                 if stay.way is not None and self.hops.recording:
                     stay.way.within(_work_of(stay, advance), *during, text=f"{advance.computed} tokens are computed")
-                self._step(stay, advance)
+                self._step(stay, advance, made)
 
-    def _step(self, stay: S, advance: Advance) -> None:
+    def _step(self, stay: S, advance: Advance, made: object | None) -> None:
         if advance.finished is not None or advance.failed is not None:
             stay.users.discard(User.ENGINE)
         if stay.over:
@@ -350,7 +348,7 @@ class LanguageRank(ABC, Generic[S, In]):
         elif advance.failed is not None:
             self._end(stay, Refusal(FailureKind.INTERNAL, advance.failed))
         else:
-            self._advanced(stay, advance)
+            self._advanced(stay, advance, made)
 
     def refused(self, sequence: str, error: EpdError) -> None:
         if (stay := self._stays.get(sequence)) is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,6 @@ MOONCAKE_PACKAGES = (
     "mooncake-transfer-engine",
     "mooncake-transfer-engine-non-cuda",
 )
-_P2P_WRITE = 1  # NVML_P2P_CAPS_INDEX_WRITE
 _END = ("", "-1")  # entries of CUDA_VISIBLE_DEVICES that end the list
 
 
@@ -65,6 +65,7 @@ class Hardware:
     notes: tuple[str, ...] = ()  # what a person should know about how this was found
     mooncake: str | None = None  # the package of it that is installed
     apart: frozenset[frozenset[str]] = frozenset()  # pairs of UUIDs of GPUs that cannot reach each other's memory
+    cuda_bindings: bool = True  # what ranks call CUDA by is installed
 
 
 def probe(environ: Mapping[str, str]) -> Hardware:
@@ -73,7 +74,7 @@ def probe(environ: Mapping[str, str]) -> Hardware:
     nothing = wanted is not None and wanted.partition(",")[0].strip() in _END  # then a sick driver does not matter
     found, apart = ((), frozenset[frozenset[str]]()) if nothing else read_gpus()
     gpus, notes = visible(found, wanted)
-    return Hardware(gpus, usable_cores(), notes, installed_mooncake(), apart)
+    return Hardware(gpus, usable_cores(), notes, installed_mooncake(), apart, _has_cuda_bindings())
 
 
 def visible(gpus: Sequence[Gpu], wanted: str | None) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
@@ -132,6 +133,13 @@ def installed_mooncake() -> str | None:
     return None
 
 
+def _has_cuda_bindings() -> bool:
+    try:
+        return importlib.util.find_spec("cuda.bindings") is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
+
+
 def _quota(text: str, cores: int) -> int:
     """``cpu.max`` says "max 100000", or "150000 100000" for one and a half cores."""
     limit, _, period = text.strip().partition(" ")
@@ -167,8 +175,8 @@ def _apart(count: int) -> Iterator[frozenset[str]]:
 
     devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
     for one, other in itertools.permutations(devices, 2):
-        with contextlib.suppress(pynvml.NVMLError_NotSupported, pynvml.NVMLError_InvalidArgument):
-            if pynvml.nvmlDeviceGetP2PStatus(one, other, _P2P_WRITE) != pynvml.NVML_P2P_STATUS_OK:
+        with contextlib.suppress(pynvml.NVMLError):
+            if pynvml.nvmlDeviceGetP2PStatus(one, other, pynvml.NVML_P2P_CAPS_INDEX_WRITE) != pynvml.NVML_P2P_STATUS_OK:
                 yield frozenset(_text(pynvml.nvmlDeviceGetUUID(device)) for device in (one, other))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from epdctl.ids import RankName, Stage
 from epdctl.topology.hardware import Gpu, Hardware
 from epdctl.topology.schema import TransferSection
 from epdctl.topology.seating import Complaint
@@ -14,6 +15,7 @@ from epdctl.wire.config import TransferConfig
 __all__ = ["Ends", "Moving", "moving"]
 
 WITHOUT_CUDA = "mooncake-transfer-engine-non-cuda"
+_WRITES = ((Stage.ENCODER, Stage.PREFILL), (Stage.ENCODER, Stage.LANGUAGE), (Stage.PREFILL, Stage.DECODE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Ends:
     """Where the model ranks are, all on this host. ``gpus``: of those that have one."""
 
     ranks: int
-    gpus: tuple[Gpu, ...]
+    gpus: Mapping[RankName, Gpu]
     mono: bool = False  # every rank keeps what it makes
 
     @property
@@ -34,11 +36,15 @@ class Ends:
 
     @property
     def sliced(self) -> bool:
-        return any(gpu.mig_parent for gpu in self.gpus)
+        return any(gpu.mig_parent for gpu in self.gpus.values())
 
     def apart(self, hardware: Hardware) -> tuple[Gpu, Gpu] | None:
-        """Two GPUs that cannot reach each other's memory."""
-        pairs = itertools.combinations(self.gpus, 2)
+        """A writer's GPU and its reader's that cannot reach each other's memory."""
+        pairs = [
+            (own, other)
+            for (writer, own), (reader, other) in itertools.permutations(self.gpus.items(), 2)
+            if (writer.stage, reader.stage) in _WRITES
+        ]
         return next((pair for pair in pairs if frozenset(gpu.uuid for gpu in pair) in hardware.apart), None)
 
 
@@ -75,6 +81,8 @@ def _best(ends: Ends, hardware: Hardware) -> tuple[str, str]:
         return "zmq", "some model ranks are on GPUs and some are not"
     if ends.sliced:
         return "zmq", "MIG slices cannot write to each other"
+    if not hardware.cuda_bindings:
+        return "zmq", "cuda.bindings is not installed: `epdctl doctor`"
     if pair := ends.apart(hardware):
         return "zmq", f"GPUs {pair[0]} and {pair[1]} cannot reach each other's memory"
     return "cuda-ipc", "every model rank has a GPU of this host"
@@ -108,5 +116,7 @@ def _between_gpus(ends: Ends, hardware: Hardware) -> Iterator[Complaint]:
     where = ("transfer", "backend")
     if not ends.all_on_gpu or ends.sliced:
         yield Complaint(where, "cuda-ipc is between whole GPUs, and some model ranks have none", "write auto")
+    elif not hardware.cuda_bindings:
+        yield Complaint(where, "cuda-ipc needs cuda.bindings, which is not installed", "pip install cuda-bindings")
     elif pair := ends.apart(hardware):
         yield Complaint(where, f"GPUs {pair[0]} and {pair[1]} cannot reach each other's memory", "write auto")

@@ -40,9 +40,7 @@ def settle(topology: Topology, checkpoint: Checkpoint, hardware: Hardware, seati
         model=model,
         limits=_limits(file.limits, pools),
         pools=pools,
-        moving=moving(
-            file.transfer, Ends(ranks, tuple(seating.seats.values()), file.stages.mono is not None), hardware
-        ),
+        moving=moving(file.transfer, Ends(ranks, seating.seats, file.stages.mono is not None), hardware),
         gateway=_gateway(file),
         heartbeat=file.deadlines.heartbeat,
         spare=max(1, hardware.cores // ranks),

@@ -96,7 +96,7 @@ class Transport(Protocol):
     async def write(
         self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float, made: object | None = None
     ) -> None:
-        """Without ``made`` it waits for all that its device has been given by now.
+        """Without ``made`` it waits for what the caller's stream has been given by now.
 
         Raises PeerGone, DeadlineExceeded, StaleGeneration or LeaseExpired; then nothing may be assumed landed.
         """

@@ -5,28 +5,31 @@ The calls are those of ``cuda.bindings``, which every CUDA build of torch brings
 
 from __future__ import annotations
 
+import ctypes
+import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from epdctl.errors import PeerGone, RegistrationFailed, TransferError, UserError
+from epdctl.errors import PeerGone, TransferError, UserError
 from epdctl.transfer.runs import Run
 
 __all__ = ["Copies", "Cuda", "Shared", "open_cuda"]
 
+log = logging.getLogger(__name__)
+
+HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE
 BATCH_COPIES = 12_080  # the CUDA version since which a driver takes many copies in one call
 
 
-class Shared(Protocol):
-    """An allocation of this process that others may open. ``handle``: what they open it by; ``before``: bytes of it
-    that lie before the address that was asked for."""
+class Shared(NamedTuple):
+    """An allocation of this process that others may open, by its ``handle``. ``before``: bytes of it that lie before
+    the address that was asked for.
+    """
 
-    @property
-    def handle(self) -> bytes: ...
-
-    @property
-    def before(self) -> int: ...
+    handle: bytes
+    before: int
 
 
 class Copies(Protocol):
@@ -45,7 +48,7 @@ class Cuda(Protocol):
     """One GPU, from any thread."""
 
     def share(self, address: int) -> Shared:
-        """Raises RegistrationFailed."""
+        """Raises UserError where this GPU's memory is its process's own."""
         ...
 
     def open(self, handle: bytes) -> int:
@@ -63,23 +66,14 @@ class Cuda(Protocol):
     def copies(self) -> Copies: ...
 
 
-class _Allocation:
-    """A Shared."""
-
-    def __init__(self, handle: bytes, before: int) -> None:
-        self.handle = handle
-        self.before = before
-
-
 class _Stream:
     """Copies by the GPU's copy engines, which leave its processors alone."""
 
-    def __init__(self, device: torch.device, runtime: Any, *, batches: bool) -> None:
+    def __init__(self, stream: torch.cuda.Stream, runtime: Any, *, batches: bool) -> None:
         self._runtime = runtime
         self._batches = batches
-        self._device = device
-        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self._handle = runtime.cudaStream_t(self._stream.cuda_stream)
+        self._stream = stream
+        self._handle = runtime.cudaStream_t(stream.cuda_stream)
         self._how = runtime.cudaMemcpyAttributes()
         self._how.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
         self._how.flags = int(runtime.cudaMemcpyFlags.cudaMemcpyFlagPreferOverlapWithCompute)
@@ -98,13 +92,15 @@ class _Stream:
 
     def _must(self, answer: tuple[Any, ...]) -> None:
         if answer[0] != 0:
-            raise TransferError(f"{self._device} does not copy: {answer[0].name}")
+            raise TransferError(f"{self._stream.device} does not copy: {answer[0].name}")
 
     def finish(self) -> None:
         try:
             self._stream.synchronize()
         except RuntimeError as error:
-            raise TransferError(f"{self._device} did not finish its copies: {str(error).splitlines()[0]}") from error
+            raise TransferError(
+                f"{self._stream.device} did not finish its copies: {str(error).splitlines()[0]}"
+            ) from error
 
 
 class _Gpu:
@@ -122,22 +118,24 @@ class _Gpu:
             runtime.cudaError_t.cudaErrorNotSupported,
         ]
 
-    def share(self, address: int) -> _Allocation:
+    def share(self, address: int) -> Shared:
         self._enter()
         error, base, _ = self._driver.cuMemGetAddressRange(address)
         if error == 0:
             error, handle = self._runtime.cudaIpcGetMemHandle(int(base))
         if error != 0:
-            raise RegistrationFailed(
+            raise UserError(
                 f"memory of {self._device} cannot be shared with other processes: {error.name}",
                 hint="write transfer.backend: zmq",
             )
-        return _Allocation(bytes(handle.reserved), address - int(base))
+        return Shared(ctypes.string_at(handle.getPtr(), HANDLE_BYTES), address - int(base))
 
     def open(self, handle: bytes) -> int:
+        if len(handle) != HANDLE_BYTES:
+            raise TransferError(f"a handle of {len(handle)} bytes is none of CUDA's")
         self._enter()
         named = self._runtime.cudaIpcMemHandle_t()
-        named.reserved = handle
+        ctypes.memmove(named.getPtr(), handle, HANDLE_BYTES)
         error, address = self._runtime.cudaIpcOpenMemHandle(named, self._runtime.cudaIpcMemLazyEnablePeerAccess)
         if error in self._reach_us:
             raise TransferError(f"{self._device} cannot reach the memory of its peer's GPU: {error.name}")
@@ -147,21 +145,24 @@ class _Gpu:
 
     def close(self, address: int) -> None:
         self._enter()
-        self._runtime.cudaIpcCloseMemHandle(address)
+        (error,) = self._runtime.cudaIpcCloseMemHandle(address)
+        if error != 0:
+            log.warning("memory of a peer's GPU stays open until this process ends: %s", error.name)
 
     def read(self, address: int, nbytes: int) -> bytes:
-        self._enter()
-        there = bytearray(nbytes)
-        host = torch.frombuffer(there, dtype=torch.uint8)
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        (error,) = self._runtime.cudaMemcpy(host.data_ptr(), address, nbytes, kind)
-        if error != 0:
-            raise TransferError(f"{self._device} cannot read the memory of its peer's GPU: {error.name}")
-        return bytes(there)
+        host = (ctypes.c_char * nbytes)()
+        stream = self._stream(batches=False)
+        stream.begin([Run(address, ctypes.addressof(host), nbytes)])
+        stream.finish()
+        return bytes(host)
 
     def copies(self) -> _Stream:
+        return self._stream(batches=self._batches)
+
+    def _stream(self, *, batches: bool) -> _Stream:
         self._enter()
-        return _Stream(self._device, self._runtime, batches=self._batches)
+        stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+        return _Stream(stream, self._runtime, batches=batches)
 
     def _enter(self) -> None:
         """Every thread begins on GPU 0."""
@@ -169,7 +170,7 @@ class _Gpu:
 
 
 def open_cuda(device: torch.device) -> Cuda:
-    """Raises UserError where there is no such GPU or nothing to call it by."""
+    """Raises UserError where there is no such GPU, or nothing to call it by."""
     if device.type != "cuda":
         raise UserError(f"cuda-ipc moves memory of GPUs, not of {device}", hint="write transfer.backend: auto")
     try:
@@ -178,5 +179,8 @@ def open_cuda(device: torch.device) -> Cuda:
         raise UserError(
             f"cuda-ipc needs the module cuda.bindings: {error}", hint="pip install cuda-bindings, as torch itself asks"
         ) from error
-    torch.zeros(1, device=device)  # the context that everything below is called in
+    try:
+        torch.zeros(1, device=device)  # the context that everything below is called in
+    except (AssertionError, RuntimeError) as error:  # the first: torch is a build without CUDA
+        raise UserError(f"cuda-ipc cannot use {device}: {str(error).splitlines()[0]}") from error
     return _Gpu(device, runtime, driver)

@@ -8,6 +8,7 @@ dead peer closes it, and only then is it free for the peer's successor.
 from __future__ import annotations
 
 import itertools
+import logging
 import secrets
 import threading
 import time
@@ -29,10 +30,14 @@ from epdctl.wire.transfer import PoolLocation
 
 __all__ = ["CudaIpcMover", "cuda_ipc_transport"]
 
+log = logging.getLogger(__name__)
+
 HEADER_BYTES = ALIGNMENT  # before each pool; the mark is in its first bytes
 MARK_BYTES = 16
 BATCH_RUNS = 64  # of one call: the next are put together while these are copied
 PROBE_BYTES = 64 << 20
+MEMORY_SECONDS = 45.0  # for a pool's to come free: what hangs and has it open is killed before (deadlines.dead)
+PAUSE_SECONDS = 0.5
 
 T = TypeVar("T")
 
@@ -89,7 +94,7 @@ class CudaIpcMover(DeviceOrder):
         if device != self._device:
             raise RegistrationFailed(f"cuda-ipc moves memory of {self._device}, not of {device}")
         require_room(nbytes, device)
-        whole = torch.empty(HEADER_BYTES + nbytes, dtype=torch.uint8, device=device)
+        whole = _taken(HEADER_BYTES + nbytes, device)
         mark = secrets.token_bytes(MARK_BYTES)
         whole[:MARK_BYTES].copy_(torch.frombuffer(bytearray(mark), dtype=torch.uint8))
         shared = self._cuda.share(whole.data_ptr())
@@ -128,6 +133,21 @@ def _parsed(location: PoolLocation) -> tuple[bytes, bytes]:
         raise TransferError(f"the place of the {location.pool} pool is not one of cuda-ipc's") from error
 
 
+def _taken(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Memory that a dead predecessor had is free when its writers have closed it, and they may be late to hear of its
+    end. Raises torch.OutOfMemoryError.
+    """
+    ends = time.monotonic() + MEMORY_SECONDS
+    while True:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:
+            if time.monotonic() >= ends:
+                raise
+            log.info("no %d MiB on %s yet; somebody may still have our predecessor's open", nbytes >> 20, device)
+            time.sleep(PAUSE_SECONDS)
+
+
 def _batched(every: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(every)
     while batch := list(itertools.islice(rest, size)):
@@ -136,7 +156,8 @@ def _batched(every: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def _probe(cuda: Cuda, device: torch.device) -> float:
     """GB/s of pieces in no order within the GPU, by the calls that write to peers. Raises UserError when they do not
-    arrive."""
+    arrive, or the GPU's memory cannot be shared.
+    """
     source = torch.arange(PROBE_BYTES // 8, dtype=torch.int64, device=device).view(torch.uint8)
     target = torch.zeros_like(source)
     piece = PROBE_BYTES // BATCH_RUNS
@@ -147,8 +168,12 @@ def _probe(cuda: Cuda, device: torch.device) -> float:
     ]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    cuda.share(target.data_ptr())
     copies = cuda.copies()
-    rate = PROBE_BYTES / min(_timed(copies, swapped) for _ in range(3)) / 1e9
+    try:
+        rate = PROBE_BYTES / min(_timed(copies, swapped) for _ in range(3)) / 1e9
+    except TransferError as error:
+        raise UserError(error.message, hint="write transfer.backend: zmq") from error
     if not torch.equal(source.view(-1, piece).flip(0), target.view(-1, piece)):
         raise UserError(f"{device} said that it had copied what it had not", hint="write transfer.backend: zmq")
     return rate

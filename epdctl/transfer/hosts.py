@@ -6,6 +6,7 @@ How bytes get there is a Mover's business.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import math
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from epdctl.errors import PeerGone, WritesAdrift
+from epdctl.errors import EpdError, PeerGone, WritesAdrift
 from epdctl.transfer.base import Piece
 from epdctl.transfer.calls import Calls
 from epdctl.transfer.landing import Owner, Parcel, Refusal, place_of, refused
@@ -50,7 +51,7 @@ class Host:
         self._moved = moved
         self._thread = ThreadPoolExecutor(1, "transfer")
         self._slots: dict[int, Slot] = {}  # by generation
-        self._remotes: dict[str, Remote] = {}
+        self._remotes: dict[str, concurrent.futures.Future[Remote]] = {}
         self._adrift: list[Sequence[Piece]] = []  # may be read still; bounded by ``bound_adrift``
         self._adrift_since = math.inf
         self._calls = Calls(endpoint, owner)
@@ -181,18 +182,21 @@ class Host:
     # -- the peer's memory --
 
     async def _remote(self, pool: str) -> Remote:
-        remote = self._remotes.get(pool)
-        if remote is not None:
-            return remote
-        attached = await self._calls.attach()
-        location = next((one for one in attached.pools if one.pool == pool), None)
-        if location is None:
-            raise refused(Rejected(write=0, kind="stale", text=f"no pool is called {pool!r}"))
-        loop = asyncio.get_running_loop()
-        remote = await loop.run_in_executor(self._thread, self._mover.reach, location)
-        if (known := self._remotes.setdefault(pool, remote)) is not remote:  # two writes came at once
-            remote.close()
-        return known
+        """Reached once, whoever asks first; what failed is tried again."""
+        if pool not in self._remotes:
+            attached = await self._calls.attach()
+            location = next((one for one in attached.pools if one.pool == pool), None)
+            if location is None:
+                raise refused(Rejected(write=0, kind="stale", text=f"no pool is called {pool!r}"))
+            if pool not in self._remotes:
+                self._remotes[pool] = self._thread.submit(self._mover.reach, location)
+        reaching = self._remotes[pool]
+        try:
+            return await asyncio.shield(asyncio.wrap_future(reaching))
+        except EpdError:
+            if self._remotes.get(pool) is reaching:
+                del self._remotes[pool]
+            raise
 
     # -- the end --
 
@@ -247,6 +251,8 @@ def _is_there(remote: Remote, put: Put) -> bool:
     return view is not None and view.data_ptr() == put.data.data_ptr()
 
 
-def _close_all(remotes: Sequence[Remote]) -> None:
-    for remote in remotes:
-        remote.close()
+def _close_all(reached: Sequence[concurrent.futures.Future[Remote]]) -> None:
+    """On the thread that reached them, so that each has ended."""
+    for future in reached:
+        if not future.cancelled() and future.exception() is None:
+            future.result().close()

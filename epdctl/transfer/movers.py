@@ -80,7 +80,7 @@ class DeviceOrder:
     def made(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":
             return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a whole chunk is too long to spin
         event.record(torch.cuda.current_stream(self._device))
         return event
 

@@ -44,6 +44,8 @@ class Pool:
             raise TransferError(f"pool {name} needs contiguous 1-D uint8 memory")
         self.name = name
         self.memory = memory.zero_()
+        if memory.is_cuda:  # a peer's writes are in no order with what this process has queued
+            torch.cuda.synchronize(memory.device)
         self.allocator = allocator
         self.freed: Callable[[], None] = _nobody_waits
         self.leases = LeaseTable(clock)

@@ -1,4 +1,4 @@
-"""What is to be written, as addresses: as few runs of bytes as can be."""
+"""What is to be written, as addresses."""
 
 from __future__ import annotations
 
@@ -19,15 +19,5 @@ class Run(NamedTuple):
 
 
 def runs(puts: Iterable[Put], base: int) -> Iterator[Run]:
-    """``puts`` with neighbours joined, as they are asked for; ``base``: the address of the peer's pool."""
-    source = target = nbytes = 0
-    for put in puts:
-        start, place, more = put.data.data_ptr(), base + put.place, put.data.numel()
-        if start == source + nbytes and place == target + nbytes:
-            nbytes += more
-            continue
-        if nbytes:
-            yield Run(source, target, nbytes)
-        source, target, nbytes = start, place, more
-    if nbytes:
-        yield Run(source, target, nbytes)
+    """One for each of ``puts``, when it is asked for; ``base``: the address of the peer's pool."""
+    return (Run(put.data.data_ptr(), base + put.place, put.data.numel()) for put in puts)

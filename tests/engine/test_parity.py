@@ -128,7 +128,7 @@ def test_decode_takes_over_pages_that_another_pool_filled(
     left = len(asked.reference.answer) - 1
     target = decode.take_pages("r", len(asked.tokens) + 1 + left)
     for here, there in zip(source, target, strict=False):
-        decode.engine.kv.page(there).copy_(prefill.engine.kv.page(here))
+        decode.engine.kv.view[there].copy_(prefill.engine.kv.view[here])
     prefill.engine.kv.memory.fill_(255)  # nothing may be read from the old pool any more
     decode.admit(
         "r",

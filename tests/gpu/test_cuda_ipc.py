@@ -58,12 +58,12 @@ def test_a_write_waits_for_its_data_and_for_nothing_queued_behind(sockets: Path)
             try:
                 await writer.write(lease, [Piece(pattern(1000, 1).to(GPU), 0)], seconds=GUARD_SECONDS)  # it is warm
                 assert isinstance(writer, OneSidedTransport)
-                remote = next(iter(writer._peers.values()))._remotes[lease.pool.pool]
+                remote = next(iter(writer._peers.values()))._remotes[lease.pool.pool].result()
                 made_from = pattern(1000, 2).to(GPU)
                 sleep(100_000_000)  # cycles: what is written is made late
                 data = made_from + 1
                 made = mover.made()
-                sleep(4_000_000_000)  # about two seconds
+                sleep(10_000_000_000)  # about five seconds
                 behind: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 behind.record()
 

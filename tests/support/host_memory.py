@@ -6,9 +6,8 @@ import ctypes
 import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from epdctl.errors import PeerGone, RegistrationFailed, TransferError
+from epdctl.errors import PeerGone, TransferError, UserError
 from epdctl.transfer.cuda import Copies, Shared
 from epdctl.transfer.runs import Run
 
@@ -16,12 +15,6 @@ __all__ = ["HostMemory"]
 
 GUARD_SECONDS = 30.0  # against hanging
 BEFORE = 64  # what lies in an allocation before the address that is shared, as allocators leave it
-
-
-@dataclass(frozen=True)
-class _Allocation:
-    handle: bytes
-    before: int
 
 
 class _Later:
@@ -56,10 +49,10 @@ class HostMemory:
 
     def share(self, address: int) -> Shared:
         if self.private:
-            raise RegistrationFailed("this memory is nobody else's")
+            raise UserError("this memory is nobody else's")
         handle = secrets.token_bytes(64)
         self.shared[handle] = address - BEFORE
-        return _Allocation(handle, BEFORE)
+        return Shared(handle, BEFORE)
 
     def open(self, handle: bytes) -> int:
         if handle not in self.shared:

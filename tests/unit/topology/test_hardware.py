@@ -101,7 +101,7 @@ class Driver:
     def nvmlDeviceGetP2PStatus(self, one: str, other: str, what: int) -> int:
         assert what == 1, "to write"
         if self.devices[one]:
-            raise pynvml.NVMLError_NotSupported()
+            raise pynvml.NVMLError_Unknown()
         return 1 if (one, other) in self.apart else 0
 
     def nvmlDeviceGetMigMode(self, handle: str) -> tuple[int, int]:

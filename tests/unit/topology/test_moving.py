@@ -24,6 +24,10 @@ def apart(gpus: int, one: int, other: int) -> Hardware:
     return dataclasses.replace(found, apart=frozenset({frozenset({found.gpus[one].uuid, found.gpus[other].uuid})}))
 
 
+def without_bindings(gpus: int) -> Hardware:
+    return dataclasses.replace(machine(gpus), cuda_bindings=False)
+
+
 @pytest.mark.parametrize(
     ("text", "hardware", "backend", "protocol", "why"),
     [
@@ -31,8 +35,9 @@ def apart(gpus: int, one: int, other: int) -> Hardware:
         (EPD, beside(0, CPU), "shm", "", "auto → shm"),
         (EPD, beside(3, CUDA), "cuda-ipc", "", "auto → cuda-ipc (every model rank has a GPU of this host)"),
         (EPD, beside(3, None), "cuda-ipc", "", "auto → cuda-ipc"),
-        (EPD, apart(3, 0, 2), "zmq", "", "auto → zmq (GPUs 0 and 2 cannot reach each other's memory)"),
-        (EPD, apart(4, 0, 3), "cuda-ipc", "", "auto → cuda-ipc"),
+        (EPD, apart(3, 1, 2), "zmq", "", "auto → zmq (GPUs 1 and 2 cannot reach each other's memory)"),
+        (EPD, apart(3, 0, 2), "cuda-ipc", "", "auto → cuda-ipc"),  # an encoder writes nothing to decode
+        (EPD, without_bindings(3), "zmq", "", "auto → zmq (cuda.bindings is not installed: `epdctl doctor`)"),
         (EPD + "transfer: {backend: mooncake}", beside(0, CPU), "mooncake", "tcp", "transfer: protocol → tcp"),
         (EPD + "transfer: {backend: mooncake}", beside(3, CUDA), "mooncake", "nvlink", "transfer: protocol → nvlink"),
         (MODEL + "stages: {mono: {}}", beside(0, CPU), "memory", "", "backend: auto → memory (a mono rank"),
@@ -68,6 +73,7 @@ def test_half_on_gpus_and_slices_meet_over_zmq() -> None:
     [
         ("{backend: shm}", beside(3, CUDA), "transfer.backend: shm moves host memory"),
         ("{backend: cuda-ipc}", beside(0, None), "transfer.backend: cuda-ipc is between whole GPUs"),
+        ("{backend: cuda-ipc}", without_bindings(3), "transfer.backend: cuda-ipc needs cuda.bindings"),
         ("{backend: cuda-ipc}", apart(3, 1, 2), "transfer.backend: GPUs 1 and 2 cannot reach each other's memory"),
         ("{backend: mooncake}", beside(0, None), "transfer.backend: no Mooncake package is installed"),
         ("{backend: mooncake, protocol: nvlink}", beside(0, CPU), "transfer.protocol: nvlink is between whole GPUs"),

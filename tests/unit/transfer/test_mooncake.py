@@ -78,14 +78,13 @@ def writes(engine: Engine) -> list[list[tuple[int, int, int]]]:
     return raw.writes
 
 
-def test_neighbours_at_both_ends_go_as_one_run(engine: Engine) -> None:
+def test_a_write_is_one_call_with_a_run_for_each_piece(engine: Engine) -> None:
     mover = MooncakeMover("tcp", CPU)
     pool = mover.allocate(4096, CPU).zero_()
     remote = mover.reach(mover.locate("kv", pool))
     pages = torch.arange(40, dtype=torch.uint8)
     writes(engine).clear()
-    puts = [Put(pages[:10], 0), Put(pages[10:20], 10), Put(pages[20:30], 100), Put(pages[30:40], 110)]
-    remote.put(puts, threading.Event())
+    remote.put([Put(pages[:20], 0), Put(pages[20:], 100)], threading.Event())
     start, base = pages.data_ptr(), pool.data_ptr()
     assert writes(engine) == [[(start, base, 20), (start + 20, base + 100, 20)]]
     assert torch.equal(pool[100:120], pages[20:])
