@@ -39,7 +39,7 @@ __all__ = ["main"]
 
 LEASE_SECONDS = 600.0
 WRITE_SECONDS = 120.0
-SUM, DIGEST = 0, 1  # what is asked of the receiver
+TOLD, SUM, DIGEST = 0, 1, 2  # what is asked of the receiver
 
 
 def _open(order: dict[str, Any], rank: str) -> Transport:
@@ -90,10 +90,13 @@ class Receiver:
         return {"register_us": seconds * 1e6, "lease": remote}
 
     def _landed(self, sender: bytes, message: EmbeddingLanded, _: list[memoryview]) -> None:
-        """Every byte is read; the answer says so."""
-        parts = self._parts(message.request, message.spec.nbytes)
-        found = digest(parts) if message.attempt == DIGEST else total(parts)
-        self._inbox.reply(sender, msgspec.structs.replace(message, generation=found), ENCODER_TO_LANGUAGE)
+        """Answers when it was told, by the clock of this host, and with what is asked for beyond that."""
+        told = msgspec.structs.replace(message, attempt=TOLD, generation=time.perf_counter_ns())
+        self._inbox.reply(sender, told, ENCODER_TO_LANGUAGE)
+        if message.attempt != TOLD:
+            parts = self._parts(message.request, message.spec.nbytes)
+            found = digest(parts) if message.attempt == DIGEST else total(parts)
+            self._inbox.reply(sender, msgspec.structs.replace(message, generation=found), ENCODER_TO_LANGUAGE)
 
     def _parts(self, name: str, nbytes: int) -> Iterator[torch.Tensor]:
         for extent in self._leases[name].extents:
@@ -112,14 +115,13 @@ class Writer:
     def __init__(self, order: dict[str, Any]) -> None:
         self._transport = _open(order, "encoder/0")
         self._device = _device(order)
-        self._answer: asyncio.Future[int] | None = None
+        self._answers: dict[int, asyncio.Future[int]] = {}
         self._link: Link[EmbeddingLanded, EmbeddingLanded] = Link(
             order["notify"], ENCODER_TO_LANGUAGE, ENCODER_TO_LANGUAGE, self._answered
         )
 
     def _answered(self, message: EmbeddingLanded, _: list[memoryview]) -> None:
-        if self._answer is not None:
-            self._answer.set_result(message.generation)
+        self._answers[message.attempt].set_result(message.generation)
 
     async def measure(self, order: dict[str, Any]) -> dict[str, Any]:
         lease = msgspec.convert(order["lease"], RemoteLease, dec_hook=lambda kind, value: kind(value))
@@ -146,11 +148,9 @@ class Writer:
         before = self._moving
         began = time.perf_counter()
         await self._write(lease, pieces)
-        written = time.perf_counter() - began
-        if order["sum"]:
-            await self._ask(SUM, lease, data)
+        heard = await self._ask(SUM if order["sum"] else TOLD, lease, data)
         summed = time.perf_counter() - began
-        return Took(written, summed if order["sum"] else None, self._moving - before or None)
+        return Took(heard.seconds - began, summed if order["sum"] else None, self._moving - before or None)
 
     async def _in_place(self, lease: RemoteLease, data: torch.Tensor, _: dict[str, Any]) -> Took:
         """From the moment that the data is in its slot until the receiver may read it."""
@@ -160,7 +160,8 @@ class Writer:
         slot[: data.numel()].copy_(data)
         began = time.perf_counter()
         await self._write(lease, [Piece(slot[: data.numel()], 0)])
-        return Took(time.perf_counter() - began, None, None)
+        heard = await self._ask(TOLD, lease, data)
+        return Took(heard.seconds - began, None, None)
 
     async def _write(self, lease: RemoteLease, pieces: list[Piece]) -> None:
         await self._transport.write(lease, pieces, seconds=WRITE_SECONDS)
@@ -173,11 +174,12 @@ class Writer:
     async def _verify(self, lease: RemoteLease, data: torch.Tensor) -> None:
         """Outside of what is timed. Raises TransferError."""
         sent = digest(piece.data for piece in spread(data, lease.extents))
-        if await self._ask(DIGEST, lease, data) != sent:
+        if (await self._ask(DIGEST, lease, data)).found != sent:
             raise TransferError("what arrived is not what was sent")
 
-    async def _ask(self, what: int, lease: RemoteLease, data: torch.Tensor) -> int:
-        self._answer = asyncio.get_running_loop().create_future()
+    async def _ask(self, what: int, lease: RemoteLease, data: torch.Tensor) -> Heard:
+        loop = asyncio.get_running_loop()
+        self._answers = {each: loop.create_future() for each in {TOLD, what}}
         said = EmbeddingLanded(
             request=RequestId(lease.pool.pool),
             attempt=what,
@@ -187,11 +189,18 @@ class Writer:
             spec=spec_of(data),
         )
         self._link.send(said)
-        return await self._answer
+        return Heard(await self._answers[TOLD] / 1e9, await self._answers[what])
 
     async def close(self) -> None:
         self._link.close()
         await self._transport.close()
+
+
+class Heard(NamedTuple):
+    """``seconds``: when the receiver heard of a write, by time.perf_counter, which all processes of a host share."""
+
+    seconds: float
+    found: int
 
 
 class Took(NamedTuple):
