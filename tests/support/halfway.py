@@ -91,21 +91,29 @@ class Halfway:
         patch(mooncake_engine.Engine, "write", write)
 
     def _within_cuda(self, patch: Patch) -> None:
-        begin, finish = cuda._Stream.begin, cuda._Stream.finish
+        """Copies to peers, and not what is read of them."""
+        real = cuda._Gpu.copies
 
-        def moved(stream: Any, runs: list[Run]) -> None:
-            begin(stream, runs)
-            finish(stream)
+        def copies(gpu: Any) -> Any:
+            stream: Any = real(gpu)
+            begin = stream.begin
 
-        def halved(stream: Any, runs: list[Run]) -> None:
-            if not self._taken():
-                begin(stream, runs)
-                return
-            first, rest = _halves(runs)
-            moved(stream, first)
-            self._stand(lambda: moved(stream, rest))
+            def moved(runs: list[Run]) -> None:
+                begin(runs)
+                stream.finish()
 
-        patch(cuda._Stream, "begin", halved)
+            def halved(runs: list[Run]) -> None:
+                if not self._taken():
+                    begin(runs)
+                    return
+                first, rest = _halves(runs)
+                moved(first)
+                self._stand(lambda: moved(rest))
+
+            stream.begin = halved
+            return stream
+
+        patch(cuda._Gpu, "copies", copies)
 
     def _within_zmq(self, patch: Patch) -> None:
         """Its messages are made so small that a write of a few hundred KiB has many."""
