@@ -13,6 +13,7 @@ __all__ = ["draw"]
 Point = tuple[float, float]
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 560, 80, 40, 240, 60
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f", "#bcbd22")
+LABEL_WIDTH = 46
 UNITS = ("B", "KiB", "MiB", "GiB")
 
 
@@ -48,9 +49,12 @@ def _frame(
     across: Callable[[float], float],
     up: Callable[[float], float],
 ) -> None:
+    told = -math.inf  # where the last size was written
     for size in sorted({x for x, _ in points}):
         pen.line([(across(size), TOP), (across(size), HEIGHT - BOTTOM)], fill="#e0e0e0")
-        pen.text((across(size) - 20, HEIGHT - BOTTOM + 8), _amount(size), fill="black")
+        if across(size) - told >= LABEL_WIDTH:
+            told = across(size)
+            pen.text((told - 20, HEIGHT - BOTTOM + 8), _amount(size), fill="black")
     slowest, fastest = min(y for _, y in points), max(y for _, y in points)
     for power in range(math.floor(math.log10(slowest)), math.ceil(math.log10(fastest)) + 1):
         pen.line([(LEFT, up(10.0**power)), (WIDTH - RIGHT, up(10.0**power))], fill="#e0e0e0")
