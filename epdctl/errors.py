@@ -202,6 +202,10 @@ class StaleGeneration(TransferError):
     """The slot was given to somebody else since the address was handed out."""
 
 
+class OutOfReach(TransferError):
+    """The peer is there, and its memory cannot be reached from here."""
+
+
 class WritesAdrift(TransferError):
     """Writes ended in an error that does not say that they have stopped: only the end of their writer does."""
 

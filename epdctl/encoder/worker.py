@@ -27,6 +27,7 @@ from epdctl.ids import Stage
 from epdctl.rank.compute import ComputeThread
 from epdctl.rank.device import prepare_device
 from epdctl.rank.facts import facts_of
+from epdctl.rank.greeting import greet
 from epdctl.rank.idle import IdleCheck
 from epdctl.rank.machine import Machine
 from epdctl.rank.peers import PeerTable, Place
@@ -179,8 +180,12 @@ class EncoderService:
         return self._loaded
 
     def peers_changed(self, peers: Sequence[Peer]) -> None:
-        for peer in self._peers.replace(peers).left:
+        changes = self._peers.replace(peers)
+        for peer in changes.left:
             self._forget(peer)
+        for peer in changes.joined:
+            if peer.stage in (Stage.PREFILL, Stage.LANGUAGE):
+                self._tasks.start(greet(self._here.transport, peer), f"greeting of {peer.rank}")
         if self._place.lost(peers):  # the router gave our items to others, who write to the same slots
             self._give_up([dispatch for dispatch in self._items if self._place.over(self._epochs[dispatch])])
 

@@ -10,9 +10,10 @@ from typing import assert_never
 
 from epdctl.engine.api import Advance
 from epdctl.errors import PeerGone, TransferError, WireError
-from epdctl.ids import Room
+from epdctl.ids import Room, Stage
 from epdctl.prefill.handoff import Offer, Outgoing, misfit, stretches, why_not_written
 from epdctl.rank.admission import Refusal
+from epdctl.rank.greeting import greet
 from epdctl.rank.machine import NATIVE, Parts
 from epdctl.rank.peers import Changes
 from epdctl.rank.prompts import PromptRank, PromptStay, fault
@@ -268,6 +269,9 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
     def _peers(self, peers: Sequence[Peer], changes: Changes) -> None:
         for peer in changes.left:
             self._decode_lost(peer)
+        for peer in changes.joined:
+            if peer.stage is Stage.DECODE:
+                self._writes.start(greet(self.machine.transport, peer), f"greeting of {peer.rank}")
 
     def _decode_lost(self, peer: Peer) -> None:
         """It may only have been withdrawn: its link to us stands, and its pages wait for what we say."""

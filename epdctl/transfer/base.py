@@ -89,6 +89,13 @@ class Transport(Protocol):
         """Make ``pool`` writable by peers; once per pool, before Ready. Raises RegistrationFailed."""
         ...
 
+    async def greet(self, endpoint: str) -> None:
+        """A peer that will be written to is there: open its memory before the first write waits for that.
+
+        Raises OutOfReach where that fails although the peer stays; nothing where it leaves.
+        """
+        ...
+
     def made(self) -> object | None:
         """Asked on the thread that makes data, right behind its kernels: what ``write`` is to wait for."""
         ...

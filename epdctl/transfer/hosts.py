@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from epdctl.errors import EpdError, PeerGone, WritesAdrift
+from epdctl.errors import EpdError, OutOfReach, PeerGone, WritesAdrift
 from epdctl.transfer.base import Piece
 from epdctl.transfer.calls import Calls
 from epdctl.transfer.landing import Owner, Parcel, Refusal, place_of, refused
@@ -30,6 +30,7 @@ __all__ = ["Host", "Source"]
 
 log = logging.getLogger(__name__)
 
+GREET_SECONDS = 10.0  # for a peer that cannot be reached to be seen to be dead
 ADRIFT_SECONDS = 10.0  # less than a reader bears in quarantine; a peer that is gone or hangs is withdrawn before
 RETIRE_SECONDS = 600.0  # for what was begun at a peer that was withdrawn to end, before its link is closed
 
@@ -77,6 +78,16 @@ class Host:
         self.working.discard(task)
         if not task.cancelled():
             task.exception()  # seen: its writer may have given up
+
+    async def greet(self) -> None:
+        """See Transport."""
+        try:
+            for location in (await self._calls.attach()).pools:
+                await self._remote(location.pool)
+        except EpdError as error:
+            await asyncio.wait({self.gone}, timeout=GREET_SECONDS)  # it may have been about to leave
+            if not self.gone.done():
+                raise OutOfReach(f"the memory behind {self._calls.endpoint}: {error.message}") from error
 
     # -- one write --
 

@@ -77,6 +77,9 @@ class MemoryTransport:
     def register(self, pool: LandingPool) -> PoolAddress:
         return self._landings.register(pool, "memory", self._endpoint)
 
+    async def greet(self, endpoint: str) -> None:
+        """It is all one memory."""
+
     def made(self) -> None:
         """Whoever reads the data to send it does so behind its device's work."""
 

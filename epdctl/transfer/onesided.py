@@ -54,18 +54,24 @@ class OneSidedTransport:
     def register(self, pool: LandingPool) -> PoolAddress:
         return self._guests.register(pool, self._mover.locate(pool.name, pool.memory), self._mover.backend)
 
+    async def greet(self, endpoint: str) -> None:
+        peer = self._peer(endpoint)
+        task = asyncio.ensure_future(peer.greet())
+        peer.work(task)
+        await task
+
     def made(self) -> object | None:
         return self._mover.made()
 
     async def write(
         self, lease: RemoteLease, pieces: Sequence[Piece], *, seconds: float, made: object | None = None
     ) -> None:
-        peer, stop = self._keeper(lease) or self._peer(lease.pool), threading.Event()
+        peer, stop = self._keeper(lease) or self._peer(lease.pool.endpoint), threading.Event()
         there = Source(pieces, made or self._mover.made())
         await _until(peer, peer.write(lease, there, stop), _Bound(lease, seconds, stop))
 
     async def open_slot(self, lease: RemoteLease, *, seconds: float) -> torch.Tensor | None:
-        peer, stop = self._peer(lease.pool), threading.Event()
+        peer, stop = self._peer(lease.pool.endpoint), threading.Event()
         return await _until(peer, peer.open_slot(lease, stop), _Bound(lease, seconds, stop))
 
     def drop_slot(self, lease: RemoteLease) -> None:
@@ -76,13 +82,13 @@ class OneSidedTransport:
         """The peer that was withdrawn since the slot was opened there."""
         return next((peer for peer in self._retiring if peer.keeps(lease)), None)
 
-    def _peer(self, pool: PoolAddress) -> Host:
-        peer = self._peers.get(pool.endpoint)
+    def _peer(self, endpoint: str) -> Host:
+        peer = self._peers.get(endpoint)
         if peer is not None and peer.broken:  # another process answers there by now
-            self.withdraw(pool.endpoint)
+            self.withdraw(endpoint)
             peer = None
         if peer is None:
-            peer = self._peers[pool.endpoint] = Host(pool.endpoint, self._owner, self._mover, self.moved)
+            peer = self._peers[endpoint] = Host(endpoint, self._owner, self._mover, self.moved)
         return peer
 
     def bound_adrift(self) -> None:

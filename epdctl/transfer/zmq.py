@@ -75,6 +75,9 @@ class ZmqTransport:
             log.exception("bytes for %s could not be put there", write.pool)
             return Rejected(write=write.write, kind="frames", text=f"they could not be put there: {error}")
 
+    async def greet(self, endpoint: str) -> None:
+        """Its messages go wherever the first one goes."""
+
     def made(self) -> None:
         """Whoever reads the data to send it does so behind its device's work."""
 

@@ -17,6 +17,7 @@ import torch
 from epdctl.errors import (
     DeadlineExceeded,
     LeaseExpired,
+    OutOfReach,
     PeerGone,
     RegistrationFailed,
     SlotBusy,
@@ -277,6 +278,59 @@ def test_bytes_land_where_the_lease_says_and_nowhere_else(make_fabric: Callable[
         assert int(receiver.pool.memory.count_nonzero()) == int(data.count_nonzero())
 
     between(make_fabric, test)
+
+
+def test_a_peer_that_was_greeted_is_written_to_like_any_other(make_fabric: Callable[[], Fabric]) -> None:
+    async def test(_: Fabric, receiver: Receiver, writer: Transport) -> None:
+        await writer.greet(receiver.transport.endpoint)
+        lease, data = receiver.lease(300), rubbish(300)
+        await writer.write(lease, [Piece(data, 0)], seconds=30)
+        assert torch.equal(receiver.held(lease), data)
+
+    between(make_fabric, test)
+
+
+def test_a_greeting_opens_a_peers_memory_once_for_all_writes(sockets: Path) -> None:
+    async def test(fabric: Any, receiver: Receiver, writer: Transport) -> None:
+        await writer.greet(receiver.transport.endpoint)
+        assert len(fabric.memory.opened) == 1
+        leases = [receiver.lease(300) for _ in range(4)]
+        await asyncio.gather(*(writer.write(lease, [Piece(rubbish(300), 0)], seconds=30) for lease in leases))
+        assert len(fabric.memory.opened) == 1
+        writer.withdraw(receiver.transport.endpoint)
+        assert await asyncio.to_thread(fabric.memory.all_closed)
+
+    between(lambda: OverCudaIpc(sockets), test)
+
+
+def test_first_writes_that_come_at_once_open_a_peers_memory_once(sockets: Path) -> None:
+    async def test(fabric: Any, receiver: Receiver, writer: Transport) -> None:
+        leases = [receiver.lease(300) for _ in range(4)]
+        await asyncio.gather(*(writer.write(lease, [Piece(rubbish(300), 0)], seconds=30) for lease in leases))
+        assert len(fabric.memory.opened) == 1
+
+    between(lambda: OverCudaIpc(sockets), test)
+
+
+def test_a_peer_that_cannot_be_reached_and_stays_is_told(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that leaves meanwhile is not, and one that can be reached later is."""
+
+    async def test(fabric: Any, receiver: Receiver, writer: Transport) -> None:
+        hidden, fabric.memory.shared = fabric.memory.shared, {}
+        leaving = asyncio.create_task(writer.greet(receiver.transport.endpoint))
+        await asyncio.sleep(0)
+        writer.withdraw(receiver.transport.endpoint)
+        await leaving
+        monkeypatch.setattr(hosts, "GREET_SECONDS", 0)
+        with pytest.raises(OutOfReach, match="nobody shares this"):
+            await writer.greet(receiver.transport.endpoint)
+        fabric.memory.shared = hidden
+        await writer.greet(receiver.transport.endpoint)
+        lease, data = receiver.lease(300), rubbish(300)
+        await writer.write(lease, [Piece(data, 0)], seconds=30)
+        assert torch.equal(receiver.held(lease), data)
+
+    between(lambda: OverCudaIpc(sockets), test)
 
 
 def test_many_extents_many_pieces_and_pieces_larger_than_a_message(
