@@ -119,9 +119,7 @@ def status_view(reply: StatusReply) -> Group:
 
 def remarks(reply: StatusReply) -> list[str]:
     """What a table has no room for: how bytes move; why each rank that is not ready is not, and its last words."""
-    lines = [
-        f"transfer: {how}" for how in sorted({plain(status.transfer) for status in reply.ranks if status.transfer})
-    ]
+    lines = _transports(reply)
     for status in reply.ranks:
         if status.state is RankState.READY:
             continue
@@ -131,6 +129,15 @@ def remarks(reply: StatusReply) -> list[str]:
         if status.state is RankState.FAILED:
             lines.append(f"  {_anew(status.rank)}")
     return lines
+
+
+def _transports(reply: StatusReply) -> list[str]:
+    """Each way that bytes move, and where there are several, whose it is."""
+    users: dict[str, list[str]] = {}
+    for status in reply.ranks:
+        if status.transfer:
+            users.setdefault(plain(status.transfer), []).append(status.rank)
+    return [f"transfer: {how}" + (f" ({', '.join(users[how])})" if len(users) > 1 else "") for how in sorted(users)]
 
 
 def tail_lines(status: RankStatus, limit: int = _TAIL_LINES) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from epdctl.errors import OutOfReach, UserError
+from epdctl.errors import OutOfReach, PeerGone, TransferError, UserError
 from epdctl.transfer.base import Transport
 from epdctl.wire.lifecycle import Peer
 
@@ -14,13 +14,16 @@ log = logging.getLogger(__name__)
 
 
 async def greet(transport: Transport, peer: Peer) -> None:
-    """Raises UserError where its memory cannot be reached: requests would fail there, and nobody would know why."""
+    """Raises UserError where its memory cannot be reached: requests would fail there, and nobody would know why.
+
+    What else goes wrong is left to the first write, which tells its request.
+    """
     if peer.endpoints.transfer is None:
         return
     try:
         await transport.greet(peer.endpoints.transfer)
     except OutOfReach as error:
-        raise UserError(
-            f"{peer.rank} cannot be written to: {error.message}", hint="write transfer.backend: zmq"
-        ) from error
-    log.info("%s can be written to", peer.rank)
+        text = f"{peer.rank} cannot be written to: {error.message}"
+        raise UserError(text, hint="write transfer.backend: zmq") from error
+    except (PeerGone, TransferError) as error:
+        log.warning("%s was not greeted: %s", peer.rank, error.message)

@@ -50,11 +50,12 @@ class Commands:
             await daemon.changed.wait(heard)
 
     async def health(self, command: GetHealth) -> HealthReply:
-        ranks = self._daemon.status().ranks
-        shallow = health.verdict(ranks)
+        def shallow() -> HealthReply:
+            return health.verdict(self._daemon.status().ranks)
+
         if not command.deep:
-            return shallow
-        prove = partial(self._daemon.proofs.ask, health.seeing(ranks))
+            return shallow()
+        prove = partial(self._daemon.proofs.ask, health.seeing(self._daemon.status().ranks))
         return await health.deep(self._daemon.plan, shallow, command.budget_s, prove)
 
     async def restart(self, command: Restart) -> Accepted:

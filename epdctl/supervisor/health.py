@@ -66,9 +66,10 @@ def seeing(ranks: Sequence[RankStatus]) -> list[RankName]:
     return [rank.rank for rank in ranks if rank.stage in _SEEING and _serves(rank)]
 
 
-async def deep(plan: Plan, shallow: HealthReply, budget_s: float, prove: Prove) -> HealthReply:
-    """The shallow verdict, a real request through every stage, and a proof of every tower: the request reaches one of
-    each stage, and only values that a rank knows tell whether a model sees that has no answer of its own.
+async def deep(plan: Plan, verdict: Callable[[], HealthReply], budget_s: float, prove: Prove) -> HealthReply:
+    """A real request through every stage, a proof of every tower, and the ranks' ``verdict`` after them, since the
+    request may wait for a rank that comes back. It reaches one of each stage, and only values that a rank knows tell
+    whether a model sees that has no answer of its own.
 
     The failure of either is ``unhealthy`` whatever ranks say; a tower that is silent leaves less than ``healthy``.
     Encoders that stand alone, without a gateway, are proved and not asked.
@@ -78,7 +79,7 @@ async def deep(plan: Plan, shallow: HealthReply, budget_s: float, prove: Prove) 
         asking = group.create_task(_timed(plan, budget_s))
         await asyncio.wait([asking], timeout=budget_s / 2)  # first: a rank that is found unfit gives up what it has
         findings = await prove(max(0.0, budget_s - (time.monotonic() - began)))
-    answer = asking.result()
+    answer, shallow = asking.result(), verdict()
     problems = [*shallow.problems, *(Problem(rank=finding.rank, text=finding.text) for finding in findings)]
     if isinstance(answer, RankError):
         return HealthReply(verdict=UNHEALTHY, problems=[*problems, Problem(rank=None, text=answer.message)])

@@ -115,7 +115,8 @@ def _complaints(said: TransferSection, config: TransferConfig, ends: Ends, hardw
 def _between_gpus(ends: Ends, hardware: Hardware) -> Iterator[Complaint]:
     where = ("transfer", "backend")
     if not ends.all_on_gpu or ends.sliced:
-        yield Complaint(where, "cuda-ipc is between whole GPUs, and some model ranks have none", "write auto")
+        problem = "cuda-ipc is between whole GPUs (no MIG slices), and some model ranks have none"
+        yield Complaint(where, problem, "write auto, or give every stage gpus")
     elif not hardware.cuda_bindings:
         yield Complaint(where, "cuda-ipc needs cuda.bindings, which is not installed", "pip install cuda-bindings")
     elif pair := ends.apart(hardware):

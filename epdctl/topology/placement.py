@@ -79,7 +79,11 @@ def listeners(file: TopologyFile) -> list[tuple[Trail, str, int]]:
 
 def _port_complaints(topology: Topology, ports_in_use: Mapping[int, str]) -> list[Complaint]:
     return [
-        Complaint(trail, f"port {port} of {host} is {ports_in_use[port]}", "stop that, or write another port")
+        Complaint(
+            trail,
+            f"port {port} of {host} is {ports_in_use[port]}",
+            "stop that, or choose another: in the file, or by the variable that it reads, such as EPDCTL_PORT",
+        )
         for trail, host, port in listeners(topology.file)
         if port in ports_in_use
     ]

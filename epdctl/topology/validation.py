@@ -44,6 +44,7 @@ _BOUNDS = {
     "less_than": ("below", "lt"),
 }
 _PATTERNS = {"cluster": names.RULE}
+_MEANT: Mapping[Trail, str] = {("model",): "path", ("transfer",): "backend"}  # the key of a mapping written as a text
 _EMPTY = {
     "string_too_short": ("should not be empty", None),
     "too_short": ("should name at least one GPU", "write auto, none, or a list like [0, 1]"),
@@ -118,8 +119,8 @@ def _explain(trail: Trail, error: ErrorDetails) -> tuple[str, str | None]:
     if kind == "epdctl":
         return context["problem"], context["remedy"]
     if kind in _WANTED:
-        bare_path = trail == ("model",) and isinstance(error["input"], str)
-        remedy = f"write model: {{path: {error['input']}}}" if bare_path else _typed_remedy(kind, error["input"])
+        key = _MEANT.get(trail) if isinstance(error["input"], str) else None
+        remedy = f"write {trail[-1]}: {{{key}: {error['input']}}}" if key else _typed_remedy(kind, error["input"])
         return f"should be {_WANTED[kind]}", remedy
     if kind in _BOUNDS:
         words, key = _BOUNDS[kind]

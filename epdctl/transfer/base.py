@@ -90,9 +90,10 @@ class Transport(Protocol):
         ...
 
     async def greet(self, endpoint: str) -> None:
-        """A peer that will be written to is there: open its memory before the first write waits for that.
+        """A peer that will be written to is there: open its memory, where that can be done ahead of the first write.
 
-        Raises OutOfReach where that fails although the peer stays; nothing where it leaves.
+        Raises OutOfReach where it cannot be done at all, PeerGone where the peer leaves or something else is in the
+        way for long, and TransferError where it does not let us in.
         """
         ...
 

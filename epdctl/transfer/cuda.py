@@ -59,6 +59,10 @@ class Cuda(Protocol):
 
     def close(self, address: int) -> None: ...
 
+    def free(self) -> int:
+        """Bytes of the GPU that nobody has."""
+        ...
+
     def read(self, address: int, nbytes: int) -> bytes:
         """Raises TransferError."""
         ...
@@ -149,6 +153,9 @@ class _Gpu:
         if error != 0:
             log.warning("memory of a peer's GPU stays open until this process ends: %s", error.name)
 
+    def free(self) -> int:
+        return int(torch.cuda.mem_get_info(self._device)[0])
+
     def read(self, address: int, nbytes: int) -> bytes:
         host = (ctypes.c_char * nbytes)()
         stream = self._stream(batches=False)
@@ -181,6 +188,6 @@ def open_cuda(device: torch.device) -> Cuda:
         ) from error
     try:
         torch.zeros(1, device=device)  # the context that everything below is called in
-    except (AssertionError, RuntimeError) as error:  # the first: torch is a build without CUDA
+    except AssertionError as error:  # torch is a build without CUDA
         raise UserError(f"cuda-ipc cannot use {device}: {str(error).splitlines()[0]}") from error
     return _Gpu(device, runtime, driver)

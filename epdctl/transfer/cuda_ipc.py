@@ -36,7 +36,7 @@ HEADER_BYTES = ALIGNMENT  # before each pool; the mark is in its first bytes
 MARK_BYTES = 16
 BATCH_RUNS = 64  # of one call: the next are put together while these are copied
 PROBE_BYTES = 64 << 20
-MEMORY_SECONDS = 45.0  # for a pool's to come free: what hangs and has it open is killed before (deadlines.dead)
+MEMORY_SECONDS = 45.0  # for a pool's to come free: by default what hangs and has it open is killed before
 PAUSE_SECONDS = 0.5
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ class CudaIpcMover(DeviceOrder):
         if device != self._device:
             raise RegistrationFailed(f"cuda-ipc moves memory of {self._device}, not of {device}")
         require_room(nbytes, device)
-        whole = _taken(HEADER_BYTES + nbytes, device)
+        whole = self._taken(HEADER_BYTES + nbytes)
         mark = secrets.token_bytes(MARK_BYTES)
         whole[:MARK_BYTES].copy_(torch.frombuffer(bytearray(mark), dtype=torch.uint8))
         shared = self._cuda.share(whole.data_ptr())
@@ -102,6 +102,20 @@ class CudaIpcMover(DeviceOrder):
         place = f"{shared.handle.hex()}#{mark.hex()}"
         self._regions[memory.data_ptr()] = _Region(place, shared.before + HEADER_BYTES, memory)
         return memory
+
+    def _taken(self, nbytes: int) -> torch.Tensor:
+        """Memory that a dead predecessor had is free when its writers have closed it, and they may be late to hear of
+        its end. Raises torch.OutOfMemoryError.
+        """
+        ends = time.monotonic() + MEMORY_SECONDS
+        while True:
+            try:
+                return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            except torch.OutOfMemoryError:
+                if self._cuda.free() >= nbytes or time.monotonic() >= ends:  # the first: it is this rank's own share
+                    raise
+                log.info("others have so much of %s that %d MiB are not left yet", self._device, nbytes >> 20)
+                time.sleep(PAUSE_SECONDS)
 
     def locate(self, pool: str, memory: torch.Tensor) -> PoolLocation:
         region = self._regions.get(memory.data_ptr())
@@ -133,21 +147,6 @@ def _parsed(location: PoolLocation) -> tuple[bytes, bytes]:
         raise TransferError(f"the place of the {location.pool} pool is not one of cuda-ipc's") from error
 
 
-def _taken(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Memory that a dead predecessor had is free when its writers have closed it, and they may be late to hear of its
-    end. Raises torch.OutOfMemoryError.
-    """
-    ends = time.monotonic() + MEMORY_SECONDS
-    while True:
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
-        except torch.OutOfMemoryError:
-            if time.monotonic() >= ends:
-                raise
-            log.info("no %d MiB on %s yet; somebody may still have our predecessor's open", nbytes >> 20, device)
-            time.sleep(PAUSE_SECONDS)
-
-
 def _batched(every: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(every)
     while batch := list(itertools.islice(rest, size)):
@@ -170,10 +169,7 @@ def _probe(cuda: Cuda, device: torch.device) -> float:
         torch.cuda.synchronize(device)
     cuda.share(target.data_ptr())
     copies = cuda.copies()
-    try:
-        rate = PROBE_BYTES / min(_timed(copies, swapped) for _ in range(3)) / 1e9
-    except TransferError as error:
-        raise UserError(error.message, hint="write transfer.backend: zmq") from error
+    rate = PROBE_BYTES / min(_timed(copies, swapped) for _ in range(3)) / 1e9
     if not torch.equal(source.view(-1, piece).flip(0), target.view(-1, piece)):
         raise UserError(f"{device} said that it had copied what it had not", hint="write transfer.backend: zmq")
     return rate

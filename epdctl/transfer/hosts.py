@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from epdctl.errors import EpdError, OutOfReach, PeerGone, WritesAdrift
+from epdctl.errors import EpdError, OutOfReach, PeerGone, TransferError, WritesAdrift
 from epdctl.transfer.base import Piece
 from epdctl.transfer.calls import Calls
 from epdctl.transfer.landing import Owner, Parcel, Refusal, place_of, refused
@@ -30,7 +30,8 @@ __all__ = ["Host", "Source"]
 
 log = logging.getLogger(__name__)
 
-GREET_SECONDS = 10.0  # for a peer that cannot be reached to be seen to be dead
+GREET_SECONDS = 10.0  # for what was in the way to pass, and for a peer that is dead to be seen to be
+GREET_PAUSE = 0.5  # between two tries
 ADRIFT_SECONDS = 10.0  # less than a reader bears in quarantine; a peer that is gone or hangs is withdrawn before
 RETIRE_SECONDS = 600.0  # for what was begun at a peer that was withdrawn to end, before its link is closed
 
@@ -81,13 +82,23 @@ class Host:
 
     async def greet(self) -> None:
         """See Transport."""
-        try:
-            for location in (await self._calls.attach()).pools:
-                await self._remote(location.pool)
-        except EpdError as error:
-            await asyncio.wait({self.gone}, timeout=GREET_SECONDS)  # it may have been about to leave
-            if not self.gone.done():
-                raise OutOfReach(f"the memory behind {self._calls.endpoint}: {error.message}") from error
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + GREET_SECONDS
+        while True:
+            try:
+                for location in (await self._calls.attach()).pools:
+                    await self._remote(location.pool)
+            except EpdError as error:
+                if self.gone.done():
+                    self.gone.result()
+                if loop.time() >= ends and isinstance(error, TransferError):
+                    raise OutOfReach(f"the memory behind {self._calls.endpoint}: {error.message}") from error
+                if loop.time() >= ends:
+                    raise
+                await asyncio.wait({self.gone}, timeout=GREET_PAUSE)
+            else:
+                log.info("the memory behind %s is open", self._calls.endpoint)
+                return
 
     # -- one write --
 
@@ -194,6 +205,8 @@ class Host:
 
     async def _remote(self, pool: str) -> Remote:
         """Reached once, whoever asks first; what failed is tried again."""
+        if self.gone.done():
+            self.gone.result()
         if pool not in self._remotes:
             attached = await self._calls.attach()
             location = next((one for one in attached.pools if one.pool == pool), None)
@@ -204,7 +217,7 @@ class Host:
         reaching = self._remotes[pool]
         try:
             return await asyncio.shield(asyncio.wrap_future(reaching))
-        except EpdError:
+        except Exception:
             if self._remotes.get(pool) is reaching:
                 del self._remotes[pool]
             raise

@@ -32,7 +32,6 @@ MARK_BYTES = 16
 STRIDE_BYTES = 64 << 20  # between two looks at whether the writer was told to stop: about 6 ms
 WIDE_BYTES = 4 << 20  # from here on several threads copy: one alone leaves the memory half idle
 COPIERS = 4
-POPULATE = getattr(mmap, "MAP_POPULATE", 0)
 F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW = 1033, 0x2, 0x4  # linux/fcntl.h: nobody may make us fault by cutting it
 
 
@@ -46,8 +45,17 @@ class _Region:
 
 
 def _map(fd: int, nbytes: int) -> torch.Tensor:
-    """All of it, faulted in: 1-D uint8. The mapping ends with the last tensor that looks into it."""
-    return torch.frombuffer(mmap.mmap(fd, nbytes, mmap.MAP_SHARED | POPULATE), dtype=torch.uint8)
+    """All of it: 1-D uint8. The mapping ends with the last tensor that looks into it.
+
+    Its pages are faulted in by whoever touches them first, which must be a tensor's doing: MAP_POPULATE would hold
+    the GIL for seconds, and with it the loop that says that this rank lives.
+    """
+    return torch.frombuffer(mmap.mmap(fd, nbytes, mmap.MAP_SHARED), dtype=torch.uint8)
+
+
+def _touched(memory: torch.Tensor) -> torch.Tensor:
+    memory[:: mmap.PAGESIZE].sum()
+    return memory
 
 
 def _make(nbytes: int) -> _Region:
@@ -143,7 +151,7 @@ class ShmMover:
             try:
                 if os.fstat(fd).st_size != total or os.pread(fd, MARK_BYTES, 0).hex() != mark:
                     raise PeerGone(f"{path} is not the memory of the {location.pool} pool any more")
-                return _Mapping(_map(fd, total)[location.base :], self._copier)
+                return _Mapping(_touched(_map(fd, total))[location.base :], self._copier)
             finally:
                 os.close(fd)
         except PermissionError as error:

@@ -119,12 +119,22 @@ async def all_fit(seconds: float) -> Sequence[Finding]:
 def test_a_real_answer_is_healthy_and_says_how_long_it_took() -> None:
     with gateway(200, GOOD) as (port, asked):
         reply = asyncio.run(
-            deep(plan_at(port, "encoder/0"), HealthReply(verdict="degraded", problems=[]), 30.0, all_fit)
+            deep(plan_at(port, "encoder/0"), lambda: HealthReply(verdict="degraded", problems=[]), 30.0, all_fit)
         )
     assert reply.verdict == "degraded", "a good answer mends no rank"
     assert reply.deep_seconds is not None
     assert asked[0]["max_tokens"] == 4
     assert asked[0]["temperature"] == 0
+
+
+def test_a_rank_that_came_back_while_the_request_waited_is_no_problem_any_more() -> None:
+    with gateway(200, GOOD) as (port, asked):
+
+        def verdict() -> HealthReply:
+            return HealthReply(verdict="healthy" if asked else "unhealthy", problems=[])
+
+        reply = asyncio.run(deep(plan_at(port), verdict, 30.0, all_fit))
+    assert reply.verdict == "healthy"
 
 
 @pytest.mark.parametrize(
@@ -146,10 +156,10 @@ def test_no_answer_is_unhealthy() -> None:
     shallow = HealthReply(verdict="healthy", problems=[])
     with gateway(200, GOOD) as (port, _):
         pass
-    reply = asyncio.run(deep(plan_at(port), shallow, 30.0, all_fit))
+    reply = asyncio.run(deep(plan_at(port), lambda: shallow, 30.0, all_fit))
     assert reply.verdict == "unhealthy"
     assert "did not get through" in reply.problems[0].text
-    assert "no gateway" in asyncio.run(deep(scripted_plan({}), shallow, 1.0, all_fit)).problems[0].text
+    assert "no gateway" in asyncio.run(deep(scripted_plan({}), lambda: shallow, 1.0, all_fit)).problems[0].text
 
 
 def test_the_picture_is_one_and_goes_only_where_something_can_see_it() -> None:

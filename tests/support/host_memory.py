@@ -37,11 +37,18 @@ class _Later:
 
 
 class HostMemory:
-    """A Cuda. ``opened``: addresses that are open, once for each opening."""
+    """A Cuda. ``opened``: addresses that are open, once for each opening; ``openings``: how many there ever were.
+
+    ``hidden``: the error that who opens anything gets; ``refused``: somebody did.
+    """
 
     def __init__(self) -> None:
         self.shared: dict[bytes, int] = {}
         self.opened: list[int] = []
+        self.openings = 0
+        self.hidden: Exception | None = None
+        self.refused = threading.Event()
+        self.left = 0
         self._changed = threading.Condition()
         self.batches: list[int] = []
         self.broken = False
@@ -55,9 +62,13 @@ class HostMemory:
         return Shared(handle, BEFORE)
 
     def open(self, handle: bytes) -> int:
+        if self.hidden is not None:
+            self.refused.set()
+            raise self.hidden
         if handle not in self.shared:
             raise PeerGone("nobody shares this")
         with self._changed:
+            self.openings += 1
             self.opened.append(self.shared[handle])
         return self.shared[handle]
 
@@ -70,6 +81,9 @@ class HostMemory:
         """Waits for it: a peer's memory is closed on the thread that wrote there."""
         with self._changed:
             return self._changed.wait_for(lambda: not self.opened, GUARD_SECONDS)
+
+    def free(self) -> int:
+        return self.left
 
     def read(self, address: int, nbytes: int) -> bytes:
         return ctypes.string_at(address, nbytes)

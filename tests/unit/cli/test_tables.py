@@ -87,6 +87,16 @@ def test_an_exit_says_how_it_went() -> None:
     assert tables.event_line(gone).endswith(" decode/0#2 killed by SIGKILL")
 
 
+def test_several_ways_to_move_bytes_are_told_by_rank_and_one_by_itself() -> None:
+    slow, fast = "mooncake tcp, 0.5 GB/s to itself", "mooncake tcp, 3.7 GB/s to itself"
+    ranks = rank("encoder/0", transfer=slow), rank("prefill/0", transfer=fast), rank("decode/0", transfer=fast)
+    assert tables.remarks(reply(rank("gateway/0"), *ranks)) == [
+        f"transfer: {slow} (encoder/0)",
+        f"transfer: {fast} (prefill/0, decode/0)",
+    ]
+    assert tables.remarks(reply(*ranks[1:])) == [f"transfer: {fast}"]
+
+
 def test_what_waits_for_its_next_try_says_when_that_is() -> None:
     waiting = rank("decode/0", RankState.BACKOFF, "killed by SIGKILL", next_try_s=12.34)
     assert tables.remarks(reply(waiting)) == ["decode/0 backoff: killed by SIGKILL; next try in 12.3 s"]

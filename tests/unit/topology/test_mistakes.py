@@ -121,6 +121,13 @@ MISTAKES = [
     ("no bytes", LANGUAGE + "limits: {media_bytes: «0B}", "limits.media_bytes", "should be at least 1", None),
     ("a bad duration", LANGUAGE + "deadlines: {start: «soon}", "deadlines.start", "should be a duration", "5s, 2m"),
     ("no time at all", LANGUAGE + "deadlines: {kill: «0s}", "deadlines.kill", "should be above 0, found", None),
+    (
+        "a bare backend",
+        LANGUAGE + "transfer: «shm",
+        "transfer",
+        "should be a mapping",
+        "write transfer: {backend: shm}",
+    ),
     # GPUs
     (
         "one GPU without a list",

@@ -179,7 +179,7 @@ def test_a_port_in_use_names_its_holder() -> None:
     )
     assert lines == [
         "test.yaml:2:17: gateway.port: port 8123 of 127.0.0.1 is in use by nginx (pid 7) "
-        "(stop that, or write another port)"
+        "(stop that, or choose another: in the file, or by the variable that it reads, such as EPDCTL_PORT)"
     ]
 
 

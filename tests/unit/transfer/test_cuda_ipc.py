@@ -114,7 +114,7 @@ def test_memory_that_cannot_be_shared_and_memory_of_others_are_no_pool(memory: H
 
 
 def test_memory_that_a_predecessor_still_has_is_waited_for(
-    mover: CudaIpcMover, monkeypatch: pytest.MonkeyPatch
+    memory: HostMemory, mover: CudaIpcMover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, full = torch.empty, [True, True]
 
@@ -127,7 +127,12 @@ def test_memory_that_a_predecessor_still_has_is_waited_for(
     monkeypatch.setattr(cuda_ipc, "PAUSE_SECONDS", 0)
     monkeypatch.setattr(torch, "empty", empty)
     assert mover.allocate(64, CPU).numel() == 64
-    full.append(True)
+    full += [True]
+    memory.left = 1 << 20
+    with pytest.raises(torch.OutOfMemoryError):  # it is there, and beyond what this rank may have
+        mover.allocate(64, CPU)
+    memory.left = 0
+    full += [True]
     monkeypatch.setattr(cuda_ipc, "MEMORY_SECONDS", 0)
     with pytest.raises(torch.OutOfMemoryError):
         mover.allocate(64, CPU)

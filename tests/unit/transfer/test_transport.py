@@ -294,9 +294,8 @@ def test_a_greeting_opens_a_peers_memory_once_for_all_writes(sockets: Path) -> N
     async def test(fabric: Any, receiver: Receiver, writer: Transport) -> None:
         await writer.greet(receiver.transport.endpoint)
         assert len(fabric.memory.opened) == 1
-        leases = [receiver.lease(300) for _ in range(4)]
-        await asyncio.gather(*(writer.write(lease, [Piece(rubbish(300), 0)], seconds=30) for lease in leases))
-        assert len(fabric.memory.opened) == 1
+        await writer.write(receiver.lease(300), [Piece(rubbish(300), 0)], seconds=30)
+        assert fabric.memory.openings == 1
         writer.withdraw(receiver.transport.endpoint)
         assert await asyncio.to_thread(fabric.memory.all_closed)
 
@@ -307,28 +306,65 @@ def test_first_writes_that_come_at_once_open_a_peers_memory_once(sockets: Path) 
     async def test(fabric: Any, receiver: Receiver, writer: Transport) -> None:
         leases = [receiver.lease(300) for _ in range(4)]
         await asyncio.gather(*(writer.write(lease, [Piece(rubbish(300), 0)], seconds=30) for lease in leases))
-        assert len(fabric.memory.opened) == 1
+        assert fabric.memory.openings == 1
 
     between(lambda: OverCudaIpc(sockets), test)
 
 
-def test_a_peer_that_cannot_be_reached_and_stays_is_told(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that leaves meanwhile is not, and one that can be reached later is."""
+def test_what_was_in_a_greetings_way_may_pass(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "GREET_PAUSE", 0.01)
 
     async def test(fabric: Any, receiver: Receiver, writer: Transport) -> None:
-        hidden, fabric.memory.shared = fabric.memory.shared, {}
-        leaving = asyncio.create_task(writer.greet(receiver.transport.endpoint))
-        await asyncio.sleep(0)
+        fabric.memory.hidden = TransferError("no peer access")
+        greeting = asyncio.create_task(writer.greet(receiver.transport.endpoint))
+        assert await asyncio.to_thread(fabric.memory.refused.wait, 30)
+        fabric.memory.hidden = None
+        await greeting
+        assert fabric.memory.openings == 1
+
+    between(lambda: OverCudaIpc(sockets), test)
+
+
+def test_a_peer_that_leaves_while_it_is_greeted_is_gone_and_not_out_of_reach(sockets: Path) -> None:
+    async def test(fabric: Any, receiver: Receiver, writer: Transport) -> None:
+        fabric.memory.hidden = TransferError("no peer access")
+        greeting = asyncio.create_task(writer.greet(receiver.transport.endpoint))
+        assert await asyncio.to_thread(fabric.memory.refused.wait, 30)
         writer.withdraw(receiver.transport.endpoint)
-        await leaving
-        monkeypatch.setattr(hosts, "GREET_SECONDS", 0)
-        with pytest.raises(OutOfReach, match="nobody shares this"):
+        with pytest.raises(PeerGone, match="was withdrawn"):
+            await greeting
+        fabric.memory.hidden = None
+
+    between(lambda: OverCudaIpc(sockets), test)
+
+
+@pytest.mark.parametrize(
+    ("why", "told"), [(TransferError("no peer access"), OutOfReach), (PeerGone("too many open files"), PeerGone)]
+)
+def test_what_stays_in_a_greetings_way_is_told_and_a_later_write_may_get_through(
+    sockets: Path, monkeypatch: pytest.MonkeyPatch, why: Exception, told: type[Exception]
+) -> None:
+    monkeypatch.setattr(hosts, "GREET_SECONDS", 0)
+
+    async def test(fabric: Any, receiver: Receiver, writer: Transport) -> None:
+        fabric.memory.hidden = why
+        with pytest.raises(told, match=str(why)):
             await writer.greet(receiver.transport.endpoint)
-        fabric.memory.shared = hidden
-        await writer.greet(receiver.transport.endpoint)
+        fabric.memory.hidden = None
         lease, data = receiver.lease(300), rubbish(300)
         await writer.write(lease, [Piece(data, 0)], seconds=30)
         assert torch.equal(receiver.held(lease), data)
+
+    between(lambda: OverCudaIpc(sockets), test)
+
+
+def test_a_greeting_from_another_cluster_is_refused_and_no_fault_of_the_memory(sockets: Path) -> None:
+    async def test(fabric: Any, receiver: Receiver, _: Transport) -> None:
+        stranger = fabric.open("encoder/7", "guess")
+        with pytest.raises(TransferError, match="another cluster") as caught:
+            await stranger.greet(receiver.transport.endpoint)
+        assert not isinstance(caught.value, OutOfReach)
+        await stranger.close()
 
     between(lambda: OverCudaIpc(sockets), test)
 
