@@ -40,7 +40,9 @@ def supervisor(
 
 @app.command(cls=Verb)
 def encode(
-    size: Annotated[str, typer.Option(metavar="SIZE", help="Of the towers: 7b or tiny.")] = "7b",
+    size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of the towers: 7b or tiny; default: 7b, with --cpu tiny.")
+    ] = None,
     encoders: Annotated[int, typer.Option(metavar="N", min=1, help="Encoder ranks, each with its own GPU.")] = 1,
     seconds: Annotated[float, typer.Option(metavar="S", min=0.5, help="Of steady state with clients.")] = 30.0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Without GPUs: shows that it works, not how fast.")] = False,
@@ -52,10 +54,11 @@ def encode(
 
     Random weights, pictures of noise, every one new. Starts a cluster of its own; touches no other.
     """
-    from epdctl.bench.encoding.measure import Job, measure
+    from epdctl.bench.encoding.measure import Job, measure, tower_size
     from epdctl.cli import console
 
-    job = Job(size=size, gpu=not cpu, encoders=encoders, seconds=seconds, towers=not flows_only)
+    wanted = tower_size(size, gpu=not cpu)
+    job = Job(size=wanted, gpu=not cpu, encoders=encoders, seconds=seconds, towers=not flows_only)
     report = measure(job, console.say)
     _deliver(report, _show_encoding, output, json=json)
 

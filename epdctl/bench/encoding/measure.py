@@ -10,21 +10,25 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from epdctl.bench.clusters import Say, await_ready, environment, running
 from epdctl.bench.encoding.forwards import Comparison, Packed, compare, packed
 from epdctl.bench.encoding.orders import FOLDER, Orders, Outcome, Phase, Row, outcomes_of
-from epdctl.bench.encoding.towers import qwen2_5_vl_config
+from epdctl.bench.encoding.towers import SIZES, TRUE_SIZE, qwen2_5_vl_config
 from epdctl.control.client import Client
-from epdctl.errors import DeadlineExceeded, RankFailed
+from epdctl.errors import DeadlineExceeded, RankFailed, UserError
 from epdctl.ids import LocalGpu, RankName, Stage
 from epdctl.topology.plan import Deadlines, Plan, PlannedRank, RestartMode, RestartPolicy
 from epdctl.wire.config import EncoderConfig, Limits, ModelConfig, RankConfig
 from epdctl.wire.control import RankState
 
-__all__ = ["Flow", "Job", "Report", "measure"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Flow", "Job", "Report", "measure", "tower_size"]
 
 WORKERS = 8  # preprocessing threads of an encoder rank
 LONGEST = 120.0  # seconds that ranks may take beyond their phases
@@ -74,11 +78,21 @@ class Report(msgspec.Struct, frozen=True):
     undecoded_ratio: float | None
 
 
+def tower_size(wanted: str | None, *, gpu: bool) -> str:
+    """The true one is for GPUs: on a CPU it takes for ever, so there it must be asked for. Raises UserError."""
+    if wanted is None:
+        return TRUE_SIZE if gpu else "tiny"
+    if wanted not in SIZES:
+        raise UserError(f"--size {wanted}: there is no such size", hint=f"one of {', '.join(SIZES)}")
+    return wanted
+
+
 def measure(job: Job, say: Say) -> Report:
-    """Raises RankFailed, and DeadlineExceeded when ranks do not come to an end."""
+    """Raises UserError without a GPU that the job wants, RankFailed, and DeadlineExceeded when ranks do not come to an
+    end."""
     import torch
 
-    device = torch.device("cuda", 0) if job.gpu else torch.device("cpu")
+    device = _device(job)
     small, middle, large = _sides(job)
     towers: list[Comparison] = []
     forwards: list[Packed] = []
@@ -101,6 +115,16 @@ def measure(job: Job, say: Say) -> Report:
         packed_ratio=_ratio(flows, "clients", forwards, job),
         undecoded_ratio=_ratio(flows, "undecoded", forwards, job),
     )
+
+
+def _device(job: Job) -> torch.device:
+    import torch
+
+    if not job.gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("no GPU here that torch can use", hint="`--cpu` shows without one that it works, not how fast")
+    return torch.device("cuda", 0)
 
 
 def _sides(job: Job) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["TRUE_SIZE", "qwen2_5_vl_config", "qwen2_5_vl_tower", "qwen3_vl_tower", "whole_model"]
+__all__ = ["SIZES", "TRUE_SIZE", "qwen2_5_vl_config", "qwen2_5_vl_tower", "qwen3_vl_tower", "whole_model"]
 
 TRUE_SIZE = "7b"
 
@@ -30,6 +30,7 @@ _QWEN3 = {
         "num_position_embeddings": 36, "deepstack_visual_indexes": [0],
     },
 }  # fmt: skip
+SIZES = tuple(_QWEN2_5)
 
 
 def qwen2_5_vl_config(size: str) -> Any:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from epdctl.bench.dispatching import baseline
+from epdctl.bench.encoding.measure import Job
 from epdctl.bench.supervisor import Figures
+from epdctl.errors import UserError
 from tests.unit.cli.conftest import Run
 
 
@@ -54,3 +56,35 @@ def test_an_encoder_is_fed_and_measured(run: Run) -> None:
     assert all(flow["pictures"] > 0 for flow in report["flows"])
     assert sum(flow["checked"] for flow in report["flows"]) > 0
     assert report["packed_ratio"] > 0
+
+
+def test_without_a_gpu_an_encoder_is_not_measured_as_if_there_were_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run("bench", "encode")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: no GPU here that torch can use\nhint: `--cpu` ")
+
+
+def test_a_size_that_no_tower_has_is_a_usage_error(run: Run) -> None:
+    result = run("bench", "encode", "--cpu", "--size", "big")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: --size big: there is no such size\nhint: one of 7b, tiny\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "size"), [("", "7b"), ("--cpu", "tiny"), ("--cpu --size 7b", "7b"), ("--size tiny", "tiny")]
+)
+def test_towers_on_a_cpu_are_tiny_unless_a_size_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: str, size: str
+) -> None:
+    jobs: list[Job] = []
+
+    def end(job: Job, say: object) -> None:
+        jobs.append(job)
+        raise UserError("enough")
+
+    monkeypatch.setattr("epdctl.bench.encoding.measure.measure", end)
+    run("bench", "encode", *words.split())
+    assert [(job.size, job.gpu) for job in jobs] == [(size, "--cpu" not in words)]
