@@ -10,6 +10,7 @@ import typer
 
 from epdctl.cli import options
 from epdctl.cli.help import Verb, VerbGroup
+from epdctl.cli.writing import picture, writable, writing
 
 if TYPE_CHECKING:
     from epdctl.bench.dispatching import measure as dispatching
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
     from epdctl.bench.transfer import Row
 
 R = TypeVar("R")
+Output = Annotated[Path | None, typer.Option(metavar="FILE", callback=writable, help="Also write the JSON there.")]
 app = typer.Typer(cls=VerbGroup, no_args_is_help=True, help="Measure what epdctl itself costs on this machine.")
 
 
 @app.command(cls=Verb)
 def supervisor(
     kills: Annotated[int, typer.Option(metavar="N", min=1, help="How often to kill a rank, and the daemon.")] = 20,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON there.")] = None,
+    output: Output = None,
     json: options.Json = False,
 ) -> None:
     """Time to notice a death, to be ready again, to leave nothing, and of `epdctl --help`.
@@ -47,7 +49,7 @@ def encode(
     seconds: Annotated[float, typer.Option(metavar="S", min=0.5, help="Of steady state with clients.")] = 30.0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Without GPUs: shows that it works, not how fast.")] = False,
     flows_only: Annotated[bool, typer.Option("--flows-only", help="Only ranks, not the tower alone.")] = False,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON there.")] = None,
+    output: Output = None,
     json: options.Json = False,
 ) -> None:
     """How fast pictures become embeddings: the tower alone, and ranks fed with JPEGs by 64 clients.
@@ -67,7 +69,7 @@ def encode(
 def dispatch(
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Of both, in turns.")] = 5,
     items: Annotated[int, typer.Option(metavar="N", min=1, help="One at a time, in each round.")] = 400,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON there.")] = None,
+    output: Output = None,
     json: options.Json = False,
 ) -> None:
     """What the encoder router costs an item, against plain sockets with as many hops.
@@ -82,16 +84,19 @@ def dispatch(
 
 
 def _deliver(report: R, show: Callable[[R], None], output: Path | None, *, json: bool) -> None:
-    """To the file that was named, and to stdout: for a machine, or for a person."""
+    """To stdout, for a machine or for a person, and to the file that was named, even when nobody reads stdout."""
     from epdctl.cli import console
     from epdctl.wire.message import to_json
 
-    if output is not None:
-        output.write_bytes(to_json(report) + b"\n")
-    if json:
-        console.show_json(report)
-    else:
-        show(report)
+    try:
+        if json:
+            console.show_json(report)
+        else:
+            show(report)
+    finally:
+        if output is not None:
+            with writing("--output", output):
+                output.write_bytes(to_json(report) + b"\n")
 
 
 def _show_dispatching(report: dispatching.Report) -> None:
@@ -138,8 +143,10 @@ def transfer(
         list[str] | None, typer.Argument(metavar="TRANSPORT", help="Only these; default: all that work here.")
     ] = None,
     largest: Annotated[str, typer.Option(metavar="SIZE", help="Up to this size, like 64MiB.")] = "1GiB",
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw bandwidth over size, as a PNG.")] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON there.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=picture, help="Also draw bandwidth over size, as a PNG.")
+    ] = None,
+    output: Output = None,
     json: options.Json = False,
 ) -> None:
     """Bytes between two processes: latency and bandwidth of every transport beside a plain copy of the same run.
@@ -153,10 +160,17 @@ def transfer(
     from epdctl.cli import console
 
     rows = run(transports or [], largest, os.environ, console.say)
-    _deliver(rows, _show_transfer, output, json=json)
-    if plot is not None:
-        from epdctl.bench.plot import draw
+    try:
+        _deliver(rows, _show_transfer, output, json=json)
+    finally:
+        if plot is not None:
+            _draw(rows, plot)
 
+
+def _draw(rows: Sequence[Row], plot: Path) -> None:
+    from epdctl.bench.plot import draw
+
+    with writing("--plot", plot):
         draw(_lines(rows), "epdctl bench transfer: until the receiver may read", plot)
 
 
