@@ -19,11 +19,25 @@ import msgspec
 
 from epdctl.errors import EpdError, UserError
 from epdctl.topology.hardware import Gpu, Hardware, probe, usable_cores
+from epdctl.topology.moving import WITHOUT_CUDA
 from epdctl.topology.values import parse_size
+from epdctl.topology.words import closest
 from epdctl.transfer.rdma import rdma_devices
 from epdctl.wire.variables import MOONCAKE, environment
 
-__all__ = ["EMBEDDING", "KV", "KV_PAGE", "SIZES", "TRANSPORTS", "Row", "Way", "available", "measure", "run"]
+__all__ = [
+    "EMBEDDING",
+    "KV",
+    "KV_PAGE",
+    "SIZES",
+    "TRANSPORTS",
+    "Row",
+    "Way",
+    "available",
+    "measure",
+    "run",
+    "suggestions",
+]
 
 SIZES = (4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30)
 EMBEDDING = 10_368 * 3_584 * 2  # eight pictures of 1008 x 1008 for a model of 3,584, in 16 bits
@@ -91,16 +105,46 @@ class Row(msgspec.Struct, frozen=True):
 
 def run(wanted: Sequence[str], largest: str, environ: Mapping[str, str], say: Say) -> list[Row]:
     """What ``wanted`` names, or everything that this machine has. Raises UserError."""
-    hardware = probe(environ)
-    names = {way.name for way in TRANSPORTS}
-    if unknown := sorted(set(wanted) - names):
-        raise UserError(f"no transport is called {unknown[0]!r}", hint=f"one of {', '.join(sorted(names))}")
+    if unknown := sorted(set(wanted) - {way.name for way in TRANSPORTS}):
+        raise _unknown(unknown)
     limit = _bytes(largest)
-    ways = [way for way in available(hardware) if not wanted or way.name in wanted]
-    rows = measure(ways, [size for size in SIZES if size <= limit], hardware.gpus, say)
+    hardware = probe(environ)
+    sizes = [size for size in SIZES if size <= limit]
+    ways = _named(wanted, hardware, sizes, say) if wanted else available(hardware)
+    rows = measure(ways, sizes, hardware.gpus, say)
     if not rows:
         raise EpdError("no transport could be measured", hint="`epdctl doctor` says what is missing")
     return rows
+
+
+def _unknown(names: Sequence[str]) -> UserError:
+    known = sorted(way.name for way in TRANSPORTS)
+    lines = []
+    for name in names:
+        near = suggestions(name, known)
+        lines.append(f"no transport is called {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return UserError("\n".join(lines), hint=f"there are: {', '.join(known)}")
+
+
+def suggestions(name: str, known: Sequence[str]) -> list[str]:
+    """Those of ``known`` that have the word in them; else the one that looks like it."""
+    word = name.lower().replace("_", "-")
+    if holding := [each for each in known if word and word in each]:
+        return holding
+    near = closest(name, known)
+    return [] if near is None else [near]
+
+
+def _named(wanted: Sequence[str], hardware: Hardware, sizes: Sequence[int], say: Say) -> list[Way]:
+    """Those of them that can be tried; of the others is said why not. Raises UserError where none can."""
+    named = [way for way in TRANSPORTS if way.name in wanted]
+    against = {way.name: [*_troubles(way, hardware), *_too_large(way, sizes)] for way in named}
+    told = [f"{name}: cannot be tried here: {'; '.join(troubles)}" for name, troubles in against.items() if troubles]
+    if len(told) == len(named):
+        raise UserError("\n".join(told), hint="`epdctl bench transfer` without names measures what this machine has")
+    for line in told:
+        say(line)
+    return [way for way in named if not against[way.name]]
 
 
 def _bytes(text: str) -> int:
@@ -112,26 +156,41 @@ def _bytes(text: str) -> int:
 
 def available(hardware: Hardware) -> list[Way]:
     """What can be tried here; whether it works is seen when it is."""
-    return [way for way in TRANSPORTS if _possible(way, hardware)]
+    return [way for way in TRANSPORTS if not any(_troubles(way, hardware))]
 
 
-def _possible(way: Way, hardware: Hardware) -> bool:
-    if way.gpu and (len(hardware.gpus) < 2 or any(gpu.mig_parent for gpu in hardware.gpus[:2])):
-        return False
+def _troubles(way: Way, hardware: Hardware) -> Iterator[str]:
+    """What this machine lacks for it."""
+    if way.gpu:
+        if len(hardware.gpus) < 2:
+            yield f"it needs two GPUs, and {len(hardware.gpus) or 'none'} can be seen"
+        elif any(gpu.mig_parent for gpu in hardware.gpus[:2]):
+            yield "it needs two whole GPUs, and one of the first two is a MIG slice"
     if way.backend != "mooncake":
-        return True
-    if hardware.mooncake is None or (way.gpu and hardware.mooncake.endswith("non-cuda")):
-        return False
-    return way.protocol != "rdma" or rdma_devices().trouble is None
+        return
+    if hardware.mooncake is None:
+        yield "no Mooncake package is installed (`epdctl doctor` prints the line that does it)"
+    elif way.gpu and hardware.mooncake == WITHOUT_CUDA:
+        yield f"{WITHOUT_CUDA} knows no GPUs (`epdctl doctor` prints the line that installs another)"
+    if way.protocol == "rdma" and (trouble := rdma_devices().trouble) is not None:
+        yield trouble
+
+
+def _too_large(way: Way, sizes: Sequence[int]) -> Iterator[str]:
+    if not _sizes_of(way, sizes):
+        yield f"--largest is below its smallest size, {_sizes_of(way, SIZES)[0] >> 10}KiB"
+
+
+def _sizes_of(way: Way, sizes: Sequence[int]) -> list[int]:
+    return sorted({size for size in (*sizes, *(GPU_SIZES if way.gpu else ())) if size >= way.page})
 
 
 def measure(ways: Sequence[Way], sizes: Sequence[int], gpus: Sequence[Gpu], say: Say) -> list[Row]:
     """A transport that does not work is said and left out."""
     rows: list[Row] = []
     for way in ways:
-        chosen = sorted({size for size in (*sizes, *(GPU_SIZES if way.gpu else ())) if size >= way.page})
         try:
-            rows += _measure(way, chosen, gpus, say)
+            rows += _measure(way, _sizes_of(way, sizes), gpus, say)
         except EpdError as error:
             say(f"{way.name}: does not work here: {error.message}")
     return rows

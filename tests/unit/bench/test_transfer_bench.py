@@ -12,7 +12,7 @@ from PIL import Image
 
 from epdctl.bench import transfer
 from epdctl.bench.plot import draw
-from epdctl.bench.transfer import Row, available, run
+from epdctl.bench.transfer import TRANSPORTS, Row, available, run, suggestions
 from epdctl.errors import EpdError, UserError
 from epdctl.topology.hardware import Hardware
 from epdctl.transfer.rdma import RdmaDevices
@@ -53,6 +53,103 @@ def test_only_what_this_machine_has_is_tried(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_slip_is_a_usage_error(wanted: list[str], largest: str) -> None:
     with pytest.raises(UserError, match=r"pigeon|much"):
         run(wanted, largest, {"CUDA_VISIBLE_DEVICES": ""}, print)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """On a machine with nothing but memory: the names of what came to be measured, each with one row."""
+    tried: list[str] = []
+
+    def measure(way: transfer.Way, *_: object) -> list[Row]:
+        tried.append(way.name)
+        return [Row(transport=way.name, bytes=1, p50_us=1.0, gb_per_s=1.0, ceiling_gb_per_s=1.0, register_us=1.0)]
+
+    monkeypatch.setattr(transfer, "probe", lambda environ: machine())
+    monkeypatch.setattr(transfer, "rdma_devices", RdmaDevices)
+    monkeypatch.setattr(transfer, "_measure", measure)
+    return tried
+
+
+def refusal(*wanted: str, largest: str = "1GiB") -> UserError:
+    with pytest.raises(UserError) as caught:
+        run(wanted, largest, {}, print)
+    return caught.value
+
+
+MOONCAKE = "no Mooncake package is installed (`epdctl doctor` prints the line that does it)"
+
+
+def test_of_each_transport_that_cannot_be_tried_is_told_why(measured: list[str]) -> None:
+    error = refusal("mooncake-rdma", "gpu-zmq", "gpu-mooncake-nvlink", "mooncake-tcp")
+    needs = "it needs two GPUs, and none can be seen"
+    assert error.message.splitlines() == [
+        f"mooncake-tcp: cannot be tried here: {MOONCAKE}",
+        f"mooncake-rdma: cannot be tried here: {MOONCAKE}; this machine has no RDMA device",
+        f"gpu-mooncake-nvlink: cannot be tried here: {needs}; {MOONCAKE}",
+        f"gpu-zmq: cannot be tried here: {needs}",
+    ]
+    assert measured == []
+
+
+def test_gpus_that_will_not_do_and_a_package_without_them_are_told(
+    monkeypatch: pytest.MonkeyPatch, measured: list[str]
+) -> None:
+    package = "mooncake-transfer-engine-non-cuda"
+    monkeypatch.setattr(transfer, "probe", lambda environ: beside(1, package))
+    assert refusal("gpu-zmq").message.endswith(": it needs two GPUs, and 1 can be seen")
+    monkeypatch.setattr(transfer, "probe", lambda environ: beside(2, package))
+    assert f": {package} knows no GPUs (" in refusal("gpu-mooncake-nvlink").message
+    slices = Hardware((gpu(0), gpu(1, "MIG-2", "GPU-9")), 2)
+    monkeypatch.setattr(transfer, "probe", lambda environ: slices)
+    assert refusal("gpu-zmq").message.endswith("one of the first two is a MIG slice")
+
+
+def test_a_limit_below_every_size_is_told(monkeypatch: pytest.MonkeyPatch, measured: list[str]) -> None:
+    assert refusal("shm", largest="1KiB").message == (
+        "shm: cannot be tried here: --largest is below its smallest size, 4KiB"
+    )
+    monkeypatch.setattr(transfer, "probe", lambda environ: beside(2, None))
+    run(["gpu-cuda-ipc-pages"], "1KiB", {}, print)  # an embedding and a KV cache are measured between GPUs whatever
+    assert measured == ["gpu-cuda-ipc-pages"]
+
+
+def test_beside_one_that_can_be_tried_the_others_are_said(
+    measured: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(["shm", "mooncake-tcp"], "1MiB", {}, print)
+    assert capsys.readouterr().out == f"mooncake-tcp: cannot be tried here: {MOONCAKE}\n"
+    assert measured == ["shm"]
+
+
+def test_without_names_what_is_not_here_is_not_told(measured: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    run([], "1MiB", {}, print)
+    assert (measured, capsys.readouterr().out) == (["zmq", "zmq-tcp", "shm", "shm-in-slot"], "")
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("cuda-ipc", ["gpu-cuda-ipc", "gpu-cuda-ipc-opened", "gpu-cuda-ipc-pages", "gpu-cuda-ipc-scattered"]),
+        ("cuda_IPC-pages", ["gpu-cuda-ipc-pages"]),
+        ("rdma", ["mooncake-rdma"]),
+        ("zqm-tcp", ["zmq-tcp"]),
+        ("pigeon", []),
+        ("", []),
+    ],
+)
+def test_a_name_that_is_nearly_one(word: str, near: list[str]) -> None:
+    assert suggestions(word, [way.name for way in TRANSPORTS]) == near
+
+
+def test_every_name_that_is_none_is_told_with_what_was_meant(measured: list[str]) -> None:
+    error = refusal("shm", "rdma", "pigeon")
+    assert error.message.splitlines() == [
+        "no transport is called 'pigeon'",
+        "no transport is called 'rdma'; did you mean mooncake-rdma?",
+    ]
+    assert error.hint is not None
+    assert error.hint.startswith("there are: gpu-cuda-ipc, ")
+    assert measured == []
 
 
 def test_a_transport_that_does_not_work_is_said_and_left_out(
