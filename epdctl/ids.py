@@ -66,6 +66,7 @@ class Modality(enum.StrEnum):
 
 _NOUNS = {Modality.IMAGE: "picture", Modality.AUDIO: "sound clip", Modality.VIDEO: "video"}
 
+TOWER_STAGES = frozenset({Stage.ENCODER, Stage.MONO})  # without one of them a cluster takes text only
 MODEL_STAGES = frozenset({Stage.ENCODER, Stage.PREFILL, Stage.DECODE, Stage.LANGUAGE, Stage.MONO})
 
 _RANK = re.compile(r"^(?P<stage>[a-z-]+)/(?P<replica>\d+)(?:\.(?P<shard>\d+))?$")

@@ -60,10 +60,11 @@ class Order:
 class Intake:
     """The model's tokenizer, template and sizes, and the limits of this cluster. Threads may share it."""
 
-    def __init__(self, model: ModelConfig, limits: Limits) -> None:
-        """Reads the checkpoint's small files; raises LoadError."""
+    def __init__(self, model: ModelConfig, limits: Limits, *, sees: bool = True) -> None:
+        """Reads the checkpoint's small files; raises LoadError. ``sees``: the cluster was made to take media."""
         directory = Path(model.path)
         self.limits = limits
+        self._sees = sees
         self.model = model.name
         self.family: Family = open_family(directory)
         self.chat = ChatTemplate(directory)
@@ -90,6 +91,8 @@ class Intake:
             raise RequestError(404, text, param="model", code="model_not_found")
 
     def _check_media(self, sources: Sequence[Source]) -> None:
+        if sources and not self._sees:
+            raise _unsupported(sources[0], "this cluster has no encoder stage and takes text only")
         if len(sources) > self.limits.max_media:
             counts = Counter(source.modality for source in sources)
             what = " and ".join(f"{count} {modality.noun}s" for modality, count in counts.items())
@@ -99,7 +102,7 @@ class Intake:
             takes = ", ".join(f"{modality.noun}s ({PARTS[modality]})" for modality in taken)
             why = self.family.obstacle(strange.modality)
             text = why or f"{self.model} takes no {strange.modality.noun}s; beside text it takes {takes}"
-            raise RequestError(400, f"{strange.place}: {text}", param=strange.place, code="unsupported_modality")
+            raise _unsupported(strange, text)
 
     def order(self, request: ChatRequest | TextRequest, fetched: Mapping[str, bytes]) -> Order:
         """``fetched``: what the addresses of ``remote_urls`` hold. Raises RequestError (400)."""
@@ -169,6 +172,10 @@ class Intake:
             what = f"the prompt has {prompt_tokens} tokens and the answer {asked or 1}"
             raise too_long(what, self.limits.max_context, request.answer_param if rest >= 1 else "messages")
         return asked or min(rest, DEFAULT_ANSWER_TOKENS)
+
+
+def _unsupported(source: Source, text: str) -> RequestError:
+    return RequestError(400, f"{source.place}: {text}", param=source.place, code="unsupported_modality")
 
 
 def remote_urls(request: Settings) -> dict[str, Source]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from epdctl.gateway.balance import Load, choose
-from epdctl.ids import RankName, Stage
+from epdctl.ids import TOWER_STAGES, RankName, Stage
 from epdctl.rank.peers import Links, PeerTable
 from epdctl.wire.encode import (
     CLIENT_TO_ROUTER,
@@ -126,7 +126,7 @@ class Ranks:
     @property
     def sees(self) -> bool:
         """Whether the cluster was made to take media."""
-        return not self._planned or not self._planned.isdisjoint({Stage.ENCODER, Stage.MONO})
+        return not self._planned or not self._planned.isdisjoint(TOWER_STAGES)
 
     def missing(self, *, media: bool) -> list[str]:
         """What stands between a request and an answer; empty when a path exists."""

@@ -48,15 +48,16 @@ class GatewayService:
     async def start(self, progress: Progress) -> Endpoints:
         """Raises LoadError, and OSError for an address that cannot be bound."""
         listener = bind(self._config.gateway.host, self._config.gateway.port)
+        model, limits, sees = self._config.model, self._config.limits, self._pipeline.ranks.sees
         try:
             progress("tokenizer", 0, 1)
-            intake = await self._aside.run(lambda: Intake(self._config.model, self._config.limits))
+            intake = await self._aside.run(lambda: Intake(model, limits, sees=sees))
             progress("tokenizer", 1, 1)
         except BaseException:
             listener.close()
             raise
         gateway = self._config.gateway
-        fetcher = Fetcher(gateway.media_hosts, seconds=gateway.media_seconds, limit=self._config.limits.max_body_bytes)
+        fetcher = Fetcher(gateway.media_hosts, seconds=gateway.media_seconds, limit=limits.max_body_bytes)
         desk = Desk(intake, self._pipeline, self._door, self._meters, self._aside, fetcher, gateway, self._rank_metrics)
         self._server = HttpServer(create_app(desk), listener)
         await self._server.start()

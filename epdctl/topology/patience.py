@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from epdctl.ids import Stage
+from epdctl.ids import TOWER_STAGES, Stage
 from epdctl.topology.plan import Deadlines, PlannedRank
 from epdctl.topology.schema import DeadlinesSection
 from epdctl.topology.weights import Weights
@@ -18,7 +18,6 @@ from epdctl.topology.weights import Weights
 __all__ = ["SLOWEST", "patient"]
 
 SLOWEST = 8e9  # operations a second of one CPU thread: a tenth of what an idle core does (measured: 92e9, float32)
-_TOWERS = frozenset({Stage.ENCODER, Stage.MONO})
 _LANGUAGE = frozenset({Stage.PREFILL, Stage.DECODE, Stage.LANGUAGE, Stage.MONO})
 
 
@@ -45,7 +44,7 @@ def _steps(rank: PlannedRank, weights: Weights) -> Iterator[tuple[float, str]]:
     rows = []
     if rank.stage in _LANGUAGE:
         rows.append((min(config.engine.chunk_tokens, config.limits.max_context), weights.language, "tokens"))
-    if rank.stage in _TOWERS:
+    if rank.stage in TOWER_STAGES:
         rows.append((config.encoder.batch_patches, weights.tower, "patches"))
     for count, size, what in rows:
         threads = f"{config.threads} CPU thread" + ("s" if config.threads > 1 else "")

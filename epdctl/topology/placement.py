@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from epdctl.errors import PlacementError
-from epdctl.ids import Stage
+from epdctl.ids import TOWER_STAGES, Stage
 from epdctl.topology.checkpoint import Checkpoint
 from epdctl.topology.configs import ranks_of
 from epdctl.topology.document import Trail
@@ -113,7 +113,7 @@ def _restart(topology: Topology) -> RestartPolicy:
 
 
 def _notes(topology: Topology, settled: Settled, hardware: Hardware, on_cpu: set[Stage]) -> list[str]:
-    """Every choice made on the user's behalf."""
+    """Every choice made on the user's behalf, and what is missed without a stage that nobody wrote."""
     file = topology.file
     unsaid = [(stage, section) for stage, section in file.stages.present() if section.gpus is None]
     chosen = [
@@ -133,6 +133,8 @@ def _notes(topology: Topology, settled: Settled, hardware: Hardware, on_cpu: set
     if settled.limits.max_context != file.limits.max_context:
         kept = settled.limits.max_context
         notes.append(f"limits: max_context: {file.limits.max_context} → {kept}, what the smallest KV pool holds")
+    if TOWER_STAGES.isdisjoint(stage for stage, _ in file.stages.present()):
+        notes.append("no encoder stage: pictures, sound and video are refused")
     return notes
 
 

@@ -30,7 +30,7 @@ MONO = ("mono/0",)
 MODEL = "tiny"
 
 
-def spec(directory: Path, limits: Limits, port: int = 0) -> RankSpec:
+def spec(directory: Path, limits: Limits, port: int = 0, stages: Sequence[Stage] = ()) -> RankSpec:
     return RankSpec(
         run=RunId("run"),
         cluster="test",
@@ -44,7 +44,7 @@ def spec(directory: Path, limits: Limits, port: int = 0) -> RankSpec:
             service="epdctl.gateway.service:GatewayService",
             model=ModelConfig(path=str(directory), name=MODEL, family="qwen2_5_vl"),
             limits=limits,
-            gateway=GatewayConfig(port=port),
+            gateway=GatewayConfig(port=port, stages=list(stages)),
         ),
     )
 
@@ -125,13 +125,14 @@ class House:
 
 
 @asynccontextmanager
-async def house(*ranks: str, **limits: Any) -> AsyncIterator[House]:
+async def house(*ranks: str, stages: Sequence[Stage] = (), **limits: Any) -> AsyncIterator[House]:
+    """``stages``: of the plan, as far as the gateway is told."""
     defects: list[dict[str, Any]] = []  # what a callback raised; the loop would only log it
     asyncio.get_running_loop().set_exception_handler(lambda _, context: defects.append(context))
     with tempfile.TemporaryDirectory(prefix="epd") as name:  # short: socket paths end at 107 bytes
         directory = Path(name)
         tokenizer = write_model_files(directory)
-        service = GatewayService(spec(directory, msgspec.structs.replace(Limits(), **limits)))
+        service = GatewayService(spec(directory, msgspec.structs.replace(Limits(), **limits), stages=stages))
         endpoints = await service.start(lambda *_: None)
         assert endpoints.http is not None
         words = [tokenizer.encode(word).ids[0] for word in (*"abcdefghijklmnopqrstuvwxyz", " ")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -170,7 +171,7 @@ def test_the_only_rank_of_a_stage_that_leaves_is_a_missing_one(rank: str) -> Non
 # -- ranks that will not be there --
 
 
-def refused(*gone: Absent, there: Sequence[str] = (), **limits: float) -> str:
+def refused(*gone: Absent, there: Sequence[str] = (), **limits: Any) -> str:
     """What a request is told whose route is missing."""
 
     async def scene() -> str:

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import pytest
 from epdctl.errors import LoadError
 from epdctl.gateway.intake import Intake
 from epdctl.gateway.service import GatewayService
+from epdctl.ids import Stage
 from epdctl.wire.config import Limits
 from epdctl.wire.serve import Prefill
 from tests.support.fake_ranks import Answering
-from tests.unit.gateway.harness import EPD, LANGUAGE, ask, data_url, house, image_part, picture, spec
+from tests.unit.gateway.harness import EPD, LANGUAGE, MONO, ask, data_url, house, image_part, picture, spec
 from tests.unit.gateway.model_files import write_model_files
 
 URL = "messages[0].content[0].image_url.url"
@@ -166,7 +167,7 @@ RAW: dict[str, bytes] = {
     "deep": b'{"model":' + b"[" * 50_000,
     "a form": b"model=tiny&messages=hi",
 }
-LIMITS = {"max_context": 1000, "max_media": 4, "max_pixels": 1_000_000}
+LIMITS: dict[str, Any] = {"max_context": 1000, "max_media": 4, "max_pixels": 1_000_000}
 
 
 def assert_shape(response: httpx.Response) -> dict[str, Any]:
@@ -279,6 +280,53 @@ def test_other_paths() -> None:
             assert named.headers["x-request-id"] == "mine-1"
             odd = await home.http.get("/health", headers={"x-request-id": "a b"})
             assert odd.headers["x-request-id"].startswith("chatcmpl-")
+
+    asyncio.run(scene())
+
+
+TEXT_ONLY: dict[str, tuple[Sequence[Stage], Sequence[str]]] = {
+    "prefill and decode": ((Stage.PREFILL, Stage.DECODE), ("prefill/0", "decode/0")),
+    "language": ((Stage.LANGUAGE,), ("language/0",)),
+}
+MEDIA = {
+    "image_url.url": image_part(PNG),
+    "input_audio.data": {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}},
+    "video_url.url": {"type": "video_url", "video_url": {"url": "https://example.com/a.mp4"}},
+}
+
+
+@pytest.mark.parametrize("cluster", TEXT_ONLY)
+def test_media_are_refused_at_once_where_the_plan_has_no_encoder(cluster: str) -> None:
+    stages, ranks = TEXT_ONLY[cluster]
+
+    async def scene() -> None:
+        async with house(*ranks, stages=stages, wait_seconds=3600) as home:
+            for place, part in MEDIA.items():
+                response = await home.chat(**ask([{"type": "text", "text": "what?"}, part]))
+                param = f"messages[0].content[1].{place}"
+                assert response.status_code == 400, response.text
+                assert assert_shape(response) == {
+                    "message": f"{param}: this cluster has no encoder stage and takes text only",
+                    "type": "invalid_request_error",
+                    "param": param,
+                    "code": "unsupported_modality",
+                }
+            await home.text(**ask())
+            await home.idle()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("stages", "ranks"), [((Stage.ENCODER, Stage.LANGUAGE), LANGUAGE), ((Stage.MONO,), MONO), ((), LANGUAGE)]
+)
+def test_media_are_taken_where_the_plan_has_a_tower_or_is_not_known(
+    stages: Sequence[Stage], ranks: Sequence[str]
+) -> None:
+    async def scene() -> None:
+        async with house(*ranks, stages=stages) as home:
+            await home.text(**ask([image_part(PNG)]))
+            await home.idle()
 
     asyncio.run(scene())
 

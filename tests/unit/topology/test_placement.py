@@ -40,6 +40,22 @@ def test_without_encoder_there_is_no_router() -> None:
     assert made.gateway_url == "http://127.0.0.1:8000"
 
 
+@pytest.mark.parametrize(
+    ("stages", "noted"),
+    [
+        ("prefill: {}, decode: {}", True),
+        ("language: {}", True),
+        ("encoder: {}, language: {}", False),
+        ("encoder: {}, prefill: {}, decode: {}", False),
+        ("mono: {}", False),
+        ("encoder: {http: {port: 8100}}", False),
+    ],
+)
+def test_a_language_model_without_an_encoder_is_noted(stages: str, noted: bool) -> None:
+    notes = plan(MODEL + f"stages: {{{stages}}}", machine()).notes
+    assert ("no encoder stage: pictures, sound and video are refused" in notes) == noted
+
+
 HTTP = "stages: {encoder: {replicas: 2, cache: off, http: {port: 8100, token_file: t.txt}}}"
 
 
