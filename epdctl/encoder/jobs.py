@@ -10,7 +10,7 @@ from typing import assert_never
 
 from epdctl.errors import PeerGone, RequestError
 from epdctl.ids import RankName, RequestId
-from epdctl.rank.web import failure
+from epdctl.rank.web import encode_failure, failure
 from epdctl.wire.encode import (
     CLIENT_TO_ROUTER,
     ROUTER_TO_CLIENT,
@@ -112,8 +112,8 @@ class Job:
                     self.by = message.by
             case Encoded(by=by):
                 self.fail(failure(FailureKind.INTERNAL, f"{by} sent no embedding"))
-            case EncodeFailed(kind=kind, text=text):
-                self.fail(failure(kind, text))
+            case EncodeFailed(index=index):
+                self.fail(encode_failure(message, f"mm_items[{index}]"))
             case _:
                 assert_never(message)
         self._changed.set()

@@ -19,7 +19,7 @@ from epdctl.gateway.intake import Order
 from epdctl.gateway.ranks import Ranks, Reply, Route
 from epdctl.gateway.states import ENDED, RequestState, Step, advance
 from epdctl.ids import RankName, new_room
-from epdctl.rank.web import failure
+from epdctl.rank.web import encode_failure, failure
 from epdctl.telemetry.hops import Way
 from epdctl.telemetry.metrics import GatewayMeters
 from epdctl.wire.encode import Encoded, EncodeFailed, FailureKind
@@ -312,7 +312,10 @@ class Flight:
             self._lose(text, stage, self._suspected(peer, message))
             return
         log.info("%s failed on %s: %s: %s", self.request, peer.rank, message.kind, message.text)
-        self.fail(failure(message.kind, message.text))
+        if isinstance(message, EncodeFailed):
+            self.fail(encode_failure(message, self.order.places[message.index]))
+        else:
+            self.fail(failure(message.kind, message.text))
 
     def _suspected(self, teller: Peer, message: Failed | EncodeFailed) -> set[RankRef]:
         """Whoever tells of a loss is not the one who was lost."""

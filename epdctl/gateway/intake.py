@@ -35,10 +35,11 @@ R = TypeVar("R", bound=Settings)
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One request, bounded and tokenised. ``media[i]`` is that of ``prompt.items[i]``."""
+    """One request, bounded and tokenised. ``media[i]`` is that of ``prompt.items[i]``, and stood at ``places[i]``."""
 
     prompt: Prompt
     media: Sequence[Medium]
+    places: Sequence[str]
     sampling: Sampling
 
     @property
@@ -115,7 +116,8 @@ class Intake:
             tokens = self.chat.plain_tokens(request.text_or_ids, self.limits.max_context, special=special)
         prompt = self._expand(tokens, self._spans(sources, media))
         placed = [media[source] for source in prompt.sources]
-        return Order(prompt, placed, self._sampling(request, len(prompt.tokens)))
+        places = [sources[source].place for source in prompt.sources]
+        return Order(prompt, placed, places, self._sampling(request, len(prompt.tokens)))
 
     def _medium(self, source: Source, fetched: Mapping[str, bytes]) -> Medium:
         if not source.bare and source.text in fetched:

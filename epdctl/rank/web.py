@@ -13,9 +13,9 @@ from starlette.types import ASGIApp, Receive
 
 from epdctl.errors import RequestError
 from epdctl.rank.connection import MOST_CONNECTIONS, Connection
-from epdctl.wire.encode import FailureKind
+from epdctl.wire.encode import EncodeFailed, FailureKind
 
-__all__ = ["STATUS", "HttpServer", "HungUp", "address_of", "bind", "failure", "unless_hung_up"]
+__all__ = ["STATUS", "HttpServer", "HungUp", "address_of", "bind", "encode_failure", "failure", "unless_hung_up"]
 
 BACKLOG = 1024
 KEEP_ALIVE_SECONDS = 30
@@ -33,11 +33,20 @@ STATUS: dict[FailureKind, tuple[int, int | None]] = {
     FailureKind.DEADLINE: (504, None),
     FailureKind.INTERNAL: (502, None),
 }
+MEDIUM_AT_FAULT = frozenset({FailureKind.BAD_MEDIA, FailureKind.TOO_LARGE})
 
 
 def failure(kind: FailureKind, text: str) -> RequestError:
     status, retry_after = STATUS[kind]
     return RequestError(status, text, code=kind.value.replace("-", "_"), retry_after=retry_after)
+
+
+def encode_failure(failed: EncodeFailed, place: str) -> RequestError:
+    """``place``: of the item in the request; it is named where the medium itself is at fault."""
+    error = failure(failed.kind, failed.text)
+    if failed.kind not in MEDIUM_AT_FAULT:
+        return error
+    return RequestError(error.status, f"{place}: {failed.text}", param=place, code=error.code)
 
 
 class HungUp(Exception):

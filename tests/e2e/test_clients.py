@@ -263,6 +263,16 @@ def test_ask_from_the_shell(cluster: Cluster, tmp_path: Path, http: httpx.Client
     assert (missing.returncode, "none.png cannot be read" in missing.stderr) == (2, True)
 
 
+def test_ask_names_the_file_that_only_the_encoder_finds_damaged(cluster: Cluster, tmp_path: Path) -> None:
+    whole, half = tmp_path / "whole.png", tmp_path / "half.png"
+    whole.write_bytes(RED)
+    torn = picture_bytes(7, 56, 56)
+    half.write_bytes(torn[: len(torn) // 2])
+    said = cluster.run("ask", "What is this?", str(whole), str(half), "--cluster", cluster.name)
+    assert (said.returncode, said.stdout) == (1, "")
+    assert f"HTTP 400: {half}: not a picture we can read" in said.stderr
+
+
 def test_the_key_is_nowhere_to_be_read_and_the_daemon_knows_it(cluster: Cluster) -> None:
     for words in (
         ("plan", "--json"),

@@ -223,7 +223,7 @@ def _frames_at(file: bytes) -> int:
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_clips_are_a_400(kind: str, checkpoint: Path, tower: Tower) -> None:
     data, words = BROKEN[kind]
-    with pytest.raises(RequestError, match=f"sound clip 3.*{words}") as caught:
+    with pytest.raises(RequestError, match=words) as caught:
         tower.prepare(data, media_item(checkpoint, GOOD, 3, 4))
     assert (caught.value.status, caught.value.code) == (400, "invalid_audio")
 

@@ -52,7 +52,7 @@ from epdctl.wire.serve import (
 from epdctl.wire.sockets import Inbox, Sender
 from epdctl.wire.transfer import Extent, PoolAddress, RemoteLease
 
-__all__ = ["Answering", "FakeCluster", "FakeRank", "FakeRouter", "Script", "answer"]
+__all__ = ["Answering", "FakeCluster", "FakeMono", "FakeRank", "FakeRouter", "Script", "answer"]
 
 GUARD_SECONDS = 60.0  # only against hanging
 M = TypeVar("M")
@@ -63,6 +63,7 @@ class Script:
     """How a rank behaves. Read at every message, so it may be changed on the way."""
 
     fail: FailureKind | None = None  # answer requests with this
+    fail_item: int | None = None  # of a router that fails: this item alone
     mute: bool = False  # take requests and say nothing
     stop_after: int | None = None  # tokens of one attempt; then nothing more is said
     end_after: int | None = None  # the model ends its answer by itself, with so many tokens in all
@@ -166,7 +167,7 @@ class FakeRouter(FakeRank):
         if isinstance(message, CancelEncode) or self.script.mute:
             return
         assert isinstance(message, Encode)
-        if self.script.fail is not None:
+        if self.script.fail is not None and self.script.fail_item in (None, message.item.index):
             self._reply(
                 sender,
                 EncodeFailed(

@@ -28,7 +28,7 @@ def open_picture(media: bytes | memoryview, item: MediaItem, family: PictureFami
             _check_header(picture.size, item, family)
             return _upright_rgb(picture)
     except ValueError as error:
-        raise RequestError(400, f"picture {item.index}: {error}", code="invalid_image") from error
+        raise RequestError(400, str(error), code="invalid_image") from error
 
 
 def open_frame(media: bytes) -> Image.Image:
@@ -52,8 +52,7 @@ def _upright_rgb(picture: Image.Image) -> Image.Image:
 def check_grid(item: MediaItem, found: Sequence[int]) -> None:
     """Raises RequestError (400) for a medium that is not what the request was sized for."""
     if list(found) != list(item.grid):
-        what = f"{item.modality.noun} {item.index}"
-        text = f"{what} is {[*found]}, the request was sized for {[*item.grid]}"
+        text = f"the {item.modality.noun} is {[*found]}, the request was sized for {[*item.grid]}"
         raise RequestError(400, text, code=f"invalid_{item.modality}")
 
 
@@ -79,6 +78,6 @@ def _check_header(size: tuple[int, int], item: MediaItem, family: PictureFamily)
     check_grid(item, standing.grid)
     raise RequestError(
         400,
-        f"picture {item.index} makes {standing.rows} rows, the request was sized for {item.rows}",
+        f"the picture makes {standing.rows} rows, the request was sized for {item.rows}",
         code="invalid_image",
     )

@@ -41,7 +41,7 @@ def hear(media: bytes | memoryview, item: MediaItem, family: Qwen2Audio) -> Samp
             _check_header(SoundHeader(file.frames, rate), item, family)
             mono = _read(file, min(file.frames, math.ceil((rule.seconds + MARGIN) * rate)))
     except ValueError as error:
-        raise RequestError(400, f"sound clip {item.index}: {error}", code="invalid_audio") from error
+        raise RequestError(400, str(error), code="invalid_audio") from error
     return _resampled(mono, rate, rule)
 
 

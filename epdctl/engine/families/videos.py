@@ -53,7 +53,7 @@ class Videos:
     def prepare(self, media: bytes | memoryview, item: MediaItem) -> Prepared:
         """``pixels``: [patches, values of a patch], in the tower's own numbers. Raises RequestError (400)."""
         if self._processor is None:
-            raise RequestError(400, f"video {item.index}: {self._fault}", code="unsupported_modality")
+            raise RequestError(400, self._fault, code="unsupported_modality")
         try:
             with self._opened(bytes(media)) as (header, frames):
                 self._check(header, item)
@@ -62,7 +62,7 @@ class Videos:
                 if len(pixels) != math.prod(item.grid):
                     raise ValueError("its frames are of several sizes")
         except ValueError as error:
-            raise RequestError(400, f"video {item.index}: {error}", code="invalid_video") from error
+            raise RequestError(400, str(error), code="invalid_video") from error
         time, height, width = item.grid
         return Prepared(grid=(time, height, width), rows=item.rows, patches=len(pixels), pixels=pixels)
 
@@ -113,7 +113,7 @@ class Videos:
         return patches.to(self._dtype)
 
 
-def _load(model: ModelConfig, family: Qwen25VL) -> tuple[Any, str | None]:
+def _load(model: ModelConfig, family: Qwen25VL) -> tuple[Any, str]:
     """The processor, or why there is none: pictures are served without it."""
     if (obstacle := family.obstacle(Modality.VIDEO)) is not None:
         return None, obstacle
@@ -121,7 +121,7 @@ def _load(model: ModelConfig, family: Qwen25VL) -> tuple[Any, str | None]:
         with load_refusals(Path(model.path)):
             from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-            return Qwen2VLVideoProcessor.from_pretrained(model.path, local_files_only=True), None
+            return Qwen2VLVideoProcessor.from_pretrained(model.path, local_files_only=True), ""
     except LoadError as error:
         log.warning("videos are not served: %s", error.message)
         return None, f"videos are not served here: {error.message}"

@@ -120,6 +120,16 @@ def test_what_is_wrong_with_a_request_is_a_400_that_says_it(
     at_site(sockets, tmp_path, test, limits=Limits(max_pixels=1_000_000, max_context=1000))
 
 
+def test_an_item_that_its_rank_refuses_is_named_by_its_place(sockets: Path, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        await site.encoder()
+        reply = await site.encode(1, mm_items=[url(1), url(13)], deliver_to="inline")
+        assert (reply.status_code, reply.json()["code"], reply.json()["param"]) == (400, "bad_media", "mm_items[1]")
+        assert reply.json()["message"] == "mm_items[1]: an unlucky picture"
+
+    at_site(sockets, tmp_path, test)
+
+
 def test_the_ranks_word_becomes_the_status(sockets: Path, tmp_path: Path) -> None:
     async def test(site: Site) -> None:
         reply = await site.encode(1, deliver_to="inline", budget_s=0.05)

@@ -25,7 +25,7 @@ TOLD = exif(
         (0x011A, RATIONAL, 1, (72).to_bytes(4) + (1).to_bytes(4)),
     ]
 )
-OURS = "picture 0: not a picture we can read (PNG, JPEG, WEBP, GIF, BMP), or a damaged one"
+OURS = "not a picture we can read (PNG, JPEG, WEBP, GIF, BMP), or a damaged one"
 
 
 class PixelByPixel(PictureFamily):

@@ -17,7 +17,7 @@ from epdctl.rank.service import Pulse
 from epdctl.wire.encode import CancelEncode, Encode, FailureKind
 from epdctl.wire.message import Message
 from epdctl.wire.serve import RANK_TO_GATEWAY, Abort, Decode, Failed, Generate, Granted, Prefill, Token
-from tests.support.fake_ranks import Answering
+from tests.support.fake_ranks import Answering, FakeMono
 from tests.unit.gateway.harness import (
     EPD,
     LANGUAGE,
@@ -360,6 +360,29 @@ KINDS = [
 ]
 
 
+@pytest.mark.parametrize(("ranks", "where"), [(EPD, "encoder-router/0"), (MONO, "mono/0")], ids=["router", "mono"])
+@pytest.mark.parametrize("kind", [kind for kind, _, _ in KINDS])
+def test_a_medium_that_is_at_fault_is_named_by_its_place(ranks: tuple[str, ...], where: str, kind: FailureKind) -> None:
+    told = {"role": "system", "content": "Look."}
+    content = [{"type": "text", "text": "these"}, *PICTURES]
+
+    async def scene() -> None:
+        async with house(*ranks) as home:
+            rank = home.cluster[where]
+            script = (rank.router if isinstance(rank, FakeMono) else rank).script
+            script.fail, script.fail_item = kind, 1
+            response = await home.chat(**ask(messages=[told, {"role": "user", "content": content}]))
+            error = response.json()["error"]
+            if kind in (FailureKind.BAD_MEDIA, FailureKind.TOO_LARGE):
+                place = "messages[1].content[3].image_url.url"
+                assert (error["param"], error["message"]) == (place, f"{place}: as the script says")
+            else:
+                assert (error["param"], error["message"]) == (None, "as the script says")
+            await home.idle()
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize("where", ["prefill/0", "decode/0", "encoder-router/0"])
 @pytest.mark.parametrize(("kind", "status", "retry_after"), KINDS, ids=[kind for kind, _, _ in KINDS])
 def test_refusals_become_statuses(where: str, kind: FailureKind, status: int, retry_after: str | None) -> None:
@@ -370,7 +393,7 @@ def test_refusals_become_statuses(where: str, kind: FailureKind, status: int, re
             error = response.json()["error"]
             assert response.status_code == status
             assert response.headers.get("retry-after") == retry_after
-            assert error["message"] == "as the script says"
+            assert error["message"] == (f"{error['param']}: " if error["param"] else "") + "as the script says"
             assert error["code"] == kind.replace("-", "_")
             for name in ("prefill/0", "decode/0"):
                 await home.cluster[name].hears(Abort)
