@@ -67,9 +67,9 @@ def seeing(ranks: Sequence[RankStatus]) -> list[RankName]:
 
 
 async def deep(plan: Plan, verdict: Callable[[], HealthReply], budget_s: float, prove: Prove) -> HealthReply:
-    """A real request through every stage, a proof of every tower, and the ranks' ``verdict`` after them, since the
-    request may wait for a rank that comes back. It reaches one of each stage, and only values that a rank knows tell
-    whether a model sees that has no answer of its own.
+    """A real request through every stage, the ranks' ``verdict`` after it, since it may wait for one that comes back,
+    and a proof of every tower: the request reaches one of each stage, and only values that a rank knows tell whether a
+    model sees that has no answer of its own.
 
     The failure of either is ``unhealthy`` whatever ranks say; a tower that is silent leaves less than ``healthy``.
     Encoders that stand alone, without a gateway, are proved and not asked.
@@ -78,8 +78,9 @@ async def deep(plan: Plan, verdict: Callable[[], HealthReply], budget_s: float, 
     async with asyncio.TaskGroup() as group:
         asking = group.create_task(_timed(plan, budget_s))
         await asyncio.wait([asking], timeout=budget_s / 2)  # first: a rank that is found unfit gives up what it has
+        shallow = verdict()
         findings = await prove(max(0.0, budget_s - (time.monotonic() - began)))
-    answer, shallow = asking.result(), verdict()
+    answer = asking.result()
     problems = [*shallow.problems, *(Problem(rank=finding.rank, text=finding.text) for finding in findings)]
     if isinstance(answer, RankError):
         return HealthReply(verdict=UNHEALTHY, problems=[*problems, Problem(rank=None, text=answer.message)])

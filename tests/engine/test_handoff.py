@@ -19,6 +19,8 @@ from epdctl.engine.core import Engine
 from epdctl.engine.kv import KvPool
 from epdctl.errors import LoadError
 from epdctl.ids import Stage
+from epdctl.prefill import service
+from epdctl.prefill.handoff import stretches
 from epdctl.prefill.service import PrefillService
 from epdctl.rank.language import LanguageRank
 from epdctl.rank.machine import Loaded
@@ -133,8 +135,7 @@ def test_a_lost_page_would_show(
 
     async def scene() -> None:
         async with pair(setup(language, 40), setup(language, 64)) as ranks:
-            kv = ranks.prefill.service.machine.loaded.kv
-            monkeypatch.setattr(kv, "page", lambda _: kv.memory[: kv.layout.page_bytes])
+            monkeypatch.setattr(service, "stretches", lambda own, *way: stretches([0] * len(own), *way))
             answer = await ranks.answer(question)
             assert answer[0] == asked.reference.answer[0]
             assert answer != asked.reference.answer
