@@ -23,6 +23,7 @@ EpdError (70: our fault)
 │   ├── SlotBusy           another writer has not left the slot
 │   ├── QuarantineFull     too many slots wait for writers of which nobody knows the end
 │   ├── StaleGeneration    the slot belongs to somebody else by now
+│   ├── OutOfReach         the peer's memory cannot be reached from here
 │   └── WritesAdrift       what moves the bytes gave writes up, and may still be at them
 └── RequestError           what a client is told; carries an HTTP status
 """
@@ -44,6 +45,7 @@ __all__ = [
     "LoadError",
     "Mistake",
     "NotRunning",
+    "OutOfReach",
     "PeerGone",
     "PlacementError",
     "PoolExhausted",

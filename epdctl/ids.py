@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import re
 import secrets
+from collections.abc import Mapping
 from typing import NewType
 
 import msgspec
@@ -67,6 +68,11 @@ class Modality(enum.StrEnum):
 _NOUNS = {Modality.IMAGE: "picture", Modality.AUDIO: "sound clip", Modality.VIDEO: "video"}
 
 TOWER_STAGES = frozenset({Stage.ENCODER, Stage.MONO})  # without one of them a cluster takes text only
+# Whose memory a stage's ranks write to.
+READERS: Mapping[Stage, frozenset[Stage]] = {
+    Stage.ENCODER: frozenset({Stage.PREFILL, Stage.LANGUAGE}),
+    Stage.PREFILL: frozenset({Stage.DECODE}),
+}
 MODEL_STAGES = frozenset({Stage.ENCODER, Stage.PREFILL, Stage.DECODE, Stage.LANGUAGE, Stage.MONO})
 
 _RANK = re.compile(r"^(?P<stage>[a-z-]+)/(?P<replica>\d+)(?:\.(?P<shard>\d+))?$")

@@ -23,7 +23,7 @@ from epdctl.encoder.notices import Notices
 from epdctl.engine.api import Prepared, Tower, WarmsUp
 from epdctl.engine.loading import load_tower
 from epdctl.errors import DeadlineExceeded, PeerGone, RequestError, TransferError
-from epdctl.ids import Stage
+from epdctl.ids import READERS, Stage
 from epdctl.rank.compute import ComputeThread
 from epdctl.rank.device import prepare_device
 from epdctl.rank.facts import facts_of
@@ -184,7 +184,7 @@ class EncoderService:
         for peer in changes.left:
             self._forget(peer)
         for peer in changes.joined:
-            if peer.stage in (Stage.PREFILL, Stage.LANGUAGE):
+            if peer.stage in READERS[Stage.ENCODER]:
                 self._tasks.start(greet(self._here.transport, peer), f"greeting of {peer.rank}")
         if self._place.lost(peers):  # the router gave our items to others, who write to the same slots
             self._give_up([dispatch for dispatch in self._items if self._place.over(self._epochs[dispatch])])

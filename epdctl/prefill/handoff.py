@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -67,25 +68,20 @@ def stretches(own: Sequence[int], due: range, extents: Sequence[Extent], page_by
     """How the pages ``due``, by their place in the prompt, go: ``own`` are their numbers here, in order of the prompt,
     and ``extents`` decode's, each of whole pages. As few as can be: what lies side by side is moved as one piece.
     """
-    source = extent = offset = nbytes = 0
-    for page, (into, begin) in zip(own[due.start : due.stop], _places(extents, due, page_bytes), strict=True):
-        if nbytes and page * page_bytes == source + nbytes and into == extent:
-            nbytes += page_bytes
-            continue
-        if nbytes:
-            yield Stretch(source, extent, offset, nbytes)
-        source, extent, offset, nbytes = page * page_bytes, into, begin, page_bytes
-    if nbytes:
-        yield Stretch(source, extent, offset, nbytes)
+    ways = zip(own[due.start : due.stop], _places(extents, due, page_bytes), strict=True)
+    for (extent, _), run in itertools.groupby(ways, key=lambda way: (way[1][0], way[0] - way[1][1])):
+        pages = list(run)
+        page, (_, place) = pages[0]
+        yield Stretch(page * page_bytes, extent, place * page_bytes, len(pages) * page_bytes)
 
 
 def _places(extents: Sequence[Extent], due: range, page_bytes: int) -> Iterator[tuple[int, int]]:
-    """Of each page ``due``: the number of its extent, and where in it."""
+    """Of each page ``due``: the number of its extent, and which of that extent's pages it is."""
     first = 0
     for number, extent in enumerate(extents):
         pages = extent.nbytes // page_bytes
         for page in range(max(due.start - first, 0), min(due.stop - first, pages)):
-            yield number, page * page_bytes
+            yield number, page
         first += pages
 
 

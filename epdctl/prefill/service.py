@@ -10,7 +10,7 @@ from typing import assert_never
 
 from epdctl.engine.api import Advance
 from epdctl.errors import PeerGone, TransferError, WireError
-from epdctl.ids import Room, Stage
+from epdctl.ids import READERS, Room, Stage
 from epdctl.prefill.handoff import Offer, Outgoing, misfit, stretches, why_not_written
 from epdctl.rank.admission import Refusal
 from epdctl.rank.greeting import greet
@@ -270,7 +270,7 @@ class PrefillService(PromptRank[PrefillStay, ToPrefill]):
         for peer in changes.left:
             self._decode_lost(peer)
         for peer in changes.joined:
-            if peer.stage is Stage.DECODE:
+            if peer.stage in READERS[Stage.PREFILL]:
                 self._writes.start(greet(self.machine.transport, peer), f"greeting of {peer.rank}")
 
     def _decode_lost(self, peer: Peer) -> None:

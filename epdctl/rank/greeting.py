@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from epdctl.errors import OutOfReach, PeerGone, TransferError, UserError
+from epdctl.errors import OutOfReach, TransferError, UserError, WireError
 from epdctl.transfer.base import Transport
 from epdctl.wire.lifecycle import Peer
 
@@ -25,5 +25,5 @@ async def greet(transport: Transport, peer: Peer) -> None:
     except OutOfReach as error:
         text = f"{peer.rank} cannot be written to: {error.message}"
         raise UserError(text, hint="write transfer.backend: zmq") from error
-    except (PeerGone, TransferError) as error:
+    except (TransferError, WireError) as error:
         log.warning("%s was not greeted: %s", peer.rank, error.message)

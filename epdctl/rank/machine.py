@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from epdctl.engine.kv import KvPool, Memory
 from epdctl.engine.pages import PageAllocator
+from epdctl.ids import READERS
 from epdctl.rank.compute import ComputeThread
 from epdctl.rank.device import prepare_device
 from epdctl.rank.profile import Profiler
@@ -64,8 +65,10 @@ class Machine:
             raise
         profiler = Profiler(compute)
 
+        writes = spec.config.stage in READERS
+
         def after_step() -> object | None:
-            made = transport.made()
+            made = transport.made() if writes else None
             profiler.step()
             return made
 

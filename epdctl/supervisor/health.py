@@ -14,7 +14,7 @@ import msgspec
 from epdctl.errors import RankError
 from epdctl.families import modalities_of
 from epdctl.families.samples import MEDIA_TYPES, SAMPLES, marked
-from epdctl.ids import Modality, RankName, Stage
+from epdctl.ids import TOWER_STAGES, Modality, RankName, Stage
 from epdctl.supervisor.proofs import Finding
 from epdctl.topology.plan import Plan
 from epdctl.wire.control import HealthReply, Problem, RankState, RankStatus
@@ -38,7 +38,6 @@ HEALTHY, DEGRADED, UNHEALTHY = "healthy", "degraded", "unhealthy"
 
 Prove = Callable[[float], Awaitable[Sequence[Finding]]]  # of every rank that has a tower, within so many seconds
 
-_SEEING = (Stage.ENCODER, Stage.MONO)
 _TOKENS = 4
 _CANARY_TOKENS = 32
 CANARY = "canary.json"
@@ -63,7 +62,7 @@ def _why(rank: RankStatus) -> str:
 
 def seeing(ranks: Sequence[RankStatus]) -> list[RankName]:
     """Those that serve and have a tower, which only they themselves can prove one by one."""
-    return [rank.rank for rank in ranks if rank.stage in _SEEING and _serves(rank)]
+    return [rank.rank for rank in ranks if rank.stage in TOWER_STAGES and _serves(rank)]
 
 
 async def deep(plan: Plan, verdict: Callable[[], HealthReply], budget_s: float, prove: Prove) -> HealthReply:
@@ -190,7 +189,7 @@ def _part(modality: Modality, file: bytes) -> dict[str, object]:
 
 def _tower(plan: Plan) -> str | None:
     """The family of the model, where some rank has its tower."""
-    towers = (rank for rank in plan.ranks if rank.stage in _SEEING)
+    towers = (rank for rank in plan.ranks if rank.stage in TOWER_STAGES)
     return next((rank.config.model.family for rank in towers), None)
 
 

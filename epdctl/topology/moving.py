@@ -6,16 +6,15 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from epdctl.ids import RankName, Stage
+from epdctl.ids import READERS, RankName
 from epdctl.topology.hardware import Gpu, Hardware
 from epdctl.topology.schema import TransferSection
 from epdctl.topology.seating import Complaint
 from epdctl.wire.config import TransferConfig
 
-__all__ = ["Ends", "Moving", "moving"]
+__all__ = ["WITHOUT_CUDA", "Ends", "Moving", "moving"]
 
 WITHOUT_CUDA = "mooncake-transfer-engine-non-cuda"
-_WRITES = ((Stage.ENCODER, Stage.PREFILL), (Stage.ENCODER, Stage.LANGUAGE), (Stage.PREFILL, Stage.DECODE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +39,11 @@ class Ends:
 
     def apart(self, hardware: Hardware) -> tuple[Gpu, Gpu] | None:
         """A writer's GPU and its reader's that cannot reach each other's memory."""
-        pairs = [
+        pairs = (
             (own, other)
             for (writer, own), (reader, other) in itertools.permutations(self.gpus.items(), 2)
-            if (writer.stage, reader.stage) in _WRITES
-        ]
+            if reader.stage in READERS.get(writer.stage, ())
+        )
         return next((pair for pair in pairs if frozenset(gpu.uuid for gpu in pair) in hardware.apart), None)
 
 

@@ -142,13 +142,6 @@ class PageExtents:
 
 def _joined(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Each run of consecutive numbers: its first, and how many."""
-    first = count = 0
-    for page in pages:
-        if count and page == first + count:
-            count += 1
-            continue
-        if count:
-            yield first, count
-        first, count = page, 1
-    if count:
-        yield first, count
+    for _, run in itertools.groupby(enumerate(pages), key=lambda placed: placed[1] - placed[0]):
+        numbers = [page for _, page in run]
+        yield numbers[0], len(numbers)

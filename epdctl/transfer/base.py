@@ -93,7 +93,7 @@ class Transport(Protocol):
         """A peer that will be written to is there: open its memory, where that can be done ahead of the first write.
 
         Raises OutOfReach where it cannot be done at all, PeerGone where the peer leaves or something else is in the
-        way for long, and TransferError where it does not let us in.
+        way for long, DeadlineExceeded where it does not answer, and TransferError where it does not let us in.
         """
         ...
 

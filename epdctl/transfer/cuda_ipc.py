@@ -58,13 +58,11 @@ class _Opened:
         self._cuda = cuda
         self._whole = whole
         self._address = address
-        self._copies: Copies | None = None
+        self._copies = cuda.copies()
 
     def put(self, puts: Sequence[Put], stop: threading.Event) -> None:
         if stop.is_set():
             return
-        if self._copies is None:  # here, since a stream is its thread's own business
-            self._copies = self._cuda.copies()
         for batch in _batched(runs(puts, self._address), BATCH_RUNS):
             self._copies.begin(batch)
         self._copies.finish()
@@ -107,14 +105,16 @@ class CudaIpcMover(DeviceOrder):
         """Memory that a dead predecessor had is free when its writers have closed it, and they may be late to hear of
         its end. Raises torch.OutOfMemoryError.
         """
-        ends = time.monotonic() + MEMORY_SECONDS
+        ends, told = time.monotonic() + MEMORY_SECONDS, False
         while True:
             try:
                 return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
             except torch.OutOfMemoryError:
                 if self._cuda.free() >= nbytes or time.monotonic() >= ends:  # the first: it is this rank's own share
                     raise
-                log.info("others have so much of %s that %d MiB are not left yet", self._device, nbytes >> 20)
+                if not told:
+                    log.warning("others have so much of %s that %d MiB are not left yet", self._device, nbytes >> 20)
+                told = True
                 time.sleep(PAUSE_SECONDS)
 
     def locate(self, pool: str, memory: torch.Tensor) -> PoolLocation:
@@ -167,7 +167,7 @@ def _probe(cuda: Cuda, device: torch.device) -> float:
     ]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    cuda.share(target.data_ptr())
+    cuda.share(target.data_ptr())  # a rank that owns no pool must be told too
     copies = cuda.copies()
     rate = PROBE_BYTES / min(_timed(copies, swapped) for _ in range(3)) / 1e9
     if not torch.equal(source.view(-1, piece).flip(0), target.view(-1, piece)):

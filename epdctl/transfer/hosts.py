@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from epdctl.errors import EpdError, OutOfReach, PeerGone, TransferError, WritesAdrift
+from epdctl.errors import DeadlineExceeded, EpdError, OutOfReach, PeerGone, TransferError, WritesAdrift
 from epdctl.transfer.base import Piece
 from epdctl.transfer.calls import Calls
 from epdctl.transfer.landing import Owner, Parcel, Refusal, place_of, refused
@@ -30,6 +30,7 @@ __all__ = ["Host", "Source"]
 
 log = logging.getLogger(__name__)
 
+ATTACH_SECONDS = 30.0  # for a peer to let us in
 GREET_SECONDS = 10.0  # for what was in the way to pass, and for a peer that is dead to be seen to be
 GREET_PAUSE = 0.5  # between two tries
 ADRIFT_SECONDS = 10.0  # less than a reader bears in quarantine; a peer that is gone or hangs is withdrawn before
@@ -86,8 +87,13 @@ class Host:
         ends = loop.time() + GREET_SECONDS
         while True:
             try:
-                for location in (await self._calls.attach()).pools:
+                async with asyncio.timeout(ATTACH_SECONDS):
+                    attached = await self._calls.attach()
+                for location in attached.pools:
                     await self._remote(location.pool)
+            except TimeoutError as error:
+                text = f"{self._calls.endpoint} did not let us in within {ATTACH_SECONDS:g} s"
+                raise DeadlineExceeded(text) from error
             except EpdError as error:
                 if self.gone.done():
                     self.gone.result()

@@ -358,6 +358,20 @@ def test_what_stays_in_a_greetings_way_is_told_and_a_later_write_may_get_through
     between(lambda: OverCudaIpc(sockets), test)
 
 
+def test_a_greeting_that_nobody_answers_has_an_end(
+    make_one_sided: Callable[[], Fabric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "ATTACH_SECONDS", 0)
+
+    async def test(fabric: Fabric, _: Receiver, writer: Transport) -> None:
+        endpoint, taken = fabric.black_hole()
+        with pytest.raises(DeadlineExceeded, match="did not let us in"):
+            await writer.greet(endpoint)
+        assert isinstance((await taken.count(1))[0], Attach)
+
+    between(make_one_sided, test)
+
+
 def test_a_greeting_from_another_cluster_is_refused_and_no_fault_of_the_memory(sockets: Path) -> None:
     async def test(fabric: Any, receiver: Receiver, _: Transport) -> None:
         stranger = fabric.open("encoder/7", "guess")
