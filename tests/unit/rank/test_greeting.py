@@ -81,6 +81,9 @@ def test_prefill_greets_decode_ranks_and_encoders_greet_readers(sockets: Path, m
         encoder._loaded = SimpleNamespace(transport=None)  # type: ignore[assignment]
         encoder.peers_changed(joined)
         await asyncio.sleep(0)
+        service._machine = encoder._loaded = None
+        await service.close()
+        await encoder.close()
 
     run(work())
     assert greeted == ["decode/0", "prefill/0", "language/0"]
